@@ -1,0 +1,303 @@
+/*
+ * The middle of attnd: sequences, pages, placement, steps, and the ranks that run them.
+ *
+ * An engine owns N data-parallel ranks. A rank is one worker thread that owns one kernels backend
+ * (a set of CPU cores, or a GPU) with its page pool, and a bounded queue of work. A sequence lives
+ * on one rank, or is spread over all of them in stripes of ATTN_CHUNK_TOKENS tokens.
+ *
+ * The path of a decode call: a step of handles (dp_step_begin) is validated, partitioned over the
+ * ranks and given its pages, once. Each layer's tensors (dp_step_layer) are then dispatched to the
+ * ranks that have sequences of the step, and to no others; every rank reads its rows in place where
+ * they are contiguous, gathers them where they are not, and writes its outputs straight into the
+ * result in request order. The last rank to finish completes the call.
+ *
+ * A step is a transaction: lengths grow when its last layer has completed on every rank, and not
+ * before. Ending it earlier, for whatever reason, leaves every sequence at its old length and gives
+ * the pages back.
+ *
+ * Threads: every function here may be called from any thread. Calls on one dp_step or one dp_upload
+ * must not overlap, but for dp_layer_cancel. Completion callbacks run on a rank thread, or on
+ * the calling thread; they must be short, must not block, and may call back into the engine
+ * but for dp_engine_destroy.
+ *
+ * Errors: see base/status.h. Messages name the request's field and index ("sequences[3]: ..."), in
+ * the words of proto/attnd.proto, and never another tenant's business. A call that fails has
+ * changed nothing.
+ */
+#ifndef ATTND_DP_ENGINE_H
+#define ATTND_DP_ENGINE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/status.h"
+#include "kernels/attention.h"
+
+typedef struct dp_engine dp_engine;
+
+/* ------------------------------------------------------------------------------------------- */
+/* The engine */
+
+typedef struct {
+    attn_geometry geometry;
+    const char *backend;            /* kernels backend kind: "cpu", "reference", .. */
+    const char *isa;                /* cpu: see attn_backend_config; NULL: auto */
+    uint32_t ranks;                 /* 1 .. DP_MAX_RANKS */
+    uint32_t workers_per_rank;      /* CPU threads a rank, its own included */
+    bool pin_cpus;                  /* pin rank r's workers to cores r * workers_per_rank .. */
+    uint32_t pages_per_rank;
+    uint32_t max_sequences;         /* open at once */
+    uint32_t max_batch;             /* sequences a step */
+    uint64_t max_sequence_tokens;
+    uint32_t max_queue;             /* calls waiting for one rank */
+    uint32_t tenants;               /* tenant numbers are 0 .. tenants - 1 */
+    const uint64_t *tenant_max_pages;     /* [tenants] 0: no quota; or NULL. A shared page counts for each holder */
+    const uint64_t *tenant_max_sequences; /* [tenants] likewise */
+    int64_t step_idle_ns;           /* an open step without a call for so long is aborted; 0: never */
+    int64_t sequence_idle_ns;       /* a sequence not used for so long is closed; 0: never */
+} dp_config;
+
+#define DP_MAX_RANKS 64
+
+/* Creates the ranks, their backends and pools, and starts their threads. ATTN_INVALID_ARGUMENT names the field. */
+attn_status dp_engine_create(const dp_config *config, dp_engine **engine);
+
+/* Stops the ranks and frees everything. No call may be in flight, every step and upload ended. */
+void dp_engine_destroy(dp_engine *engine);
+
+typedef enum { DP_RANK_SERVING = 1, DP_RANK_LOST = 2 } dp_rank_state;
+
+typedef struct {
+    dp_rank_state state;
+    uint64_t sequences; /* whole ones placed here, parts of spread ones */
+    uint64_t tokens;    /* held, shared pages counted for every sequence */
+    uint64_t tokens_in_flight;
+    uint64_t pages_total;
+    uint64_t pages_free;
+    uint32_t queue_depth;
+    uint64_t calls;     /* layer calls run since start */
+    uint64_t launches;  /* backend decodes run since start: fewer than calls where calls were merged */
+    uint64_t plans_rejected;
+    int64_t busy_ns;    /* time spent in the backend since start */
+    const char *device; /* lives as long as the engine */
+} dp_rank_info;
+
+uint32_t dp_engine_ranks(const dp_engine *engine);
+void dp_engine_rank_info(dp_engine *engine, uint32_t rank, dp_rank_info *info);
+
+typedef struct {
+    uint64_t sequences; /* open now */
+    uint64_t steps;     /* open now */
+    uint64_t steps_committed, steps_aborted; /* since start */
+} dp_engine_counts;
+
+void dp_engine_count(dp_engine *engine, dp_engine_counts *counts);
+
+/* Aborts idle steps and closes idle sequences. To be called about once a second. */
+void dp_engine_reap(dp_engine *engine);
+
+/*
+ * Test aid, absent from release builds (ATTN_RELEASE): the rank fails as if its device were lost:
+ * queued and later work on it ends with ATTN_UNAVAILABLE, its sequences too; the others go on.
+ */
+void dp_engine_fail_rank(dp_engine *engine, uint32_t rank);
+
+/* ------------------------------------------------------------------------------------------- */
+/* Sequences */
+
+typedef enum {
+    DP_LEAST_TOKENS = 0, /* the rank with the fewest tokens held and in flight */
+    DP_ROUND_ROBIN = 1,
+    DP_EXPLICIT = 2,
+    DP_SPREAD = 3,
+} dp_placement;
+
+/*
+ * Opens `count` empty sequences, all or none: handles[count], and where each lives: ranks[count]
+ * (the home rank, if spread). Handles are opaque, never 0, and differ from every handle ever given
+ * by this or an earlier process but for chance (64 bits: slot, generation, a secret).
+ * `count` 1 .. max_sequences; `rank` is looked at for DP_EXPLICIT only.
+ */
+attn_status dp_sequences_open(dp_engine *engine, uint32_t tenant, uint32_t count, dp_placement placement,
+                              uint32_t rank, uint64_t *handles, uint32_t *ranks);
+
+attn_status dp_sequence_fork(dp_engine *engine, uint32_t tenant, uint64_t parent, uint64_t length,
+                             uint64_t *handle, uint32_t *rank);
+
+attn_status dp_sequence_truncate(dp_engine *engine, uint32_t tenant, uint64_t handle, uint64_t length);
+
+attn_status dp_sequences_close(dp_engine *engine, uint32_t tenant, const uint64_t *handles, uint32_t count);
+
+typedef struct {
+    uint64_t handle;
+    uint64_t length;
+    uint32_t rank;
+    bool spread;
+    uint64_t pages;
+    uint64_t shared_pages;
+    bool busy;
+} dp_sequence_info;
+
+/* infos[count], in order. */
+attn_status dp_sequences_describe(dp_engine *engine, uint32_t tenant, const uint64_t *handles, uint32_t count,
+                                  dp_sequence_info *infos);
+
+/* ------------------------------------------------------------------------------------------- */
+/* Tensors */
+
+/* Bytes in one piece. Borrowed. */
+typedef struct {
+    const void *data;
+    size_t size;
+} dp_span;
+
+/* A tensor as it came off the wire: `count` pieces that follow one another, `size` bytes in all. */
+typedef struct {
+    const dp_span *spans;
+    uint32_t count;
+    size_t size;
+} dp_tensor_view;
+
+/*
+ * A call's outputs, in request order, in a buffer from the engine's pool. Whoever receives it
+ * releases it, from any thread, soon: the pool grows with the results that are out.
+ */
+typedef struct {
+    void *out;      /* [tokens, heads_q, head_dim_v] */
+    size_t out_size;
+    float *lse;     /* [tokens, heads_q]; NULL if not asked for */
+    size_t lse_size;
+} dp_result;
+
+void dp_result_release(dp_result *result);
+
+/* ------------------------------------------------------------------------------------------- */
+/* Steps */
+
+typedef struct dp_step dp_step;
+
+typedef struct {
+    uint32_t tenant;
+    const uint64_t *sequences;     /* [count] distinct */
+    const uint32_t *query_lengths; /* [count] 1 .. ATTN_MAX_QUERY_LENGTH; NULL: 1 each */
+    uint32_t count;                /* 1 .. max_batch */
+    bool read_only;                /* no new rows: layers in any order, nothing to commit, sequences not made busy */
+} dp_step_request;
+
+/*
+ * Announces a step: checks handles, marks the sequences busy, takes the pages that the new tokens
+ * need, partitions the batch. The caller ends it with dp_step_end.
+ */
+attn_status dp_step_begin(dp_engine *engine, const dp_step_request *request, dp_step **step);
+
+/* The step's name on the wire; never 0. For read-only steps too. */
+uint64_t dp_step_id(const dp_step *step);
+
+/* Rows of all sequences together. */
+uint32_t dp_step_tokens(const dp_step *step);
+
+/* The layer a step expects next; geometry.layers once committed. */
+uint32_t dp_step_next_layer(const dp_step *step);
+
+/*
+ * Finds an open, unowned step by name and takes it: until dp_step_put nobody else gets it
+ * (ATTN_ABORTED: somebody has it now). ATTN_NOT_FOUND: unknown, ended, idled out, or another tenant's.
+ */
+attn_status dp_step_take(dp_engine *engine, uint32_t tenant, uint64_t id, dp_step **step);
+
+/* Leaves an open step to be taken again, or to idle out. The caller lets go of it. */
+void dp_step_put(dp_step *step);
+
+/*
+ * Ends a step and frees it: aborted, unless committed. A layer in flight goes on until its ranks
+ * are done with it; its callback still comes, before or after, and the step's memory lives so long.
+ */
+void dp_step_end(dp_step *step);
+
+typedef struct {
+    float scale;         /* 0: 1 / sqrt(head_dim); else finite and > 0 */
+    float softcap;       /* 0: off; else finite and > 0 */
+    uint32_t window;     /* 0: off */
+    const float *sinks;  /* [sink_count]; must live until the call is done */
+    uint32_t sink_count; /* 0 or heads_q */
+    bool return_lse;
+    bool batch_invariant;
+} dp_options;
+
+/* Where a layer's time went on one rank, microseconds: RankTiming of the proto. */
+typedef struct {
+    uint32_t rank;
+    uint32_t sequences;
+    uint64_t tokens;
+    float queue_us, copy_in_us, plan_us, attention_us, combine_us, copy_out_us;
+    uint32_t merged_calls;
+} dp_rank_timing;
+
+typedef struct dp_layer_call dp_layer_call;
+
+/* One layer of a step. The caller's memory, untouched by the caller from dp_step_layer to `done`. */
+struct dp_layer_call {
+    /* in */
+    uint32_t layer;
+    dp_options options;
+    dp_tensor_view queries;    /* [tokens, heads_q, head_dim] */
+    dp_tensor_view new_keys;   /* [tokens, heads_kv, head_dim]; empty if the step is read-only */
+    dp_tensor_view new_values; /* [tokens, heads_kv, head_dim_v]; likewise */
+    int64_t deadline_ns;       /* attn_now_ns() after which work not yet started is dropped; INT64_MAX: none */
+    /*
+     * Called exactly once if dp_step_layer returned ATTN_OK. `status` is valid during the callback.
+     * After it the spans and the call are the caller's again.
+     */
+    void (*done)(dp_layer_call *call, attn_status status);
+    /* out, valid from `done` */
+    dp_result *result;         /* NULL unless the status is ATTN_OK; the caller releases it */
+    bool committed;            /* this was the last layer of a step with new rows */
+    uint32_t timing_count;     /* ranks that had work */
+    dp_rank_timing *timing;    /* [timing_count]; lives until the step ends or its next layer */
+    /* the engine's */
+    void *engine_private[4];
+};
+
+/*
+ * Starts one layer. A failure here (wrong layer or size, queue full, rank lost) leaves the step
+ * where it was; a failure in `done` aborts the step: only dp_step_end is left to call.
+ */
+attn_status dp_step_layer(dp_step *step, dp_layer_call *call);
+
+/* Drops what has not started yet of the step's layer in flight, if any; its `done` comes with ATTN_CANCELLED. */
+void dp_layer_cancel(dp_step *step);
+
+/* ------------------------------------------------------------------------------------------- */
+/* Uploads of prefilled keys and values */
+
+typedef struct dp_upload dp_upload;
+
+/*
+ * Announces `tokens` (1 or more) new tokens at the end of a sequence, marks it busy and takes the
+ * pages. The caller ends it with dp_upload_end.
+ */
+attn_status dp_upload_begin(dp_engine *engine, uint32_t tenant, uint64_t sequence, uint64_t tokens,
+                            dp_upload **upload);
+
+typedef struct dp_upload_chunk dp_upload_chunk;
+
+struct dp_upload_chunk {
+    uint32_t layer;
+    uint64_t token_offset; /* of the upload; each layer's chunks come in order without gaps */
+    uint32_t tokens;
+    dp_tensor_view keys;   /* [tokens, heads_kv, head_dim] */
+    dp_tensor_view values; /* [tokens, heads_kv, head_dim_v] */
+    void (*done)(dp_upload_chunk *chunk, attn_status status);
+    void *engine_private[4];
+};
+
+/* Starts writing one chunk; one at a time for each upload. `done` as for a layer call. */
+attn_status dp_upload_write(dp_upload *upload, dp_upload_chunk *chunk);
+
+/* Makes the tokens visible. ATTN_INVALID_ARGUMENT names the first layer that is not complete. */
+attn_status dp_upload_commit(dp_upload *upload, uint64_t *length);
+
+/* Ends an upload and frees it: unless committed the sequence is as it was. A chunk in flight is waited for by the engine. */
+void dp_upload_end(dp_upload *upload);
+
+#endif

@@ -1,0 +1,233 @@
+/*
+ * The engine's interface: what a backend is and does. Everything above this header (dp, service)
+ * runs the same on every backend; nothing in it knows sequences, handles, gRPC or ranks.
+ *
+ * A backend owns one KV pool: `pages` pages, each with the keys and values of `page_size` tokens of
+ * every layer and KV head, in a layout of its own. The caller decides which page holds what: it
+ * names pages by index, in page tables, and the backend neither allocates nor frees them.
+ *
+ * Two operations touch the pool:
+ *   attn_backend_append   writes rows of one layer into pages
+ *   attn_backend_decode   for one layer and a batch: appends the batch's new rows, attends, combines
+ *
+ * Shapes: h = heads_q, g = heads_kv, d = head_dim, e = head_dim_v; row-major, packed.
+ *   query rows   [query_length, h, d]   geometry dtype
+ *   key rows     [tokens, g, d]         geometry dtype
+ *   value rows   [tokens, g, e]         geometry dtype
+ *   out rows     [query_length, h, e]   geometry dtype
+ *   lse rows     [query_length, h]      float32, natural log
+ * Query head j attends with KV head j / (h / g).
+ *
+ * Mathematics, for query row r (of n) of a sequence with `length` visible tokens, the new ones
+ * included, at position p = length - n + r (a read without new rows: p = length - 1 for every r):
+ *   score(t) = q . k[t] * scale, then softcap * tanh(score / softcap) if softcap > 0
+ *   t is visible if t <= p and (window == 0 or t > p - window)
+ *   LSE = log(sum over visible t of exp(score(t)) + (sinks ? exp(sinks[j]) : 0))
+ *   out = sum over visible t of exp(score(t) - LSE) v[t]
+ * With nothing visible: out = 0 and LSE = -inf (the sink's value, if there is one).
+ *
+ * Safety (docs/design.md, "the split plan"): loop extents come from the lengths of this very call;
+ * a plan is a checked hint; a page index outside the pool fails the call with ATTN_INTERNAL before
+ * it is used; pool slots at and beyond a sequence's length, and page-table entries beyond its last
+ * page, are never read for a value: they may hold NaN or anything.
+ *
+ * Threads: one thread at a time drives a backend (the rank thread); the backend has workers of its
+ * own. Results are there when the call returns.
+ */
+#ifndef ATTND_KERNELS_ATTENTION_H
+#define ATTND_KERNELS_ATTENTION_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/status.h"
+
+/* ------------------------------------------------------------------------------------------- */
+/* Geometry */
+
+typedef enum {
+    ATTN_BF16 = 1,
+    ATTN_FP16 = 2,
+    ATTN_FP32 = 3,
+} attn_dtype;
+
+/* Bytes of one element: 2 or 4. */
+size_t attn_dtype_bytes(attn_dtype dtype);
+
+/* "bf16", "fp16", "fp32". A literal. */
+const char *attn_dtype_name(attn_dtype dtype);
+
+typedef struct {
+    uint32_t layers;
+    uint32_t heads_q;    /* a multiple of heads_kv; group heads_q / heads_kv is 1 .. 16 */
+    uint32_t heads_kv;
+    uint32_t head_dim;   /* 32 .. 256, a multiple of 8 */
+    uint32_t head_dim_v; /* likewise */
+    attn_dtype dtype;
+    uint32_t page_size;  /* tokens: 16, 32, 64 or 128 */
+} attn_geometry;
+
+/* ATTN_INVALID_ARGUMENT, naming the field, if no backend supports the geometry. */
+attn_status attn_geometry_check(const attn_geometry *geometry);
+
+/* Bytes of one row of q, k, v and out of one token. */
+size_t attn_query_row_bytes(const attn_geometry *geometry);
+size_t attn_key_row_bytes(const attn_geometry *geometry);
+size_t attn_value_row_bytes(const attn_geometry *geometry);
+size_t attn_out_row_bytes(const attn_geometry *geometry);
+
+/* Bytes of one page of the pool: K and V of page_size tokens, all heads, all layers. */
+size_t attn_page_bytes(const attn_geometry *geometry);
+
+#define ATTN_MAX_QUERY_LENGTH 128
+#define ATTN_MAX_GROUP 16
+
+/*
+ * The fixed split boundary of batch_invariant mode, and the stripe of spread sequences: tokens
+ * [c * ATTN_CHUNK_TOKENS, (c + 1) * ATTN_CHUNK_TOKENS) of a sequence are its chunk c. A multiple of
+ * every page size.
+ */
+#define ATTN_CHUNK_TOKENS 512
+
+/* ------------------------------------------------------------------------------------------- */
+/* Partial results */
+
+/*
+ * Where a sequence is spread over ranks, each rank holds whole chunks of it:  chunk_first,
+ * chunk_first + chunk_stride, and so on, packed in its own page table. The backend then attends to
+ * this part only and gives back partial results instead of out and lse.
+ */
+typedef struct {
+    uint32_t chunk_first;  /* global index of the part's chunk 0 */
+    uint32_t chunk_stride; /* ranks the sequence is spread over */
+    uint64_t total_length; /* of the whole sequence, the new rows included: gives query positions */
+    uint32_t new_first;    /* the first of this step's new rows that this part stores.. */
+    uint32_t new_count;    /* ..and how many: they are consecutive */
+} attn_part;
+
+/*
+ * A partial result of n query rows over some KV range: the normalised output in float32 and the
+ * log of its normaliser, without any sink. An empty range has out = 0 and lse = -inf.
+ *   out [n, h, e] float32      lse [n, h] float32
+ */
+typedef struct {
+    float *out;
+    float *lse;
+} attn_partial;
+
+/* ------------------------------------------------------------------------------------------- */
+/* A batch: one layer, some sequences */
+
+typedef struct {
+    uint32_t layer;
+    uint32_t size;                 /* sequences, 0 and more; below, i runs over them */
+    const uint32_t *lengths;       /* [size] tokens to attend to that are in this pool, new ones included */
+    const uint32_t *query_lengths; /* [size] 1 .. ATTN_MAX_QUERY_LENGTH */
+    const uint32_t *page_offsets;  /* [size + 1] sequence i's page table is pages[page_offsets[i] ..] */
+    const uint32_t *pages;         /* page indices; entries at and beyond ceil(lengths[i] / page_size) are ignored */
+
+    /* Rows, one pointer a sequence; any alignment. Borrowed until decode returns. */
+    const void *const *queries;    /* [size] query rows */
+    const void *const *new_keys;   /* [size] query_lengths[i] key rows to append at the end, or NULL: a read */
+    const void *const *new_values; /* [size] likewise; NULL exactly if new_keys is */
+    void *const *outs;             /* [size] out rows, written */
+    float *const *lses;            /* [size] lse rows, written; or NULL: not wanted */
+
+    /* Spread sequences. NULL: all whole. Else [size], and chunk_stride 0 marks a whole sequence. */
+    const attn_part *parts;
+    /*
+     * [size] for each spread sequence where its partial results go, instead of outs and lses:
+     * default mode: one partial; batch_invariant: one a chunk of the part, in chunk order, packed
+     * ([chunks, n, h, e] and [chunks, n, h]). NULL if parts is.
+     */
+    const attn_partial *partials;
+
+    float scale;           /* > 0 */
+    float softcap;         /* 0: off */
+    uint32_t window;       /* 0: off */
+    const float *sinks;    /* [h] or NULL */
+    bool batch_invariant;
+} attn_batch;
+
+/* Where a decode's time went, nanoseconds. */
+typedef struct {
+    int64_t plan_ns;
+    int64_t attention_ns; /* append and attention */
+    int64_t combine_ns;
+} attn_timing;
+
+/* ------------------------------------------------------------------------------------------- */
+/* Backends */
+
+typedef struct attn_backend attn_backend;
+typedef struct attn_plan attn_plan; /* kernels/split_plan.h */
+
+typedef struct {
+    const char *kind;        /* "cpu", "reference"; "cuda" where it is built in */
+    attn_geometry geometry;
+    uint32_t pages;          /* of the pool */
+    uint32_t workers;        /* CPU threads, the calling one included; 0: one */
+    const char *isa;         /* cpu: "auto" (or NULL), "avx512bf16", "avx512", "avx2", "portable" */
+    uint32_t device;         /* cuda: device index */
+    const int *cpus;         /* cpu: the cores to pin the workers to, [workers]; or NULL */
+} attn_backend_config;
+
+/*
+ * Creates a backend with an empty pool. The caller destroys it.
+ * ATTN_INVALID_ARGUMENT: unknown kind or isa, bad geometry. ATTN_UNAVAILABLE: this machine cannot
+ * run it (says why). ATTN_RESOURCE_EXHAUSTED: no memory for the pool (says how much was asked for).
+ */
+attn_status attn_backend_create(const attn_backend_config *config, attn_backend **backend);
+
+/* Frees the backend and its pool. NULL is fine. No call may be running. */
+void attn_backend_destroy(attn_backend *backend);
+
+/* One line for people: instruction set or device, workers. Valid as long as the backend. */
+const char *attn_backend_describe(const attn_backend *backend);
+
+const attn_geometry *attn_backend_geometry(const attn_backend *backend);
+
+/*
+ * Writes `tokens` key and value rows of one layer at positions position .. position + tokens - 1 of
+ * the pool-local sequence whose page table is `pages` [page_count]. Rows have any alignment.
+ * ATTN_INTERNAL: a page index outside the pool, or a table too short; nothing was written.
+ */
+attn_status attn_backend_append(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint32_t page_count,
+                                uint64_t position, uint32_t tokens, const void *keys, const void *values);
+
+/*
+ * Runs one layer for a batch: appends, attends, combines. `plan` is NULL (the partition is derived
+ * from the batch's lengths) or a per-step plan, which is checked against this batch and, if it does
+ * not fit, counted (attn_backend_plans_rejected), logged and not used. `timing` may be NULL.
+ * ATTN_INTERNAL: a page index outside the pool; nothing was appended and outs are unspecified.
+ * An empty batch does nothing.
+ */
+attn_status attn_backend_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
+                                attn_timing *timing);
+
+/* Copies all layers of page `from` to page `to` (copy on write). */
+attn_status attn_backend_copy_page(attn_backend *backend, uint32_t from, uint32_t to);
+
+/* Plans offered to this backend that did not fit their batch, since creation. Any thread. */
+uint64_t attn_backend_plans_rejected(const attn_backend *backend);
+
+/*
+ * Test aid: fills the given slots of a page, all layers and heads, with NaN.
+ */
+attn_status attn_backend_poison(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots);
+
+/* ------------------------------------------------------------------------------------------- */
+/* Combine */
+
+/*
+ * Merges `count` partial results of `rows` (query row, head) pairs in the order given, adds the sink
+ * and writes out rows in `dtype` and, if `lse` is not NULL, the LSE. The order and the arithmetic
+ * are fixed, so equal partials give bitwise equal outputs; batch_invariant decode uses this very
+ * function.
+ *   partials[c].out [n, h, e], partials[c].lse [n, h]; sinks [h] or NULL; out [n, h, e] in dtype
+ */
+void attn_combine(const attn_partial *partials, uint32_t count, uint32_t query_length, uint32_t heads_q,
+                  uint32_t head_dim_v, const float *sinks, attn_dtype dtype, void *out, float *lse);
+
+#endif
