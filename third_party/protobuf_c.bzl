@@ -28,6 +28,6 @@ def protobuf_c_library(name, src):
         name = name,
         srcs = [stem + ".pb-c.c"],
         hdrs = [stem + ".pb-c.h"],
-        copts = ["-Wno-unused-parameter"],
+        copts = ["-Wno-missing-braces"],
         deps = ["@protobuf_c//:protobuf_c"],
     )
