@@ -53,8 +53,7 @@ static inline bool attn_failed(attn_status status) { return status.code != ATTN_
 
 /* A failing status whose message is printed into this thread's buffer. `code` is not ATTN_OK. */
 attn_status attn_error(attn_code code, const char *format, ...) __attribute__((format(printf, 2, 3)));
-attn_status attn_verror(attn_code code, const char *format, va_list arguments)
-    __attribute__((format(printf, 2, 0)));
+attn_status attn_verror(attn_code code, const char *format, va_list arguments) __attribute__((format(printf, 2, 0)));
 
 /* Copies `status` into `*saved`. */
 void attn_status_save(attn_saved_status *saved, attn_status status);
@@ -68,17 +67,17 @@ static inline attn_status attn_status_view(const attn_saved_status *saved) {
 const char *attn_code_name(attn_code code);
 
 /* Returns from the calling function with the status of `expression` if that failed. */
-#define ATTN_TRY(expression)                                       \
-    do {                                                           \
-        attn_status attn_try_status_ = (expression);               \
-        if (attn_failed(attn_try_status_)) return attn_try_status_; \
+#define ATTN_TRY(expression)                                                                                           \
+    do {                                                                                                               \
+        attn_status attn_try_status_ = (expression);                                                                   \
+        if (attn_failed(attn_try_status_)) return attn_try_status_;                                                    \
     } while (0)
 
 /* Sets `status` to that of `expression` and goes to `label` if that failed. */
-#define ATTN_TRY_GOTO(status, expression, label) \
-    do {                                         \
-        (status) = (expression);                 \
-        if (attn_failed(status)) goto label;     \
+#define ATTN_TRY_GOTO(status, expression, label)                                                                       \
+    do {                                                                                                               \
+        (status) = (expression);                                                                                       \
+        if (attn_failed(status)) goto label;                                                                           \
     } while (0)
 
 #endif

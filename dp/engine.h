@@ -40,21 +40,21 @@ typedef struct dp_engine dp_engine;
 
 typedef struct {
     attn_geometry geometry;
-    const char *backend;            /* kernels backend kind: "cpu", "reference", .. */
-    const char *isa;                /* cpu: see attn_backend_config; NULL: auto */
-    uint32_t ranks;                 /* 1 .. DP_MAX_RANKS */
-    uint32_t workers_per_rank;      /* CPU threads a rank, its own included */
-    bool pin_cpus;                  /* pin rank r's workers to cores r * workers_per_rank .. */
+    const char *backend;       /* kernels backend kind: "cpu", "reference", .. */
+    const char *isa;           /* cpu: see attn_backend_config; NULL: auto */
+    uint32_t ranks;            /* 1 .. DP_MAX_RANKS */
+    uint32_t workers_per_rank; /* CPU threads a rank, its own included */
+    bool pin_cpus;             /* pin rank r's workers to cores r * workers_per_rank .. */
     uint32_t pages_per_rank;
-    uint32_t max_sequences;         /* open at once */
-    uint32_t max_batch;             /* sequences a step */
+    uint32_t max_sequences; /* open at once */
+    uint32_t max_batch;     /* sequences a step */
     uint64_t max_sequence_tokens;
-    uint32_t max_queue;             /* calls waiting for one rank */
-    uint32_t tenants;               /* tenant numbers are 0 .. tenants - 1 */
+    uint32_t max_queue;                   /* calls waiting for one rank */
+    uint32_t tenants;                     /* tenant numbers are 0 .. tenants - 1 */
     const uint64_t *tenant_max_pages;     /* [tenants] 0: no quota; or NULL. A shared page counts for each holder */
     const uint64_t *tenant_max_sequences; /* [tenants] likewise */
-    int64_t step_idle_ns;           /* an open step without a call for so long is aborted; 0: never */
-    int64_t sequence_idle_ns;       /* a sequence not used for so long is closed; 0: never */
+    int64_t step_idle_ns;                 /* an open step without a call for so long is aborted; 0: never */
+    int64_t sequence_idle_ns;             /* a sequence not used for so long is closed; 0: never */
 } dp_config;
 
 #define DP_MAX_RANKS 64
@@ -75,8 +75,8 @@ typedef struct {
     uint64_t pages_total;
     uint64_t pages_free;
     uint32_t queue_depth;
-    uint64_t calls;     /* layer calls run since start */
-    uint64_t launches;  /* backend decodes run since start: fewer than calls where calls were merged */
+    uint64_t calls;    /* layer calls run since start */
+    uint64_t launches; /* backend decodes run since start: fewer than calls where calls were merged */
     uint64_t plans_rejected;
     int64_t busy_ns;    /* time spent in the backend since start */
     const char *device; /* lives as long as the engine */
@@ -86,8 +86,8 @@ uint32_t dp_engine_ranks(const dp_engine *engine);
 void dp_engine_rank_info(dp_engine *engine, uint32_t rank, dp_rank_info *info);
 
 typedef struct {
-    uint64_t sequences; /* open now */
-    uint64_t steps;     /* open now */
+    uint64_t sequences;                      /* open now */
+    uint64_t steps;                          /* open now */
     uint64_t steps_committed, steps_aborted; /* since start */
 } dp_engine_counts;
 
@@ -118,11 +118,11 @@ typedef enum {
  * by this or an earlier process but for chance (64 bits: slot, generation, a secret).
  * `count` 1 .. max_sequences; `rank` is looked at for DP_EXPLICIT only.
  */
-attn_status dp_sequences_open(dp_engine *engine, uint32_t tenant, uint32_t count, dp_placement placement,
-                              uint32_t rank, uint64_t *handles, uint32_t *ranks);
+attn_status dp_sequences_open(dp_engine *engine, uint32_t tenant, uint32_t count, dp_placement placement, uint32_t rank,
+                              uint64_t *handles, uint32_t *ranks);
 
-attn_status dp_sequence_fork(dp_engine *engine, uint32_t tenant, uint64_t parent, uint64_t length,
-                             uint64_t *handle, uint32_t *rank);
+attn_status dp_sequence_fork(dp_engine *engine, uint32_t tenant, uint64_t parent, uint64_t length, uint64_t *handle,
+                             uint32_t *rank);
 
 attn_status dp_sequence_truncate(dp_engine *engine, uint32_t tenant, uint64_t handle, uint64_t length);
 
@@ -163,9 +163,9 @@ typedef struct {
  * releases it, from any thread, soon: the pool grows with the results that are out.
  */
 typedef struct {
-    void *out;      /* [tokens, heads_q, head_dim_v] */
+    void *out; /* [tokens, heads_q, head_dim_v] */
     size_t out_size;
-    float *lse;     /* [tokens, heads_q]; NULL if not asked for */
+    float *lse; /* [tokens, heads_q]; NULL if not asked for */
     size_t lse_size;
 } dp_result;
 
@@ -250,10 +250,10 @@ struct dp_layer_call {
      */
     void (*done)(dp_layer_call *call, attn_status status);
     /* out, valid from `done` */
-    dp_result *result;         /* NULL unless the status is ATTN_OK; the caller releases it */
-    bool committed;            /* this was the last layer of a step with new rows */
-    uint32_t timing_count;     /* ranks that had work */
-    dp_rank_timing *timing;    /* [timing_count]; lives until the step ends or its next layer */
+    dp_result *result;      /* NULL unless the status is ATTN_OK; the caller releases it */
+    bool committed;         /* this was the last layer of a step with new rows */
+    uint32_t timing_count;  /* ranks that had work */
+    dp_rank_timing *timing; /* [timing_count]; lives until the step ends or its next layer */
     /* the engine's */
     void *engine_private[4];
 };
@@ -276,8 +276,7 @@ typedef struct dp_upload dp_upload;
  * Announces `tokens` (1 or more) new tokens at the end of a sequence, marks it busy and takes the
  * pages. The caller ends it with dp_upload_end.
  */
-attn_status dp_upload_begin(dp_engine *engine, uint32_t tenant, uint64_t sequence, uint64_t tokens,
-                            dp_upload **upload);
+attn_status dp_upload_begin(dp_engine *engine, uint32_t tenant, uint64_t sequence, uint64_t tokens, dp_upload **upload);
 
 typedef struct dp_upload_chunk dp_upload_chunk;
 
@@ -297,7 +296,8 @@ attn_status dp_upload_write(dp_upload *upload, dp_upload_chunk *chunk);
 /* Makes the tokens visible. ATTN_INVALID_ARGUMENT names the first layer that is not complete. */
 attn_status dp_upload_commit(dp_upload *upload, uint64_t *length);
 
-/* Ends an upload and frees it: unless committed the sequence is as it was. A chunk in flight is waited for by the engine. */
+/* Ends an upload and frees it: unless committed the sequence is as it was. A chunk in flight is waited for by the
+ * engine. */
 void dp_upload_end(dp_upload *upload);
 
 #endif

@@ -60,12 +60,12 @@ const char *attn_dtype_name(attn_dtype dtype);
 
 typedef struct {
     uint32_t layers;
-    uint32_t heads_q;    /* a multiple of heads_kv; group heads_q / heads_kv is 1 .. 16 */
+    uint32_t heads_q; /* a multiple of heads_kv; group heads_q / heads_kv is 1 .. 16 */
     uint32_t heads_kv;
     uint32_t head_dim;   /* 32 .. 256, a multiple of 8 */
     uint32_t head_dim_v; /* likewise */
     attn_dtype dtype;
-    uint32_t page_size;  /* tokens: 16, 32, 64 or 128 */
+    uint32_t page_size; /* tokens: 16, 32, 64 or 128 */
 } attn_geometry;
 
 /* ATTN_INVALID_ARGUMENT, naming the field, if no backend supports the geometry. */
@@ -81,7 +81,7 @@ size_t attn_out_row_bytes(const attn_geometry *geometry);
 size_t attn_page_bytes(const attn_geometry *geometry);
 
 #define ATTN_MAX_QUERY_LENGTH 128
-#define ATTN_MAX_GROUP 16
+#define ATTN_MAX_GROUP        16
 
 /*
  * The fixed split boundary of batch_invariant mode, and the stripe of spread sequences: tokens
@@ -143,10 +143,10 @@ typedef struct {
      */
     const attn_partial *partials;
 
-    float scale;           /* > 0 */
-    float softcap;         /* 0: off */
-    uint32_t window;       /* 0: off */
-    const float *sinks;    /* [h] or NULL */
+    float scale;        /* > 0 */
+    float softcap;      /* 0: off */
+    uint32_t window;    /* 0: off */
+    const float *sinks; /* [h] or NULL */
     bool batch_invariant;
 } attn_batch;
 
@@ -164,13 +164,13 @@ typedef struct attn_backend attn_backend;
 typedef struct attn_plan attn_plan; /* kernels/split_plan.h */
 
 typedef struct {
-    const char *kind;        /* "cpu", "reference"; "cuda" where it is built in */
+    const char *kind; /* "cpu", "reference"; "cuda" where it is built in */
     attn_geometry geometry;
-    uint32_t pages;          /* of the pool */
-    uint32_t workers;        /* CPU threads, the calling one included; 0: one */
-    const char *isa;         /* cpu: "auto" (or NULL), "avx512bf16", "avx512", "avx2", "portable" */
-    uint32_t device;         /* cuda: device index */
-    const int *cpus;         /* cpu: the cores to pin the workers to, [workers]; or NULL */
+    uint32_t pages;   /* of the pool */
+    uint32_t workers; /* CPU threads, the calling one included; 0: one */
+    const char *isa;  /* cpu: "auto" (or NULL), "avx512bf16", "avx512", "avx2", "portable" */
+    uint32_t device;  /* cuda: device index */
+    const int *cpus;  /* cpu: the cores to pin the workers to, [workers]; or NULL */
 } attn_backend_config;
 
 /*
