@@ -36,7 +36,13 @@ cc_library(
     deps = [":headers"],
 )
 """ % library)
-    if nccl:
+    else:
+        build.append("""
+cc_library(name = "headers")
+
+cc_library(name = "cudart")
+""")
+    if have_cuda and nccl:
         ctx.symlink(nccl[0], "nccl/nccl.h")
         build.append("""
 cc_library(
@@ -45,7 +51,7 @@ cc_library(
     includes = ["nccl"],
     deps = [":headers"],
 )
-""" if have_cuda else "")
+""")
     ctx.file("BUILD", "".join(build))
     ctx.file("defs.bzl", """
 HAVE_CUDA = {have_cuda}
