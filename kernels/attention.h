@@ -103,7 +103,7 @@ typedef struct {
     uint32_t chunk_stride; /* ranks the sequence is spread over */
     uint64_t total_length; /* of the whole sequence, the new rows included: gives query positions */
     uint32_t new_first;    /* the first of this step's new rows that this part stores.. */
-    uint32_t new_count;    /* ..and how many: they are consecutive */
+    uint32_t new_count;    /* ..and how many (maybe 0): they are consecutive, and the last of the part */
 } attn_part;
 
 /*
@@ -129,7 +129,12 @@ typedef struct {
 
     /* Rows, one pointer a sequence; any alignment. Borrowed until decode returns. */
     const void *const *queries;    /* [size] query rows */
-    const void *const *new_keys;   /* [size] query_lengths[i] key rows to append at the end, or NULL: a read */
+    /*
+     * [size] query_lengths[i] key rows to append at the end, or NULL: a read. For a part: its new_count
+     * rows, starting with row new_first; NULL only for a read, never because new_count is 0 (the
+     * query positions of a part follow from total_length by the same rules as for a whole sequence).
+     */
+    const void *const *new_keys;
     const void *const *new_values; /* [size] likewise; NULL exactly if new_keys is */
     void *const *outs;             /* [size] out rows, written */
     float *const *lses;            /* [size] lse rows, written; or NULL: not wanted */
