@@ -1,0 +1,73 @@
+/*
+ * What a backend implements. Private to kernels/.
+ *
+ * A backend is a struct that begins with attn_backend, and a table of operations. kernels/backend.c
+ * dispatches to the table and has checked every argument first, so an operation is only called with:
+ *   append     a layer, page indices and positions that are inside the pool; tokens > 0
+ *   decode     a batch that attn_batch_check accepts, of size > 0; `timing` is never NULL and is zero
+ *   copy_page  two different pages of the pool
+ *   poison     a page and slots that exist
+ * A backend whose page tables live elsewhere (on a device) checks the indices it reads there again.
+ */
+#ifndef ATTND_KERNELS_BACKEND_H
+#define ATTND_KERNELS_BACKEND_H
+
+#include <stdatomic.h>
+
+#include "kernels/attention.h"
+#include "kernels/split_plan.h"
+
+typedef struct {
+    const char *kind; /* attn_backend_config.kind */
+
+    /*
+     * The geometry, and that pages > 0, have been checked. Makes a backend whose base has been through
+     * attn_backend_init. Errors as attn_backend_create.
+     */
+    attn_status (*create)(const attn_backend_config *config, attn_backend **backend);
+
+    /* Frees everything, the base too (attn_backend_fini). */
+    void (*destroy)(attn_backend *backend);
+
+    attn_status (*append)(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
+                          uint32_t tokens, const void *keys, const void *values);
+    attn_status (*decode)(attn_backend *backend, const attn_batch *batch, const attn_plan *plan, attn_timing *timing);
+    void (*copy_page)(attn_backend *backend, uint32_t from, uint32_t to);
+    void (*poison)(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots);
+} attn_backend_ops;
+
+/* The first member of every backend. Owned by the thread that drives it, but for plans_rejected. */
+struct attn_backend {
+    const attn_backend_ops *ops;
+    attn_geometry geometry;
+    uint32_t pages;
+    attn_line line; /* workers, tiles; the live batch during a decode */
+    attn_plan_identity identity;
+    _Atomic uint64_t plans_rejected; /* read by any thread */
+    char description[160];           /* attn_backend_describe; the backend fills it at creation */
+};
+
+/*
+ * Fills the base. The tile and block sizes and the workers are the backend's choice (attn_line_init).
+ * Cannot fail; undo with attn_backend_fini.
+ */
+void attn_backend_init(attn_backend *backend, const attn_backend_ops *ops, const attn_backend_config *config,
+                       uint32_t tile_tokens, uint32_t block_queries, uint32_t workers);
+void attn_backend_fini(attn_backend *backend);
+
+/*
+ * Is the batch one that a backend may run? Layer, lengths, query lengths, parts, pointers, scale:
+ * ATTN_INVALID_ARGUMENT. Every page index that is within a sequence's length: ATTN_INTERNAL.
+ */
+attn_status attn_batch_check(const attn_backend *backend, const attn_batch *batch);
+
+/*
+ * After attn_line_build: `plan` if it fits the live batch; else NULL, and if there was a plan it is
+ * counted and logged.
+ */
+const attn_plan *attn_backend_accept_plan(attn_backend *backend, const attn_plan *plan);
+
+extern const attn_backend_ops attn_reference_backend_ops; /* kernels/reference.c */
+extern const attn_backend_ops attn_cpu_backend_ops;       /* kernels/cpu */
+
+#endif

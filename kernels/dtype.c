@@ -1,0 +1,73 @@
+#include "kernels/dtype.h"
+
+#include <assert.h>
+
+size_t attn_dtype_bytes(attn_dtype dtype) { return dtype == ATTN_FP32 ? 4 : 2; }
+
+const char *attn_dtype_name(attn_dtype dtype) {
+    switch (dtype) {
+    case ATTN_BF16: return "bf16";
+    case ATTN_FP16: return "fp16";
+    case ATTN_FP32: return "fp32";
+    }
+    return "unknown dtype";
+}
+
+float attn_fp16_to_float(uint16_t value) {
+    uint32_t sign = (uint32_t)(value & 0x8000) << 16;
+    uint32_t exponent = value >> 10 & 0x1f;
+    uint32_t fraction = value & 0x3ff;
+    if (exponent == 0x1f) { /* infinity, or NaN made quiet */
+        return attn_float_of_bits(sign | 0x7f800000 | fraction << 13 | (fraction ? 0x400000 : 0));
+    }
+    if (exponent == 0) { /* zero or subnormal: fraction * 2^-24 is a normal float */
+        float magnitude = (float)fraction * 0x1p-24f;
+        return attn_float_of_bits(sign | attn_float_bits(magnitude));
+    }
+    return attn_float_of_bits(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+/* value / 2^shift, to nearest, ties to even. shift 1 .. 31. */
+static uint32_t shift_right_to_even(uint32_t value, uint32_t shift) {
+    uint32_t half = (1u << (shift - 1)) - 1;
+    return (value + half + (value >> shift & 1)) >> shift;
+}
+
+uint16_t attn_float_to_fp16(float value) {
+    uint32_t bits = attn_float_bits(value);
+    uint32_t sign = bits >> 16 & 0x8000;
+    uint32_t magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00 | (magnitude >> 13 & 0x3ff)); /* NaN, made quiet */
+    if (magnitude >= 0x47800000) return (uint16_t)(sign | 0x7c00);                            /* 2^16 and more */
+    if (magnitude >= 0x38800000) { /* 2^-14 and more: normal; a carry out of the fraction is the next exponent */
+        return (uint16_t)(sign | shift_right_to_even(magnitude - (112u << 23), 13));
+    }
+    if (magnitude < 0x33000000) return (uint16_t)sign; /* below 2^-25: nearer to zero */
+    uint32_t fraction = (magnitude & 0x7fffff) | 0x800000;
+    return (uint16_t)(sign | shift_right_to_even(fraction, 126 - (magnitude >> 23)));
+}
+
+void attn_elements_to_floats(attn_dtype dtype, const void *source, float *destination, size_t count) {
+    const unsigned char *bytes = source;
+    if (dtype == ATTN_FP32) {
+        memcpy(destination, source, count * sizeof *destination);
+        return;
+    }
+    for (size_t n = 0; n < count; n++) {
+        uint16_t element;
+        memcpy(&element, bytes + 2 * n, sizeof element);
+        destination[n] = dtype == ATTN_BF16 ? attn_bf16_to_float(element) : attn_fp16_to_float(element);
+    }
+}
+
+void attn_elements_from_floats(attn_dtype dtype, const float *source, void *destination, size_t count) {
+    unsigned char *bytes = destination;
+    if (dtype == ATTN_FP32) {
+        memcpy(destination, source, count * sizeof *source);
+        return;
+    }
+    for (size_t n = 0; n < count; n++) {
+        uint16_t element = dtype == ATTN_BF16 ? attn_float_to_bf16(source[n]) : attn_float_to_fp16(source[n]);
+        memcpy(bytes + 2 * n, &element, sizeof element);
+    }
+}
