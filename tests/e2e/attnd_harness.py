@@ -184,10 +184,11 @@ class Server:
                 self.process.kill()
                 raise RuntimeError(f"attnd did not get ready:\n{self.log()}")
             time.sleep(0.005)
-        ready = json.loads(self.ready_file.read_text())
-        self.addresses = ready["addresses"]
+        # One address a line; the metrics' is marked by its name.
+        lines = self.ready_file.read_text().split("\n")[:-1]
+        self.addresses = [line for line in lines if not line.startswith("metrics")]
         self.address = self.addresses[0]
-        self.metrics_port = ready.get("metrics_port")
+        self.metrics_port = next((int(line.rsplit(":", 1)[1]) for line in lines if line.startswith("metrics")), None)
 
     @property
     def pid(self):

@@ -10,7 +10,7 @@ no sanitizer report, and once the test's sequences are closed every page of ever
 Clients made through `server.api()` are tracked; a test that opens sequences in another way (the
 client package, say) closes them itself, or has the leak check fail.
 
-Markers: slow is left out under ThreadSanitizer. The binary under test is $ATTND_BINARY, or
+Marker: slow, left out under ThreadSanitizer (-m "not slow"). The binary under test is $ATTND_BINARY, or
 bazel-bin/service/attnd.
 """
 
@@ -24,13 +24,6 @@ from attention_oracle import Model
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out under ThreadSanitizer")
-
-
-def pytest_collection_modifyitems(items):
-    if attnd_harness.build_kind() == "tsan":
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow under ThreadSanitizer"))
 
 
 class TrackedServer:
