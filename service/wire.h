@@ -73,6 +73,9 @@ void wire_reader_init(wire_reader *reader);
 
 void wire_reader_fini(wire_reader *reader);
 
+/* Done with the last message: gives back what an unusually large one needed and keeps the rest for the next. */
+void wire_reader_trim(wire_reader *reader);
+
 /* Room for `count` pieces, for the caller of wire_read to fill. NULL if there is no memory. */
 dp_span *wire_reader_pieces(wire_reader *reader, size_t count);
 
