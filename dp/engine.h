@@ -200,6 +200,13 @@ uint32_t dp_step_tokens(const dp_step *step);
 uint32_t dp_step_next_layer(const dp_step *step);
 
 /*
+ * Whether a step is about these sequences and query lengths (NULL: 1 each), in this order:
+ * ATTN_INVALID_ARGUMENT names the first that differs.
+ */
+attn_status dp_step_matches(const dp_step *step, const uint64_t *sequences, const uint32_t *query_lengths,
+                            uint32_t count);
+
+/*
  * Finds an open, unowned step by name and takes it: until dp_step_put nobody else gets it
  * (ATTN_ABORTED: somebody has it now). ATTN_NOT_FOUND: unknown, ended, idled out, or another tenant's.
  */
