@@ -137,10 +137,14 @@ static inline const attn_part *attn_batch_part(const attn_batch *batch, uint32_t
 }
 
 /*
- * The new rows of sequence i that go to this pool: rows *first .. *first + *count - 1 of its new
- * rows are written at pool-local tokens lengths[i] - *count and on. *count is 0 for a read.
+ * How many rows of new_keys[i] and new_values[i] this pool is to store: at pool-local tokens
+ * lengths[i] - rows and on. 0 for a read, and for a part that none of the new rows falls into.
  */
-void attn_batch_new_rows(const attn_batch *batch, uint32_t i, uint32_t *first, uint32_t *count);
+static inline uint32_t attn_batch_new_rows(const attn_batch *batch, uint32_t i) {
+    if (attn_batch_is_read(batch, i)) return 0;
+    const attn_part *part = attn_batch_part(batch, i);
+    return part ? part->new_count : batch->query_lengths[i];
+}
 
 /*
  * The pool-local tokens that query row `query` of sequence i sees: *begin .. *end - 1, by causal

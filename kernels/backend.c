@@ -1,0 +1,107 @@
+/* Which backends there are, and the way to them: every argument is checked here, once for all. */
+#include "kernels/backend.h"
+
+#include <string.h>
+
+#include "base/status.h"
+
+/* The best first: what "auto" takes. */
+static const attn_backend_ops *const registry[] = {&attn_cpu_backend_ops, &attn_reference_backend_ops};
+
+enum { REGISTERED = sizeof registry / sizeof *registry };
+
+static attn_status find_kind(const char *kind, const attn_backend_ops **ops) {
+    if (!kind || strcmp(kind, "auto") == 0) {
+        *ops = registry[0];
+        return attn_ok();
+    }
+    for (size_t n = 0; n < REGISTERED; n++) {
+        if (strcmp(kind, registry[n]->kind) == 0) {
+            *ops = registry[n];
+            return attn_ok();
+        }
+    }
+    if (strcmp(kind, "cuda") == 0) return attn_error(ATTN_UNAVAILABLE, "this build has no cuda backend");
+    return attn_error(ATTN_INVALID_ARGUMENT,
+                      "no backend \"%s\": there are \"auto\", \"cpu\", \"reference\" and \"cuda\"", kind);
+}
+
+attn_status attn_backend_create(const attn_backend_config *config, attn_backend **backend) {
+    const attn_backend_ops *ops = NULL;
+    *backend = NULL;
+    ATTN_TRY(find_kind(config->kind, &ops));
+    ATTN_TRY(attn_geometry_check(&config->geometry));
+    if (config->pages == 0) return attn_error(ATTN_INVALID_ARGUMENT, "a backend needs at least one page");
+    return ops->create(config, backend);
+}
+
+void attn_backend_destroy(attn_backend *backend) {
+    if (backend) backend->ops->destroy(backend);
+}
+
+const char *attn_backend_describe(const attn_backend *backend) { return backend->description; }
+
+const attn_geometry *attn_backend_geometry(const attn_backend *backend) { return &backend->geometry; }
+
+uint64_t attn_backend_plans_rejected(const attn_backend *backend) {
+    return atomic_load_explicit(&backend->plans_rejected, memory_order_relaxed);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* The pool */
+
+static attn_status check_layer(const attn_backend *backend, uint32_t layer) {
+    if (layer < backend->geometry.layers) return attn_ok();
+    return attn_error(ATTN_INVALID_ARGUMENT, "layer %u: the geometry has %u", layer, backend->geometry.layers);
+}
+
+static attn_status check_page(const attn_backend *backend, uint32_t page) {
+    if (page < backend->pages) return attn_ok();
+    return attn_error(ATTN_INTERNAL, "page %u: the pool has %u", page, backend->pages);
+}
+
+attn_status attn_backend_append(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint32_t page_count,
+                                uint64_t position, uint32_t tokens, const void *keys, const void *values) {
+    ATTN_TRY(check_layer(backend, layer));
+    if (tokens == 0) return attn_ok();
+    uint64_t room = (uint64_t)page_count * backend->geometry.page_size;
+    if (position > room || tokens > room - position) {
+        return attn_error(ATTN_INTERNAL, "%u tokens at position %llu do not fit a page table of %u pages", tokens,
+                          (unsigned long long)position, page_count);
+    }
+    uint64_t last = (position + tokens - 1) / backend->geometry.page_size;
+    for (uint64_t p = position / backend->geometry.page_size; p <= last; p++) {
+        ATTN_TRY(check_page(backend, pages[p]));
+    }
+    return backend->ops->append(backend, layer, pages, position, tokens, keys, values);
+}
+
+attn_status attn_backend_copy_page(attn_backend *backend, uint32_t from, uint32_t to) {
+    ATTN_TRY(check_page(backend, from));
+    ATTN_TRY(check_page(backend, to));
+    if (from != to) backend->ops->copy_page(backend, from, to);
+    return attn_ok();
+}
+
+attn_status attn_backend_poison(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots) {
+    ATTN_TRY(check_page(backend, page));
+    uint32_t page_size = backend->geometry.page_size;
+    if (first_slot > page_size || slots > page_size - first_slot) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "slots %u and %u more: a page has %u", first_slot, slots, page_size);
+    }
+    backend->ops->poison(backend, page, first_slot, slots);
+    return attn_ok();
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Decode */
+
+attn_status attn_backend_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
+                                attn_timing *timing) {
+    attn_timing unwanted;
+    if (!timing) timing = &unwanted;
+    *timing = (attn_timing){0};
+    if (batch->size == 0) return attn_ok();
+    ATTN_TRY(attn_batch_check(backend, batch));
+    return backend->ops->decode(backend, batch, plan, timing);
+}
