@@ -15,7 +15,7 @@ from google.protobuf import descriptor_pb2
 from grpc_tools import protoc
 
 Field = descriptor_pb2.FieldDescriptorProto
-SCALARS = {getattr(Field, name): name[5:].lower() for name in dir(Field) if name.startswith("TYPE_")}
+SCALARS = {number: name[len("TYPE_"):].lower() for name, number in Field.Type.items()}
 LocationPath = Tuple[int, ...]
 
 # Field numbers of descriptor.proto that a source location's path is made of.
