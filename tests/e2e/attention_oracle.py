@@ -7,6 +7,7 @@ Shapes: h = heads_q, g = heads_kv, d = head_dim, e = head_dim_v;
 q [rows, h, d], k [tokens, g, d], v [tokens, g, e], out [rows, h, e], lse [rows, h].
 """
 
+import itertools
 import math
 
 import ml_dtypes
@@ -75,11 +76,11 @@ class Answer:
         tokens = sum(query_lengths)
         out = np.frombuffer(response.out, dtype=model.dtype).reshape(tokens, geometry.heads_q, geometry.head_dim_v)
         borders = np.cumsum([0, *query_lengths])
-        self.outs = [out[a:b] for a, b in zip(borders, borders[1:])]
+        self.outs = [out[a:b] for a, b in itertools.pairwise(borders)]
         self.lses = None
         if response.lse:
             lse = np.frombuffer(response.lse, dtype=np.float32).reshape(tokens, geometry.heads_q)
-            self.lses = [lse[a:b] for a, b in zip(borders, borders[1:])]
+            self.lses = [lse[a:b] for a, b in itertools.pairwise(borders)]
 
 
 class Layer:

@@ -128,25 +128,25 @@ class Server:
     """One attnd process, started with the given flags: Server(ranks=2, page_size=16)."""
 
     # A sensible small server: K and V rows of different widths, two layers, a group of two.
-    DEFAULTS = dict(
-        listen="127.0.0.1:0",
-        backend="cpu",
-        ranks=2,
-        threads=1,
-        layers=2,
-        heads_q=4,
-        heads_kv=2,
-        head_dim=64,
-        head_dim_v=32,
-        dtype="fp32",
-        page_size=16,
-        pages=512,
-        max_batch=1024,
-        max_sequences=4096,
-        metrics_port=0,
-        log_level="info",
-        grace_ms=5000,
-    )
+    DEFAULTS = {
+        "listen": "127.0.0.1:0",
+        "backend": "cpu",
+        "ranks": 2,
+        "threads": 1,
+        "layers": 2,
+        "heads_q": 4,
+        "heads_kv": 2,
+        "head_dim": 64,
+        "head_dim_v": 32,
+        "dtype": "fp32",
+        "page_size": 16,
+        "pages": 512,
+        "max_batch": 1024,
+        "max_sequences": 4096,
+        "metrics_port": 0,
+        "log_level": "info",
+        "grace_ms": 5000,
+    }
 
     def __init__(self, folder, bare=False, environment=None, **flags):
         """bare: only the flags given, none of DEFAULTS. A flag that is None is left out; a list repeats it."""
@@ -158,13 +158,14 @@ class Server:
         self.stopped = False
         self.expected_exit = 0
         self.leaks_expected = False  # set by a test after which a leak check makes no sense (draining, TLS)
-        self.process = subprocess.Popen(
-            [binary(), *self.arguments()],
-            stdin=subprocess.DEVNULL,
-            stdout=open(self.folder / "stdout", "wb"),
-            stderr=open(self.log_file, "wb"),
-            env={**os.environ, **(environment or {})},
-        )
+        with open(self.folder / "stdout", "wb") as stdout, open(self.log_file, "wb") as stderr:
+            self.process = subprocess.Popen(
+                [binary(), *self.arguments()],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env={**os.environ, **(environment or {})},
+            )
         self._wait_until_ready()
 
     def arguments(self):

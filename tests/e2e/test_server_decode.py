@@ -1,5 +1,7 @@
 """Decode and DecodeStream answer what the float64 oracle says, on every dtype, rank count and placement."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -49,14 +51,14 @@ def test_every_query_length_from_1_to_128(shared_server):
 
 
 OPTIONS = {
-    "scale": dict(softmax_scale=0.37),
-    "softcap": dict(softcap=3.0),
-    "window_of_one": dict(sliding_window=1),
-    "window": dict(sliding_window=20),
-    "window_longer_than_a_chunk": dict(sliding_window=600),
-    "sinks": dict(sinks=[0.5, -3.0, 8.0, 0.0]),
-    "batch_invariant": dict(batch_invariant=True),
-    "all_together": dict(softmax_scale=0.2, softcap=5.0, sliding_window=70, sinks=[1.0, 2.0, -1.0, 3.0], batch_invariant=True),
+    "scale": {"softmax_scale": 0.37},
+    "softcap": {"softcap": 3.0},
+    "window_of_one": {"sliding_window": 1},
+    "window": {"sliding_window": 20},
+    "window_longer_than_a_chunk": {"sliding_window": 600},
+    "sinks": {"sinks": [0.5, -3.0, 8.0, 0.0]},
+    "batch_invariant": {"batch_invariant": True},
+    "all_together": {"softmax_scale": 0.2, "softcap": 5.0, "sliding_window": 70, "sinks": [1.0, 2.0, -1.0, 3.0], "batch_invariant": True},
 }
 
 
@@ -71,10 +73,10 @@ def test_options_mean_what_the_contract_says(shared_server, name, placement):
 
 
 GEOMETRIES = {
-    "mqa_group_of_16": dict(heads_q=16, heads_kv=1, head_dim=128, head_dim_v=128, page_size=64),
-    "no_group": dict(heads_q=3, heads_kv=3, head_dim=32, head_dim_v=32, page_size=16),
-    "group_of_5": dict(heads_q=10, heads_kv=2, head_dim=40, head_dim_v=72, page_size=32),
-    "group_of_8_widest_heads": dict(heads_q=8, heads_kv=1, head_dim=256, head_dim_v=256, page_size=128),
+    "mqa_group_of_16": {"heads_q": 16, "heads_kv": 1, "head_dim": 128, "head_dim_v": 128, "page_size": 64},
+    "no_group": {"heads_q": 3, "heads_kv": 3, "head_dim": 32, "head_dim_v": 32, "page_size": 16},
+    "group_of_5": {"heads_q": 10, "heads_kv": 2, "head_dim": 40, "head_dim_v": 72, "page_size": 32},
+    "group_of_8_widest_heads": {"heads_q": 8, "heads_kv": 1, "head_dim": 256, "head_dim_v": 256, "page_size": 128},
 }
 
 
@@ -87,9 +89,9 @@ def test_geometries(start_server, geometry, dtype):
     model.step(whole + spread, [1, 3, 1, 9, 1, 1, 2, 1], opts=options(return_lse=True))
 
 
-@pytest.mark.parametrize("backend", [dict(backend="reference"), dict(isa="portable"), dict(isa="avx2")])
+@pytest.mark.parametrize("backend", [{"backend": "reference"}, {"isa": "portable"}, {"isa": "avx2"}])
 def test_other_backends_and_instruction_sets(start_server, backend):
-    if backend.get("isa") == "avx2" and " avx2 " not in open("/proc/cpuinfo").read():
+    if backend.get("isa") == "avx2" and " avx2 " not in pathlib.Path("/proc/cpuinfo").read_text():
         pytest.skip("this machine has no AVX2")
     model = Model(start_server(dtype="bf16", **backend).api())
     handles = model.open_filled([0, 20, 65]) + model.open_filled([600], pb.PLACEMENT_SPREAD)

@@ -5,7 +5,7 @@ import math
 import grpc
 import pytest
 
-from attention_oracle import Model, options
+from attention_oracle import Model
 from attnd_harness import CODE, pb
 
 FP32 = pb.DTYPE_FP32
@@ -470,9 +470,9 @@ def test_a_copy_on_write_needs_a_page_too(tiny):
 
 def test_a_spread_sequence_runs_out_with_its_fullest_rank(start_server):
     model = Model(start_server(ranks=2, pages=40).api())
-    (whole,) = model.open_filled([20 * 16], pb.PLACEMENT_EXPLICIT, 1)
+    (whole,) = model.open_filled([64], pb.PLACEMENT_EXPLICIT, 1)
     (spread,) = model.open_filled([512], pb.PLACEMENT_SPREAD)
-    expect_exhausted(model.api.error("AppendKv", list(model.append_messages(spread, model.rows(512)))), "pages")
+    expect_exhausted(model.api.error("AppendKv", list(model.append_messages(spread, model.rows(1024)))), "pages")
     model.check_lengths()
     model.step([whole, spread])
 

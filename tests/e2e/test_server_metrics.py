@@ -1,0 +1,99 @@
+"""/metrics is Prometheus text, per rank, and moves with the calls."""
+
+import http.client
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from attention_oracle import Model
+from attnd_harness import pb
+
+
+def families(server):
+    return {family.name: family for family in text_string_to_metric_families(server.metrics_text())}
+
+
+def value(server, name, **labels):
+    """The sum of the samples of that name with these labels."""
+    found = [
+        sample.value
+        for family in families(server).values()
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    ]
+    assert found, f"no sample {name} {labels}"
+    return sum(found)
+
+
+@pytest.fixture
+def ranked(start_server):
+    server = start_server(ranks=2, test_fail_rank=1)
+    return server, Model(server.api())
+
+
+def test_the_text_parses_and_every_family_has_help(ranked):
+    server, model = ranked
+    model.step(model.open_filled([3]))
+    found = families(server)
+    assert found
+    for family in found.values():
+        assert family.name.startswith(("attnd_", "process_")), family.name
+        assert family.documentation and family.type != "unknown", family.name
+
+
+def test_tokens_and_pages_are_told_by_rank(ranked):
+    server, model = ranked
+    model.open_filled([40], pb.PLACEMENT_EXPLICIT, 0)
+    model.open_filled([16, 17], pb.PLACEMENT_EXPLICIT, 1)
+    info = model.api.info()
+    for rank in (0, 1):
+        assert value(server, "attnd_rank_tokens", rank=str(rank)) == info.ranks[rank].tokens == (40, 33)[rank]
+        assert value(server, "attnd_rank_pages_free", rank=str(rank)) == info.ranks[rank].pages_free == 512 - 3
+        assert value(server, "attnd_rank_sequences", rank=str(rank)) == (1, 2)[rank]
+
+
+def test_counters_move_with_calls_and_steps(ranked):
+    server, model = ranked
+    handles = model.open_filled([5], pb.PLACEMENT_EXPLICIT, 1)
+    calls = value(server, "attnd_rank_calls_total", rank="1")
+    idle = value(server, "attnd_rank_calls_total", rank="0")
+    steps = value(server, "attnd_steps_committed_total")
+    decodes = value(server, "attnd_calls_total", method="Decode") if "Decode" in server.metrics_text() else 0
+    model.step(handles, via="unary")
+    model.step(handles, via="stream")
+    assert value(server, "attnd_rank_calls_total", rank="1") == calls + 4
+    assert value(server, "attnd_rank_calls_total", rank="0") == idle
+    assert value(server, "attnd_steps_committed_total") == steps + 2
+    assert value(server, "attnd_calls_total", method="Decode") == decodes + 2
+
+
+def test_failed_calls_are_counted_by_code(ranked):
+    server, model = ranked
+    for _ in range(3):
+        model.api.error("DescribeSequences", pb.DescribeSequencesRequest(sequences=[9]))
+    assert value(server, "attnd_calls_total", method="DescribeSequences", code="NOT_FOUND") == 3
+
+
+def test_a_lost_rank_shows(ranked):
+    import signal
+
+    from attnd_harness import eventually
+
+    server, _ = ranked
+    assert value(server, "attnd_rank_up", rank="1") == 1
+    server.signal(signal.SIGUSR1)
+    eventually(lambda: value(server, "attnd_rank_up", rank="1") == 0, what="rank 1 down")
+    assert value(server, "attnd_rank_up", rank="0") == 1
+
+
+def test_liveness_readiness_and_unknown_pages(ranked):
+    server, _ = ranked
+    for path, status in (("/healthz", 200), ("/readyz", 200), ("/metrics", 200), ("/nothing", 404), ("/", 404)):
+        connection = http.client.HTTPConnection("127.0.0.1", server.metrics_port, timeout=20)
+        connection.request("GET", path)
+        assert connection.getresponse().status == status, path
+        connection.close()
+
+
+def test_without_a_metrics_port_nothing_listens(start_server):
+    assert start_server(metrics_port=None).metrics_port is None
