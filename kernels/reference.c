@@ -1,3 +1,5 @@
+#define _POSIX_C_SOURCE 200809L
+
 /*
  * The reference backend: float64, one thread, one obvious loop. It is the oracle that the others are
  * held against, so it shares nothing with them but the interface: no split plan (a plan offered to it

@@ -219,6 +219,15 @@ static void step_to_next_unit(attn_walk *walk) {
     walk->sequence++;
 }
 
+/* The tokens of tiles tile_begin .. tile_end - 1 of the run's unit that some row of its block sees. */
+static void seen_tokens(const attn_line *line, const attn_run *run, uint64_t tile_begin, uint64_t tile_end,
+                        uint64_t *begin, uint64_t *end) {
+    uint64_t from = run->first_tile_tokens + tile_begin * line->tile;
+    uint64_t to = run->first_tile_tokens + tile_end * line->tile;
+    *end = min_u64(to, run->unit_end);
+    *begin = min_u64(from > run->unit_begin ? from : run->unit_begin, *end);
+}
+
 bool attn_walk_next(attn_walk *walk, attn_run *run) {
     if (walk->line_tile >= walk->line_end) return false;
     const attn_line *line = walk->line;
@@ -246,9 +255,7 @@ bool attn_walk_next(attn_walk *walk, attn_run *run) {
         run->first_worker = worker_of_tile(line, unit_first);
         run->last_worker = worker_of_tile(line, unit_first + unit.tiles - 1);
     }
-    uint64_t unused;
-    attn_run_tile(line, run, run->tile_begin, &run->token_begin, &unused);
-    attn_run_tile(line, run, run->tile_end - 1, &unused, &run->token_end);
+    seen_tokens(line, run, run->tile_begin, run->tile_end, &run->token_begin, &run->token_end);
 
     walk->line_tile += tiles;
     walk->tile += tiles;
@@ -257,10 +264,7 @@ bool attn_walk_next(attn_walk *walk, attn_run *run) {
 }
 
 void attn_run_tile(const attn_line *line, const attn_run *run, uint64_t tile, uint64_t *begin, uint64_t *end) {
-    uint64_t from = run->first_tile_tokens + tile * line->tile;
-    uint64_t to = from + line->tile;
-    *end = min_u64(to, run->unit_end);
-    *begin = min_u64(from > run->unit_begin ? from : run->unit_begin, *end);
+    seen_tokens(line, run, tile, tile + 1, begin, end);
 }
 
 /* ------------------------------------------------------------------------------------------- */
