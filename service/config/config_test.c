@@ -232,6 +232,7 @@ static void wrong_values_are_refused_with_their_path(void **state) {
     (void)state;
     assert_refused("geometry: {head_dim: 33}", "t.yaml: geometry.head_dim: 33 is not a multiple of 8");
     assert_refused("geometry: {dtype: int8}", "t.yaml: geometry.dtype: 'int8' is none of bf16, fp16, fp32");
+    assert_refused("geometry: {page_size: 48}", "t.yaml: geometry.page_size: '48' is none of 16, 32, 64, 128");
     assert_refused("ranks: {count: -1}", "t.yaml: ranks.count: '-1' is not a whole number");
     assert_refused("ranks: {count: 2.5}", "t.yaml: ranks.count: '2.5' is not a whole number");
     assert_refused("ranks: {count: }", "t.yaml: ranks.count: '' is not a whole number");

@@ -12,6 +12,7 @@
 
 static const char *const backend_choices[] = {"auto", "cpu", "reference", "cuda", NULL};
 static const char *const isa_choices[] = {"auto", "avx512bf16", "avx512", "avx2", "portable", NULL};
+static const char *const page_size_choices[] = {"16", "32", "64", "128", NULL};
 static const char *const dtype_choices[] = {"bf16", "fp16", "fp32", NULL};
 static const char *const level_choices[] = {"debug", "info", "warn", "error", "off", NULL};
 
@@ -42,7 +43,7 @@ const attn_setting attn_settings[] = {
     {"geometry", "dtype", "dtype", "TYPE", "bf16", "Of q, k, v and out: bf16, fp16 or fp32.", ATTN_SETTING_DTYPE,
      .offset = AT(geometry.dtype)},
     {"geometry", "page_size", "page-size", "N", "64", "Tokens a page: 16, 32, 64 or 128.", ATTN_SETTING_U32,
-     AT(geometry.page_size), 16, 128, 16, NULL},
+     AT(geometry.page_size), 16, 128, 0, page_size_choices},
 
     {"ranks", "count", "ranks", "N", "1", "Data-parallel ranks.", ATTN_SETTING_U32, AT(ranks), 1, 64, 0, NULL},
     {"ranks", "backend", "backend", "NAME", "auto", "auto, cpu, reference or cuda.", ATTN_SETTING_CHOICE,
@@ -85,7 +86,7 @@ const attn_setting attn_settings[] = {
 
 #ifndef ATTN_RELEASE
     {NULL, NULL, "test-fail-rank", "RANK", NULL,
-     "Test aid: on SIGUSR2 this rank fails as if its device were lost. Release builds do not have it.",
+     "Test aid: on SIGUSR1 this rank fails as if its device were lost. Release builds do not have it.",
      ATTN_SETTING_I32, AT(test_fail_rank), 0, 63, 0, NULL},
 #endif
 };
@@ -151,15 +152,6 @@ attn_status attn_setting_number(const char *place, const char *text, uint64_t le
     return attn_ok();
 }
 
-static attn_status parse_number(const attn_setting *setting, const char *place, const char *text, uint64_t *value) {
-    ATTN_TRY(attn_setting_number(place, text, setting->least, setting->most, value));
-    if (setting->multiple_of != 0 && *value % setting->multiple_of != 0) {
-        return attn_error(ATTN_INVALID_ARGUMENT, "%s: %" PRIu64 " is not a multiple of %" PRIu64, place, *value,
-                          setting->multiple_of);
-    }
-    return attn_ok();
-}
-
 /* The index of `text` in a NULL-terminated list. */
 static attn_status parse_choice(const char *place, const char *text, const char *const *choices, size_t *index) {
     char list[128] = "";
@@ -172,6 +164,17 @@ static attn_status parse_choice(const char *place, const char *text, const char 
         snprintf(list + used, sizeof(list) - used, "%s%s", i == 0 ? "" : ", ", choices[i]);
     }
     return attn_error(ATTN_INVALID_ARGUMENT, "%s: '%.40s' is none of %s", place, text, list);
+}
+
+static attn_status parse_number(const attn_setting *setting, const char *place, const char *text, uint64_t *value) {
+    size_t index;
+    if (setting->choices != NULL) ATTN_TRY(parse_choice(place, text, setting->choices, &index));
+    ATTN_TRY(attn_setting_number(place, text, setting->least, setting->most, value));
+    if (setting->multiple_of != 0 && *value % setting->multiple_of != 0) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "%s: %" PRIu64 " is not a multiple of %" PRIu64, place, *value,
+                          setting->multiple_of);
+    }
+    return attn_ok();
 }
 
 static attn_status parse_bool(const char *place, const char *text, bool *value) {

@@ -36,7 +36,7 @@ typedef struct {
     size_t offset; /* in attn_config */
     uint64_t least, most;
     uint64_t multiple_of;       /* 0: any */
-    const char *const *choices; /* NULL-terminated */
+    const char *const *choices; /* NULL-terminated; NULL: any */
 } attn_setting;
 
 #define ATTN_SETTINGS_MAX 40

@@ -152,9 +152,10 @@ static void write_totals(FILE *text, const attn_metrics *metrics) {
     fprintf(text, "attnd_sequences %" PRIu64 "\n", totals.sequences);
     write_family(text, "attnd_steps_open", "gauge", "Steps open now.");
     fprintf(text, "attnd_steps_open %" PRIu64 "\n", totals.steps);
-    write_family(text, "attnd_steps_total", "counter", "Steps ended, by outcome.");
-    fprintf(text, "attnd_steps_total{outcome=\"committed\"} %" PRIu64 "\n", totals.steps_committed);
-    fprintf(text, "attnd_steps_total{outcome=\"aborted\"} %" PRIu64 "\n", totals.steps_aborted);
+    write_family(text, "attnd_steps_committed_total", "counter", "Steps whose sequences have grown.");
+    fprintf(text, "attnd_steps_committed_total %" PRIu64 "\n", totals.steps_committed);
+    write_family(text, "attnd_steps_aborted_total", "counter", "Steps that ended before their last layer.");
+    fprintf(text, "attnd_steps_aborted_total %" PRIu64 "\n", totals.steps_aborted);
 }
 
 /* One series a rank: where in attn_metrics_rank its value is. */
@@ -213,12 +214,12 @@ static void write_ranks(FILE *text, const attn_metrics *metrics, const attn_metr
 }
 
 static void write_rpc_codes(FILE *text, attn_metrics *metrics) {
-    write_family(text, "attnd_rpc_total", "counter", "Calls ended, by method and gRPC status code.");
+    write_family(text, "attnd_calls_total", "counter", "Calls ended, by method and gRPC status code.");
     for (int method = 0; method < ATTN_METHOD_COUNT; method++) {
         for (int code = 0; code < CODES; code++) {
             uint64_t calls = value_of(&metrics->methods[method].codes[code]);
             if (calls == 0 && code != ATTN_OK) continue;
-            fprintf(text, "attnd_rpc_total{method=\"%s\",code=\"%s\"} %" PRIu64 "\n", method_names[method],
+            fprintf(text, "attnd_calls_total{method=\"%s\",code=\"%s\"} %" PRIu64 "\n", method_names[method],
                     attn_code_name((attn_code)code), calls);
         }
     }
@@ -239,24 +240,24 @@ static void write_histogram(FILE *text, const char *name, const char *method, hi
 
 static void write_rpcs(FILE *text, attn_metrics *metrics) {
     write_rpc_codes(text, metrics);
-    write_family(text, "attnd_rpc_in_flight", "gauge", "Calls under way.");
+    write_family(text, "attnd_calls_in_flight", "gauge", "Calls under way.");
     for (int method = 0; method < ATTN_METHOD_COUNT; method++) {
-        fprintf(text, "attnd_rpc_in_flight{method=\"%s\"} %" PRId64 "\n", method_names[method],
+        fprintf(text, "attnd_calls_in_flight{method=\"%s\"} %" PRId64 "\n", method_names[method],
                 atomic_load_explicit(&metrics->methods[method].in_flight, memory_order_relaxed));
     }
-    write_family(text, "attnd_rpc_received_bytes_total", "counter", "Bytes of request messages.");
+    write_family(text, "attnd_received_bytes_total", "counter", "Bytes of request messages.");
     for (int method = 0; method < ATTN_METHOD_COUNT; method++) {
-        fprintf(text, "attnd_rpc_received_bytes_total{method=\"%s\"} %" PRIu64 "\n", method_names[method],
+        fprintf(text, "attnd_received_bytes_total{method=\"%s\"} %" PRIu64 "\n", method_names[method],
                 value_of(&metrics->methods[method].received_bytes));
     }
-    write_family(text, "attnd_rpc_sent_bytes_total", "counter", "Bytes of response messages.");
+    write_family(text, "attnd_sent_bytes_total", "counter", "Bytes of response messages.");
     for (int method = 0; method < ATTN_METHOD_COUNT; method++) {
-        fprintf(text, "attnd_rpc_sent_bytes_total{method=\"%s\"} %" PRIu64 "\n", method_names[method],
+        fprintf(text, "attnd_sent_bytes_total{method=\"%s\"} %" PRIu64 "\n", method_names[method],
                 value_of(&metrics->methods[method].sent_bytes));
     }
-    write_family(text, "attnd_rpc_seconds", "histogram", "Duration of calls; of a stream, of the whole of it.");
+    write_family(text, "attnd_call_seconds", "histogram", "Duration of calls; of a stream, of the whole of it.");
     for (int method = 0; method < ATTN_METHOD_COUNT; method++) {
-        write_histogram(text, "attnd_rpc_seconds", method_names[method], &metrics->methods[method].latency);
+        write_histogram(text, "attnd_call_seconds", method_names[method], &metrics->methods[method].latency);
     }
     write_family(text, "attnd_layer_seconds", "histogram", "From a layer's message to its answer.");
     for (int method = ATTN_METHOD_DECODE; method <= ATTN_METHOD_DECODE_STREAM; method++) {

@@ -114,8 +114,8 @@ static void ranks_and_totals_come_from_the_source(void **state) {
         "attnd_rank_tensor_bytes_total{rank=\"0\",place=\"gathered\"} 110",
         "attnd_sequences 1",
         "attnd_steps_open 2",
-        "attnd_steps_total{outcome=\"committed\"} 3",
-        "attnd_steps_total{outcome=\"aborted\"} 4",
+        "attnd_steps_committed_total 3",
+        "attnd_steps_aborted_total 4",
         "attnd_serving 1",
         "attnd_build_info{version=\"1.2\\\"3\\\\4\\n5\",backend=\"cpu\",instance_id=\"cafe\"} 1",
     };
@@ -124,10 +124,13 @@ static void ranks_and_totals_come_from_the_source(void **state) {
 
 static void calls_are_counted_by_method_and_code(void **state) {
     static const char *const lines[] = {
-        "attnd_rpc_total{method=\"Decode\",code=\"OK\"} 2",   "attnd_rpc_total{method=\"Decode\",code=\"NOT_FOUND\"} 1",
-        "attnd_rpc_total{method=\"AppendKv\",code=\"OK\"} 0", "attnd_rpc_in_flight{method=\"Decode\"} 1",
-        "attnd_rpc_in_flight{method=\"AppendKv\"} 0",         "attnd_rpc_received_bytes_total{method=\"Decode\"} 300",
-        "attnd_rpc_sent_bytes_total{method=\"Decode\"} 7",
+        "attnd_calls_total{method=\"Decode\",code=\"OK\"} 2",
+        "attnd_calls_total{method=\"Decode\",code=\"NOT_FOUND\"} 1",
+        "attnd_calls_total{method=\"AppendKv\",code=\"OK\"} 0",
+        "attnd_calls_in_flight{method=\"Decode\"} 1",
+        "attnd_calls_in_flight{method=\"AppendKv\"} 0",
+        "attnd_received_bytes_total{method=\"Decode\"} 300",
+        "attnd_sent_bytes_total{method=\"Decode\"} 7",
     };
     for (int i = 0; i < 4; i++) {
         attn_metrics_call_started(*state, ATTN_METHOD_DECODE);
@@ -143,13 +146,13 @@ static void calls_are_counted_by_method_and_code(void **state) {
 
 static void a_latency_falls_into_the_first_bucket_that_holds_it(void **state) {
     static const char *const lines[] = {
-        "attnd_rpc_seconds_bucket{method=\"Decode\",le=\"1e-05\"} 2", /* -1 ns and 10 us exactly */
-        "attnd_rpc_seconds_bucket{method=\"Decode\",le=\"2.5e-05\"} 3",
-        "attnd_rpc_seconds_bucket{method=\"Decode\",le=\"2.5\"} 3",
-        "attnd_rpc_seconds_bucket{method=\"Decode\",le=\"10\"} 3",
-        "attnd_rpc_seconds_bucket{method=\"Decode\",le=\"+Inf\"} 4",
-        "attnd_rpc_seconds_sum{method=\"Decode\"} 11.000020001",
-        "attnd_rpc_seconds_count{method=\"Decode\"} 4",
+        "attnd_call_seconds_bucket{method=\"Decode\",le=\"1e-05\"} 2", /* -1 ns and 10 us exactly */
+        "attnd_call_seconds_bucket{method=\"Decode\",le=\"2.5e-05\"} 3",
+        "attnd_call_seconds_bucket{method=\"Decode\",le=\"2.5\"} 3",
+        "attnd_call_seconds_bucket{method=\"Decode\",le=\"10\"} 3",
+        "attnd_call_seconds_bucket{method=\"Decode\",le=\"+Inf\"} 4",
+        "attnd_call_seconds_sum{method=\"Decode\"} 11.000020001",
+        "attnd_call_seconds_count{method=\"Decode\"} 4",
         "attnd_layer_seconds_bucket{method=\"DecodeStream\",le=\"0.00025\"} 1",
         "attnd_layer_seconds_bucket{method=\"DecodeStream\",le=\"0.0001\"} 0",
     };
@@ -196,10 +199,10 @@ static void *count_calls(void *metrics) {
 
 static void counts_of_several_threads_and_a_scraper_add_up(void **state) {
     static const char *const lines[] = {
-        "attnd_rpc_total{method=\"Decode\",code=\"OK\"} 80000",
-        "attnd_rpc_in_flight{method=\"Decode\"} 0",
-        "attnd_rpc_received_bytes_total{method=\"Decode\"} 240000",
-        "attnd_rpc_seconds_count{method=\"Decode\"} 80000",
+        "attnd_calls_total{method=\"Decode\",code=\"OK\"} 80000",
+        "attnd_calls_in_flight{method=\"Decode\"} 0",
+        "attnd_received_bytes_total{method=\"Decode\"} 240000",
+        "attnd_call_seconds_count{method=\"Decode\"} 80000",
     };
     pthread_t threads[COUNTERS];
     for (int i = 0; i < COUNTERS; i++) {
