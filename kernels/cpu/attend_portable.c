@@ -1,0 +1,10 @@
+#include "kernels/cpu/vector_portable.h"
+
+#include "kernels/cpu/attend.inc"
+
+const attn_cpu_kernels attn_cpu_kernels_portable = {
+    .name = "portable",
+    .bf16_queries = false,
+    .attend = run_attend,
+    .exp2 = run_exp2,
+};

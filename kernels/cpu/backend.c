@@ -1,0 +1,567 @@
+/*
+ * The CPU backend: a KV pool in the kernels' own layout (pool.h), kernels for the instruction set of
+ * this machine (attend.h), and workers (workers.h) that share a batch by the split plan.
+ *
+ * A decode is one or two rounds of all workers: the new rows are appended, if there are any, and then
+ * each worker walks its share of the line. The unit of work is a piece: a run of the line, or in
+ * batch_invariant mode each chunk of it. A piece ends as out rows (the run is a whole unit), as a
+ * partial in its slot, or as the partial result of a spread sequence. Who finishes a cut unit last
+ * merges its partials, in the same round.
+ */
+#define _GNU_SOURCE /* mmap flags */
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "base/clock.h"
+#include "kernels/backend.h"
+#include "kernels/combine.h"
+#include "kernels/cpu/attend.h"
+#include "kernels/cpu/pool.h"
+#include "kernels/cpu/workers.h"
+#include "kernels/dtype.h"
+
+#define MAX_HEAD_DIM 256
+
+/* Below so many bytes of keys and values the calling thread is done before another one is awake. */
+#define ALONE_BYTES ((uint64_t)256 << 10)
+/* Appending fewer (token, head) rows than this likewise. */
+#define ALONE_ROWS 32
+
+/* Address space for the partials of batch_invariant mode, at least; touched only as far as needed. */
+#define CHUNK_MEMORY_BYTES ((size_t)64 << 20)
+
+/* Memory of one worker, on cache lines of its own. */
+typedef struct {
+    _Alignas(64) float queries[ATTN_CPU_MAX_ROWS * MAX_HEAD_DIM];
+    float out[ATTN_CPU_MAX_ROWS * MAX_HEAD_DIM];
+    float lse[ATTN_CPU_MAX_ROWS];
+    attn_cpu_visible visible[ATTN_CPU_MAX_ROWS];
+    attn_partial *partials; /* [workers, or chunks of a sequence, if more]: views, for a merge */
+    uint32_t *slots;        /* [workers] of a cut unit */
+    int64_t combine_ns;     /* of this decode */
+    bool failed;            /* a page index led out of the pool */
+} worker_memory;
+
+/* Places for partial results of ATTN_CPU_MAX_ROWS rows, or of a batch's rows, at equal distance. */
+typedef struct {
+    float *memory;
+    size_t stride; /* floats, a multiple of a cache line */
+    size_t lse_offset;
+} partial_store;
+
+typedef struct {
+    attn_backend base;
+    attn_cpu_pool pool;
+    const attn_cpu_kernels *kernels;
+    attn_cpu_workers *workers;
+    worker_memory *memories; /* [workers] */
+    attn_ticket *tickets;    /* [workers] */
+    partial_store slots;     /* [2 * workers] */
+    partial_store chunks;    /* batch_invariant: of the current wave */
+    size_t chunk_bytes;      /* reserved at chunks.memory */
+    uint32_t group;
+    const attn_plan *plan; /* of the current decode: accepted, or NULL */
+} cpu_backend;
+
+static cpu_backend *of(attn_backend *backend) { return (cpu_backend *)backend; }
+
+/* ------------------------------------------------------------------------------------------- */
+/* Partial stores */
+
+/* Sets out places for partials of `rows` rows of `columns`. */
+static void shape_store(partial_store *store, uint32_t rows, uint32_t columns) {
+    size_t floats = (size_t)rows * columns + rows;
+    store->stride = (floats + 15) / 16 * 16;
+    store->lse_offset = (size_t)rows * columns;
+}
+
+static attn_partial store_at(const partial_store *store, uint64_t index) {
+    float *place = store->memory + index * store->stride;
+    return (attn_partial){.out = place, .lse = place + store->lse_offset};
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Appending */
+
+/* `tokens` key and value rows to write from position `position` of a page table on. */
+typedef struct {
+    uint32_t layer;
+    const uint32_t *pages;
+    uint64_t position;
+    uint32_t tokens;
+    const char *keys;
+    const char *values;
+} append_job;
+
+/*
+ * Writes rows first .. end - 1 of the job, a block of 16 tokens and head at a time: the lines of a
+ * block of keys are written by all its tokens while they are in the cache.
+ */
+static void write_rows(cpu_backend *self, const append_job *job, uint32_t first, uint32_t end) {
+    const attn_geometry *geometry = &self->base.geometry;
+    size_t key_bytes = geometry->head_dim * attn_dtype_bytes(geometry->dtype);
+    size_t value_bytes = geometry->head_dim_v * attn_dtype_bytes(geometry->dtype);
+    uint32_t heads = geometry->heads_kv;
+    while (first < end) {
+        uint64_t token = job->position + first;
+        uint32_t page = job->pages[token / geometry->page_size];
+        uint32_t slot = (uint32_t)(token % geometry->page_size);
+        uint32_t count = ATTN_CPU_BLOCK_TOKENS - slot % ATTN_CPU_BLOCK_TOKENS;
+        if (count > end - first) count = end - first;
+        for (uint32_t head = 0; head < heads; head++) {
+            for (uint32_t row = first; row < first + count; row++) {
+                size_t index = (size_t)row * heads + head;
+                attn_cpu_pool_write(&self->pool, job->layer, page, slot + row - first, head,
+                                    job->keys + index * key_bytes, job->values + index * value_bytes);
+            }
+        }
+        first += count;
+    }
+}
+
+typedef struct {
+    cpu_backend *self;
+    const append_job *job;
+} append_task;
+
+static void append_share(void *context, uint32_t worker) {
+    const append_task *task = context;
+    uint64_t tokens = task->job->tokens, workers = task->self->base.line.workers;
+    write_rows(task->self, task->job, (uint32_t)(worker * tokens / workers),
+               (uint32_t)((worker + 1) * tokens / workers));
+}
+
+static attn_status cpu_append(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
+                              uint32_t tokens, const void *keys, const void *values) {
+    cpu_backend *self = of(backend);
+    append_job job = {layer, pages, position, tokens, keys, values};
+    append_task task = {self, &job};
+    if ((uint64_t)tokens * backend->geometry.heads_kv < ALONE_ROWS) {
+        write_rows(self, &job, 0, tokens);
+    } else {
+        attn_cpu_workers_run(self->workers, append_share, &task);
+    }
+    return attn_ok();
+}
+
+/* The new rows of a batch's sequence; job->tokens is 0 if there are none. */
+static append_job batch_append_job(const attn_batch *batch, uint32_t i) {
+    append_job job = {.layer = batch->layer, .tokens = attn_batch_new_rows(batch, i)};
+    if (job.tokens > 0) {
+        job.pages = batch->pages + batch->page_offsets[i];
+        job.position = batch->lengths[i] - job.tokens;
+        job.keys = batch->new_keys[i];
+        job.values = batch->new_values[i];
+    }
+    return job;
+}
+
+static uint64_t count_new_rows(const attn_batch *batch) {
+    uint64_t rows = 0;
+    for (uint32_t i = 0; i < batch->size; i++) {
+        rows += attn_batch_new_rows(batch, i);
+    }
+    return rows;
+}
+
+/* A worker's share of the batch's new rows, counted along the batch. */
+static void append_batch_share(void *context, uint32_t worker) {
+    cpu_backend *self = context;
+    const attn_batch *batch = self->base.line.batch;
+    uint64_t rows = count_new_rows(batch), workers = self->base.line.workers;
+    uint64_t first = worker * rows / workers, end = (worker + 1) * rows / workers, before = 0;
+    for (uint32_t i = 0; i < batch->size && before < end; i++) {
+        append_job job = batch_append_job(batch, i);
+        uint64_t after = before + job.tokens;
+        uint64_t from = first > before ? first : before, to = end < after ? end : after;
+        if (from < to) write_rows(self, &job, (uint32_t)(from - before), (uint32_t)(to - before));
+        before = after;
+    }
+}
+
+static void append_batch(cpu_backend *self, const attn_batch *batch) {
+    uint64_t rows = count_new_rows(batch);
+    if (rows == 0) return;
+    if (rows * self->base.geometry.heads_kv < ALONE_ROWS) {
+        attn_cpu_workers_run_alone(self->workers, append_batch_share, self);
+    } else {
+        attn_cpu_workers_run(self->workers, append_batch_share, self);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Results */
+
+/* Where a row of the batch ends: an out row in the geometry's dtype, or a spread sequence's partial. */
+typedef struct {
+    void *out;
+    float *lse; /* or NULL: not wanted */
+    attn_dtype dtype;
+    const float *sink;
+} destination;
+
+/* The place of row `row` of a run's block in [query_length, h]. */
+static size_t batch_row(const cpu_backend *self, const attn_run *run, uint32_t row) {
+    size_t query = run->query_first + row / self->group;
+    return query * self->base.geometry.heads_q + run->head * self->group + row % self->group;
+}
+
+static destination find_destination(const cpu_backend *self, const attn_run *run, uint32_t row) {
+    const attn_batch *batch = self->base.line.batch;
+    const attn_geometry *geometry = &self->base.geometry;
+    size_t index = batch_row(self, run, row), element = index * geometry->head_dim_v;
+    if (attn_batch_part(batch, run->sequence) != NULL) {
+        const attn_partial *partial = &batch->partials[run->sequence];
+        return (destination){partial->out + element, partial->lse + index, ATTN_FP32, NULL};
+    }
+    float *lse = batch->lses != NULL ? batch->lses[run->sequence] : NULL;
+    return (destination){
+        .out = (char *)batch->outs[run->sequence] + element * attn_dtype_bytes(geometry->dtype),
+        .lse = lse != NULL ? lse + index : NULL,
+        .dtype = geometry->dtype,
+        .sink = batch->sinks != NULL ? &batch->sinks[index % geometry->heads_q] : NULL,
+    };
+}
+
+/* The kernel's results are the unit's: to their destination. */
+static void write_results(const cpu_backend *self, const attn_run *run, const worker_memory *memory) {
+    uint32_t columns = self->base.geometry.head_dim_v;
+    for (uint32_t row = 0; row < run->queries * self->group; row++) {
+        destination to = find_destination(self, run, row);
+        float *out = (float *)memory->out + (size_t)row * self->pool.value_stride, lse = memory->lse[row];
+        if (to.sink != NULL) {
+            attn_combine_row(&(attn_partial){out, &lse}, 1, 0, columns, to.sink, to.dtype, to.out, to.lse);
+            continue;
+        }
+        attn_elements_from_floats(to.dtype, out, to.out, columns);
+        if (to.lse != NULL) *to.lse = lse;
+    }
+}
+
+/* The kernel's results are a part of the unit's: rows packed, to `partial`. */
+static void write_partial(const cpu_backend *self, const attn_run *run, const worker_memory *memory,
+                          attn_partial partial) {
+    uint32_t columns = self->base.geometry.head_dim_v;
+    for (uint32_t row = 0; row < run->queries * self->group; row++) {
+        memcpy(partial.out + (size_t)row * columns, memory->out + (size_t)row * self->pool.value_stride,
+               columns * sizeof(float));
+        partial.lse[row] = memory->lse[row];
+    }
+}
+
+/* One chunk's results of a spread sequence, in batch_invariant mode, to where the caller wants them. */
+static void write_chunk_of_part(const cpu_backend *self, const attn_run *run, uint64_t chunk,
+                                const worker_memory *memory) {
+    const attn_batch *batch = self->base.line.batch;
+    const attn_geometry *geometry = &self->base.geometry;
+    const attn_partial *partials = &batch->partials[run->sequence];
+    if (chunk * ATTN_CHUNK_TOKENS >= batch->lengths[run->sequence]) return; /* a part without any token */
+    size_t first = chunk * batch->query_lengths[run->sequence] * geometry->heads_q;
+    for (uint32_t row = 0; row < run->queries * self->group; row++) {
+        size_t index = first + batch_row(self, run, row);
+        memcpy(partials->out + index * geometry->head_dim_v, memory->out + (size_t)row * self->pool.value_stride,
+               geometry->head_dim_v * sizeof(float));
+        partials->lse[index] = memory->lse[row];
+    }
+}
+
+static void merge_partials(const cpu_backend *self, const attn_run *run, worker_memory *memory, uint32_t count) {
+    int64_t start = attn_now_ns();
+    for (uint32_t row = 0; row < run->queries * self->group; row++) {
+        destination to = find_destination(self, run, row);
+        attn_combine_row(memory->partials, count, row, self->base.geometry.head_dim_v, to.sink, to.dtype, to.out,
+                         to.lse);
+    }
+    memory->combine_ns += attn_now_ns() - start;
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Pieces */
+
+typedef struct {
+    attn_run run;
+    uint64_t tile; /* batch_invariant: the chunk, as tile of the run; else the run's first tile */
+    attn_cpu_span span;
+} piece;
+
+/* The worker's next piece after *piece; its first if `first`. False at the end. */
+static bool next_piece(const cpu_backend *self, attn_walk *walk, piece *piece, bool first) {
+    const attn_line *line = &self->base.line;
+    const attn_batch *batch = line->batch;
+    if (!first && batch->batch_invariant && piece->tile + 1 < piece->run.tile_end) {
+        piece->tile++;
+    } else {
+        if (!attn_walk_next(walk, &piece->run)) return false;
+        piece->tile = piece->run.tile_begin;
+        piece->span.layer = batch->layer;
+        piece->span.head = piece->run.head;
+        piece->span.pages = batch->pages + batch->page_offsets[piece->run.sequence];
+    }
+    piece->span.begin = piece->run.token_begin;
+    piece->span.end = piece->run.token_end;
+    if (batch->batch_invariant) attn_run_tile(line, &piece->run, piece->tile, &piece->span.begin, &piece->span.end);
+    return true;
+}
+
+/* The query rows of a run's block, and what each of them sees. */
+static void load_queries(const cpu_backend *self, const attn_run *run, worker_memory *memory) {
+    const attn_batch *batch = self->base.line.batch;
+    const attn_geometry *geometry = &self->base.geometry;
+    size_t elements = (size_t)self->group * geometry->head_dim, bytes = elements * attn_dtype_bytes(geometry->dtype);
+    bool keep = self->kernels->bf16_queries && geometry->dtype == ATTN_BF16;
+    for (uint32_t q = 0; q < run->queries; q++) {
+        size_t place = (size_t)(run->query_first + q) * geometry->heads_q / self->group + run->head;
+        const char *source = (const char *)batch->queries[run->sequence] + place * bytes;
+        if (keep) {
+            memcpy((char *)memory->queries + q * bytes, source, bytes);
+        } else {
+            attn_elements_to_floats(geometry->dtype, source, memory->queries + q * elements, elements);
+        }
+        attn_cpu_visible visible;
+        attn_row_visible(batch, run->sequence, run->query_first + q, &visible.begin, &visible.end);
+        for (uint32_t j = 0; j < self->group; j++) {
+            memory->visible[q * self->group + j] = visible;
+        }
+    }
+}
+
+static bool attend_piece(const cpu_backend *self, const piece *piece, const attn_cpu_span *next,
+                         worker_memory *memory) {
+    const attn_batch *batch = self->base.line.batch;
+    attn_cpu_job job = {
+        .pool = &self->pool,
+        .span = piece->span,
+        .next = next,
+        .rows = piece->run.queries * self->group,
+        .queries = memory->queries,
+        .visible = memory->visible,
+        .scale = batch->scale,
+        .softcap = batch->softcap,
+        .out = memory->out,
+        .lse = memory->lse,
+    };
+    return self->kernels->attend(&job);
+}
+
+/* Default mode: the run is the unit, or goes to one of the worker's slots. */
+static void deliver_run(cpu_backend *self, const piece *piece, worker_memory *memory) {
+    const attn_run *run = &piece->run;
+    if (run->whole) {
+        write_results(self, run, memory);
+        return;
+    }
+    write_partial(self, run, memory, store_at(&self->slots, run->slot));
+    if (!attn_run_arrive(run, self->tickets)) return;
+    uint32_t count = attn_run_slots(&self->base.line, run, memory->slots);
+    for (uint32_t c = 0; c < count; c++) {
+        memory->partials[c] = store_at(&self->slots, memory->slots[c]);
+    }
+    merge_partials(self, run, memory, count);
+}
+
+/* batch_invariant: every chunk to its slot; the unit's chunks are merged when all are there. */
+static void deliver_chunk(cpu_backend *self, const piece *piece, worker_memory *memory) {
+    const attn_run *run = &piece->run;
+    if (attn_batch_part(self->base.line.batch, run->sequence) != NULL) {
+        write_chunk_of_part(self, run, attn_run_chunk(run, piece->tile), memory);
+        return;
+    }
+    uint64_t unit_slot = run->line_tile - run->tile_begin - self->base.line.begin;
+    write_partial(self, run, memory, store_at(&self->chunks, unit_slot + piece->tile));
+    if (piece->tile + 1 < run->tile_end || (!run->whole && !attn_run_arrive(run, self->tickets))) return;
+    for (uint64_t c = 0; c < run->unit_tiles; c++) {
+        memory->partials[c] = store_at(&self->chunks, unit_slot + c);
+    }
+    merge_partials(self, run, memory, (uint32_t)run->unit_tiles);
+}
+
+/* A worker's share of the line, or of a wave of it. */
+static void attend_share(void *context, uint32_t worker) {
+    cpu_backend *self = context;
+    worker_memory *memory = &self->memories[worker];
+    bool batch_invariant = self->base.line.batch->batch_invariant;
+    attn_walk walk;
+    piece now, next;
+    attn_walk_start(&walk, &self->base.line, worker, self->plan);
+    bool more = next_piece(self, &walk, &now, true);
+    while (more) {
+        next = now;
+        more = next_piece(self, &walk, &next, false);
+        if (now.tile == now.run.tile_begin) load_queries(self, &now.run, memory);
+        if (!attend_piece(self, &now, more ? &next.span : NULL, memory)) memory->failed = true;
+        if (batch_invariant) {
+            deliver_chunk(self, &now, memory);
+        } else {
+            deliver_run(self, &now, memory);
+        }
+        now = next;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Decoding */
+
+/* By the work alone, so that equal batches take equal paths; the shares are the same in any case. */
+static bool is_little(const cpu_backend *self) {
+    const attn_geometry *geometry = &self->base.geometry;
+    uint64_t row = (uint64_t)(geometry->head_dim + geometry->head_dim_v) * attn_dtype_bytes(geometry->dtype);
+    return attn_line_total(&self->base.line) * self->base.line.tile * row < ALONE_BYTES;
+}
+
+static void attend_line(cpu_backend *self) {
+    attn_tickets_reset(self->tickets, self->base.line.workers);
+    if (is_little(self)) {
+        attn_cpu_workers_run_alone(self->workers, attend_share, self);
+    } else {
+        attn_cpu_workers_run(self->workers, attend_share, self);
+    }
+}
+
+static uint32_t most_rows(const cpu_backend *self, const attn_batch *batch) {
+    uint32_t most = 1;
+    for (uint32_t i = 0; i < batch->size; i++) {
+        if (batch->query_lengths[i] > most) most = batch->query_lengths[i];
+    }
+    if (most > self->base.line.block_queries) most = self->base.line.block_queries;
+    return most * self->group;
+}
+
+static void attend_chunks(cpu_backend *self, const attn_batch *batch) {
+    shape_store(&self->chunks, most_rows(self, batch), self->base.geometry.head_dim_v);
+    uint64_t slots = self->chunk_bytes / (self->chunks.stride * sizeof(float));
+    attn_line_first_wave(&self->base.line);
+    while (attn_line_next_wave(&self->base.line, slots)) {
+        attend_line(self);
+    }
+}
+
+/* Gathers what the workers noted. */
+static attn_status collect(cpu_backend *self, attn_timing *timing) {
+    bool failed = false;
+    for (uint32_t w = 0; w < self->base.line.workers; w++) {
+        worker_memory *memory = &self->memories[w];
+        if (memory->combine_ns > timing->combine_ns) timing->combine_ns = memory->combine_ns;
+        failed = failed || memory->failed;
+        memory->combine_ns = 0;
+        memory->failed = false;
+    }
+    return failed ? attn_error(ATTN_INTERNAL, "a page table changed during decode, to a page outside the pool")
+                  : attn_ok();
+}
+
+static attn_status cpu_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
+                              attn_timing *timing) {
+    cpu_backend *self = of(backend);
+    int64_t start = attn_now_ns();
+    ATTN_TRY(attn_line_build(&backend->line, batch));
+    self->plan = attn_backend_accept_plan(backend, plan);
+    int64_t planned = attn_now_ns();
+    append_batch(self, batch);
+    if (batch->batch_invariant) {
+        attend_chunks(self, batch);
+    } else {
+        attend_line(self);
+    }
+    attn_status status = collect(self, timing);
+    timing->plan_ns = planned - start;
+    timing->attention_ns = attn_now_ns() - planned - timing->combine_ns;
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Life */
+
+static void *allocate_lines(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+
+static attn_status allocate_memories(cpu_backend *self, uint32_t workers, uint64_t partials) {
+    attn_status status = attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for %u cpu workers", workers);
+    self->memories = allocate_lines(workers * sizeof *self->memories);
+    if (self->memories == NULL) return status;
+    memset(self->memories, 0, workers * sizeof *self->memories);
+    for (uint32_t w = 0; w < workers; w++) {
+        self->memories[w].partials = malloc(partials * sizeof(attn_partial));
+        self->memories[w].slots = malloc(workers * sizeof(uint32_t));
+        if (self->memories[w].partials == NULL || self->memories[w].slots == NULL) return status;
+    }
+    self->tickets = allocate_lines(workers * sizeof *self->tickets);
+    if (self->tickets == NULL) return status;
+    shape_store(&self->slots, ATTN_CPU_MAX_ROWS, self->base.geometry.head_dim_v);
+    self->slots.memory = allocate_lines(2 * workers * self->slots.stride * sizeof(float));
+    return self->slots.memory == NULL ? status : attn_ok();
+}
+
+static attn_status reserve_chunks(cpu_backend *self, uint64_t least) {
+    partial_store widest;
+    shape_store(&widest, ATTN_CPU_MAX_ROWS, self->base.geometry.head_dim_v);
+    self->chunk_bytes = least * widest.stride * sizeof(float);
+    if (self->chunk_bytes < CHUNK_MEMORY_BYTES) self->chunk_bytes = CHUNK_MEMORY_BYTES;
+    void *memory =
+        mmap(NULL, self->chunk_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) {
+        return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for partial results: %zu MiB", self->chunk_bytes >> 20);
+    }
+    self->chunks.memory = memory;
+    return attn_ok();
+}
+
+static void cpu_destroy(attn_backend *backend) {
+    cpu_backend *self = of(backend);
+    attn_cpu_workers_destroy(self->workers);
+    attn_cpu_pool_fini(&self->pool);
+    for (uint32_t w = 0; self->memories != NULL && w < backend->line.workers; w++) {
+        free(self->memories[w].partials);
+        free(self->memories[w].slots);
+    }
+    free(self->memories);
+    free(self->tickets);
+    free(self->slots.memory);
+    if (self->chunks.memory != NULL) munmap(self->chunks.memory, self->chunk_bytes);
+    attn_backend_fini(backend);
+    free(self);
+}
+
+static attn_status cpu_create(const attn_backend_config *config, attn_backend **backend) {
+    attn_status status = attn_ok();
+    const attn_cpu_kernels *kernels;
+    ATTN_TRY(attn_cpu_kernels_find(config->isa, &kernels));
+    cpu_backend *self = calloc(1, sizeof *self);
+    if (self == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a cpu backend");
+    uint32_t workers = config->workers > 0 ? config->workers : 1;
+    self->kernels = kernels;
+    self->group = config->geometry.heads_q / config->geometry.heads_kv;
+    attn_backend_init(&self->base, &attn_cpu_backend_ops, config, ATTN_CPU_TILE_TOKENS, ATTN_CPU_MAX_ROWS / self->group,
+                      workers);
+    uint64_t chunks = attn_line_min_chunk_slots(&config->geometry, config->pages);
+    ATTN_TRY_GOTO(status, allocate_memories(self, workers, chunks > workers ? chunks : workers), cleanup);
+    ATTN_TRY_GOTO(status, reserve_chunks(self, chunks), cleanup);
+    ATTN_TRY_GOTO(status, attn_cpu_pool_init(&self->pool, &config->geometry, config->pages), cleanup);
+    ATTN_TRY_GOTO(status, attn_cpu_workers_create(workers, config->cpus, &self->workers), cleanup);
+    snprintf(self->base.description, sizeof self->base.description, "cpu, %s, %u worker%s", kernels->name, workers,
+             workers == 1 ? "" : "s");
+    *backend = &self->base;
+    return status;
+cleanup:
+    cpu_destroy(&self->base);
+    return status;
+}
+
+static void cpu_copy_page(attn_backend *backend, uint32_t from, uint32_t to) {
+    attn_cpu_pool_copy_page(&of(backend)->pool, from, to);
+}
+
+static void cpu_poison(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots) {
+    attn_cpu_pool_poison(&of(backend)->pool, page, first_slot, slots);
+}
+
+const attn_backend_ops attn_cpu_backend_ops = {
+    .kind = "cpu",
+    .create = cpu_create,
+    .destroy = cpu_destroy,
+    .append = cpu_append,
+    .decode = cpu_decode,
+    .copy_page = cpu_copy_page,
+    .poison = cpu_poison,
+};
