@@ -1,0 +1,461 @@
+"""What the blocking and the asyncio client share: everything that does no input or output.
+
+Checking of tensors, the partition of a batch over servers, the choice of a server for new sequences, the rule of
+what is retried, and the reading of responses.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from attnd import _wire
+from attnd._proto import attnd_pb2 as pb
+from attnd.errors import (
+    AttndError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+from attnd.types import Array, Geometry, LayerResult, Limits, Options, Placement, ServerInfo, dtype_code, timing_of
+
+SERVICE = "attnd.v1.Attention"
+
+#: Seconds for which a server's load is trusted before it is asked again.
+INFO_MAX_AGE = 1.0
+
+#: Aimed-at size of one AppendKv message: large enough to stream well, small enough not to wait for.
+APPEND_CHUNK_BYTES = 1 << 20
+
+#: gRPC options of every channel. The server limits its requests; responses are as large as the requests ask for.
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+#: Method name -> (request class, response class). None: bytes, see _wire.
+METHODS: dict[str, tuple[Any, Any]] = {
+    "GetServerInfo": (pb.GetServerInfoRequest, pb.GetServerInfoResponse),
+    "OpenSequences": (pb.OpenSequencesRequest, pb.OpenSequencesResponse),
+    "ForkSequence": (pb.ForkSequenceRequest, pb.ForkSequenceResponse),
+    "TruncateSequence": (pb.TruncateSequenceRequest, pb.TruncateSequenceResponse),
+    "CloseSequences": (pb.CloseSequencesRequest, pb.CloseSequencesResponse),
+    "DescribeSequences": (pb.DescribeSequencesRequest, pb.DescribeSequencesResponse),
+    "AppendKv": (None, pb.AppendKvResponse),
+    "Decode": (None, None),
+    "DecodeStream": (None, None),
+}
+
+#: Calls that only look: sending one again is harmless whatever became of the first.
+READ_ONLY_METHODS = frozenset({"GetServerInfo", "DescribeSequences"})
+
+
+def serializers(method: str) -> dict[str, Any]:
+    """The keyword arguments of grpc's method factories for `method`."""
+    request, response = METHODS[method]
+    return {
+        "request_serializer": None if request is None else request.SerializeToString,
+        "response_deserializer": None if response is None else response.FromString,
+    }
+
+
+def addresses_of(addresses: str | Iterable[str]) -> list[str]:
+    """The list of servers a client was given. InvalidArgument if empty or repeated."""
+    listed = [addresses] if isinstance(addresses, str) else list(addresses)
+    if not listed:
+        raise InvalidArgument("addresses: none given")
+    if len(set(listed)) != len(listed):
+        raise InvalidArgument(f"addresses: {listed} names a server twice")
+    return listed
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Retries
+
+_RETRIES = 4
+_FIRST_DELAY = 0.05
+_LARGEST_DELAY = 1.0
+
+
+def retry_delay(error: AttndError, attempt: int, read_only: bool) -> float | None:
+    """Seconds to wait before sending a failed call again, or None: give up. `attempt` counts from 0.
+
+    Two cases are safe. A RESOURCE_EXHAUSTED with a retry hint: the server says that it did nothing, and when to come
+    back. An UNAVAILABLE of a call that only looks. Nothing else is retried: of a call that failed otherwise the
+    server may have done its part, so repeating it could open sequences twice or step a sequence twice.
+    """
+    if attempt >= _RETRIES:
+        return None
+    if isinstance(error, ResourceExhausted):
+        return error.retry_after
+    if isinstance(error, Unavailable) and read_only:
+        return float(min(_LARGEST_DELAY, _FIRST_DELAY * 2**attempt) * random.uniform(0.75, 1.25))
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Servers for new sequences
+
+
+def distribute(infos: SequenceOf[ServerInfo], placed: dict[str, int], count: int) -> dict[str, int]:
+    """How many of `count` new sequences each server gets: each goes where the fewest tokens are.
+
+    A new sequence is empty, but will not stay so: it is taken to weigh as much as the average open one (at least one
+    token). `placed` [address] counts those placed since `infos` were taken.
+    """
+    sequences = sum(info.sequences for info in infos)
+    weight = max(1.0, sum(info.tokens for info in infos) / sequences if sequences else 1.0)
+    load = {info.address: info.tokens + weight * placed.get(info.address, 0) for info in infos}
+    shares = dict.fromkeys(load, 0)
+    for _ in range(count):
+        target = min(load, key=lambda address: load[address])
+        shares[target] += 1
+        load[target] += weight
+    return {address: share for address, share in shares.items() if share}
+
+
+def open_request(count: int, placement: Placement, dp_rank: int | None) -> pb.OpenSequencesRequest:
+    """The OpenSequences request. InvalidArgument if placement and rank do not go together."""
+    if count < 1:
+        raise InvalidArgument(f"count: {count}, expected 1 or more")
+    if (placement is Placement.EXPLICIT) != (dp_rank is not None):
+        raise InvalidArgument("dp_rank: goes with placement EXPLICIT, and only with it")
+    return pb.OpenSequencesRequest(count=count, placement=placement.value, dp_rank=dp_rank or 0)
+
+
+def check_geometry(known: Geometry | None, info: ServerInfo) -> Geometry:
+    """The geometry of all servers of a client. InvalidArgument if this one's differs."""
+    if known is not None and info.geometry != known:
+        raise InvalidArgument(f"geometry: {info.geometry}, but the client's other servers have {known}", info.address)
+    return info.geometry
+
+
+def narrow(known: Limits | None, limits: Limits) -> Limits:
+    """The limits that hold on every server of a client. 0 is no limit."""
+    if known is None:
+        return limits
+    pairs = {name: (value, getattr(limits, name)) for name, value in vars(known).items()}
+    return Limits(**{name: min(pair) or max(pair) for name, pair in pairs.items()})
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sequences
+
+
+class BaseSequence:
+    """What a client knows of a sequence: its handle, where it lives, how long it is."""
+
+    def __init__(self, handle: int, dp_rank: int, server: str, length: int = 0) -> None:
+        self.handle = handle  #: the opaque handle
+        self.dp_rank = dp_rank  #: the rank it lives on (the home rank, if spread)
+        self.server = server  #: address of its server
+        self.closed = False
+        # None: unknown, because a call that may have changed it ended without an answer.
+        self._length: int | None = length
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"length {'unknown' if self._length is None else self._length}"
+        return f"<sequence {self.handle:#018x} on {self.server} rank {self.dp_rank}, {state}>"
+
+
+S = TypeVar("S", bound=BaseSequence)
+
+
+def check_open(sequences: SequenceOf[BaseSequence], servers: Iterable[str]) -> None:
+    """NotFound if one is closed already, InvalidArgument if one belongs to another client's server."""
+    known = set(servers)
+    for index, sequence in enumerate(sequences):
+        if sequence.closed:
+            raise NotFound(f"sequences[{index}]: closed")
+        if sequence.server not in known:
+            raise InvalidArgument(f"sequences[{index}]: lives on {sequence.server}, which is no server of this client")
+
+
+def by_server(sequences: Iterable[S]) -> dict[str, list[S]]:
+    """The sequences of each server, in order."""
+    groups: dict[str, list[S]] = {}
+    for sequence in sequences:
+        groups.setdefault(sequence.server, []).append(sequence)
+    return groups
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def _check_query_lengths(lengths: SequenceOf[int] | None, count: int, limit: int) -> list[int]:
+    if lengths is None:
+        return [1] * count
+    checked = [int(length) for length in lengths]
+    if len(checked) != count:
+        raise InvalidArgument(f"query_lengths: {len(checked)} values, expected one a sequence: {count}")
+    for index, length in enumerate(checked):
+        if length < 1 or (limit and length > limit):
+            raise InvalidArgument(f"query_lengths[{index}]: {length}, expected 1 to {limit or 'the limit'}")
+    return checked
+
+
+@dataclass
+class Part(Generic[S]):
+    """The share of a batch that one server computes."""
+
+    server: str
+    sequences: list[S] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)  #: [sequences] place of each in the batch
+    query_lengths: list[int] = field(default_factory=list)  #: [sequences]
+    runs: list[slice] = field(default_factory=list)  #: its rows in the batch's tensors, as few slices as possible
+
+    @property
+    def tokens(self) -> int:
+        """Rows of all its sequences."""
+        return sum(self.query_lengths)
+
+    @property
+    def handles(self) -> list[int]:
+        """Handles of its sequences."""
+        return [sequence.handle for sequence in self.sequences]
+
+    def wire_query_lengths(self) -> list[int]:
+        """As the protocol wants them: left out if they are all 1."""
+        return [] if self.tokens == len(self.sequences) else self.query_lengths
+
+    def own_words(self, error: AttndError) -> AttndError:
+        """`error` with the indices of this part in its message turned into those of the batch."""
+
+        def renumber(match: re.Match[str]) -> str:
+            index = int(match[2])
+            return f"{match[1]}[{self.indices[index]}]" if index < len(self.indices) else match[0]
+
+        message = re.sub(r"\b(sequences|query_lengths)\[(\d+)\]", renumber, error.message)
+        if message == error.message:
+            return error
+        if isinstance(error, ResourceExhausted):
+            return ResourceExhausted(message, error.server, error.retry_after)
+        return type(error)(message, error.server)
+
+
+class Batch(Generic[S]):
+    """The sequences of a step or a read with their query lengths, partitioned over the servers."""
+
+    def __init__(
+        self,
+        sequences: SequenceOf[S],
+        query_lengths: SequenceOf[int] | None,
+        geometry: Geometry,
+        limits: Limits,
+        servers: Iterable[str],
+    ) -> None:
+        self.sequences = list(sequences)
+        self.geometry = geometry
+        self._limits = limits
+        if not self.sequences:
+            raise InvalidArgument("sequences: none given")
+        check_open(self.sequences, servers)
+        self._check_distinct()
+        self.query_lengths = _check_query_lengths(query_lengths, len(self.sequences), limits.query_length)
+        self.tokens = sum(self.query_lengths)
+        self.parts = self._partition()
+        for part in self.parts:
+            if limits.batch and len(part.sequences) > limits.batch:
+                raise InvalidArgument(f"sequences: {len(part.sequences)}, expected at most {limits.batch}", part.server)
+
+    def _check_distinct(self) -> None:
+        seen: dict[tuple[str, int], int] = {}
+        for index, sequence in enumerate(self.sequences):
+            first = seen.setdefault((sequence.server, sequence.handle), index)
+            if first != index:
+                raise FailedPrecondition(f"sequences[{index}]: the same sequence as sequences[{first}]")
+
+    def _partition(self) -> list[Part[S]]:
+        parts: dict[str, Part[S]] = {}
+        row = 0
+        for index, (sequence, length) in enumerate(zip(self.sequences, self.query_lengths)):
+            part = parts.setdefault(sequence.server, Part(sequence.server))
+            part.sequences.append(sequence)
+            part.indices.append(index)
+            part.query_lengths.append(length)
+            if part.runs and part.runs[-1].stop == row:
+                part.runs[-1] = slice(part.runs[-1].start, row + length)
+            else:
+                part.runs.append(slice(row, row + length))
+            row += length
+        return list(parts.values())
+
+    def tensors(self, q: Any, k: Any, v: Any) -> Tensors:
+        """Checks the tensors of one layer. `k` and `v` are both given or both None."""
+        if (k is None) != (v is None):
+            raise InvalidArgument("k, v: give both, or neither for a read")
+        geometry = self.geometry
+        rows = [(_wire.Q, rows_of("q", q, self.tokens, geometry.q_row, "heads_q, head_dim", geometry))]
+        if k is not None:
+            rows.append((_wire.K, rows_of("k", k, self.tokens, geometry.k_row, "heads_kv, head_dim", geometry)))
+            rows.append((_wire.V, rows_of("v", v, self.tokens, geometry.v_row, "heads_kv, head_dim_v", geometry)))
+        tensors = Tensors(rows)
+        for part in self.parts:
+            check_message_size(tensors.row_bytes * part.tokens + 16 * len(part.sequences), self._limits, part.server)
+        return tensors
+
+    def join(self, responses: SequenceOf[_wire.Response], lse_wanted: bool) -> LayerResult:
+        """The result of a layer from its parts' responses, rows in the batch's order."""
+        out_row, header = self.geometry.out_row, responses[0].header
+        lse = None
+        if len(self.parts) == 1:
+            server = self.parts[0].server
+            out = _array("out", responses[0].out, (self.tokens, *out_row), self.geometry.dtype, server)
+            if lse_wanted:
+                lse = _array("lse", responses[0].lse, (self.tokens, out_row[0]), np.dtype(np.float32), server)
+        else:
+            out = np.empty((self.tokens, *out_row), self.geometry.dtype)
+            lse = np.empty((self.tokens, out_row[0]), np.float32) if lse_wanted else None
+            for part, response in zip(self.parts, responses):
+                _scatter(part, "out", response.out, out)
+                if lse is not None:
+                    _scatter(part, "lse", response.lse, lse)
+        timing = tuple(
+            timing_of(part.server, rank)
+            for part, response in zip(self.parts, responses)
+            for rank in response.header.timing
+        )
+        return LayerResult(out, lse, header.layer, header.committed, timing)
+
+
+class Tensors:
+    """The checked tensors of one layer: [(field number, [tokens, bytes of a row])]."""
+
+    def __init__(self, rows: list[tuple[int, Array]]) -> None:
+        self._rows = rows
+        self.row_bytes = sum(array.shape[1] for _, array in rows)
+
+    @property
+    def reads_only(self) -> bool:
+        """Queries alone, without new keys and values."""
+        return len(self._rows) == 1
+
+    def of(self, part: Part[Any]) -> list[tuple[int, _wire.Pieces]]:
+        """The rows of one part, where they lie."""
+        return [(number, [array[run].data for run in part.runs]) for number, array in self._rows]
+
+
+def rows_of(name: str, array: Any, rows: int, row_shape: tuple[int, int], words: str, geometry: Geometry) -> Array:
+    """`array` as bytes, [rows, bytes of a row]; a view if it is packed. InvalidArgument names what was expected."""
+    array = np.asarray(array)
+    expected = (rows, *row_shape)
+    if array.shape != expected:
+        raise InvalidArgument(f"{name}: shape {array.shape}, expected {expected} [tokens, {words}]")
+    if array.dtype != geometry.dtype:
+        raise InvalidArgument(
+            f"{name}: dtype {array.dtype}, expected {geometry.dtype}: convert it with {name}.astype(client.dtype)"
+        )
+    return np.ascontiguousarray(array).reshape(rows, -1).view(np.uint8)
+
+
+def check_message_size(payload_bytes: int, limits: Limits, server: str) -> None:
+    """ResourceExhausted if the server would refuse the message for its size."""
+    size = payload_bytes + _wire.OVERHEAD_BYTES
+    if limits.message_bytes and size > limits.message_bytes:
+        raise ResourceExhausted(
+            f"message: about {size} bytes, over the limit of {limits.message_bytes}; use fewer rows a call", server
+        )
+
+
+def _array(name: str, data: memoryview | None, shape: tuple[int, ...], dtype: np.dtype[Any], server: str) -> Array:
+    expected = int(np.prod(shape)) * dtype.itemsize
+    if data is None or data.nbytes != expected:
+        size = 0 if data is None else data.nbytes
+        raise AttndError(f"{name}: {size} bytes in the response, expected {expected}", server)
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _scatter(part: Part[Any], name: str, data: memoryview | None, target: Array) -> None:
+    source = _array(name, data, (part.tokens, *target.shape[1:]), target.dtype, part.server)
+    row = 0
+    for run in part.runs:
+        count = run.stop - run.start
+        target[run] = source[row : row + count]
+        row += count
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Requests
+
+
+def step_begin(part: Part[Any], geometry: Geometry, options: Options, read_only: bool) -> pb.StepBegin:
+    """Announces a part's step on a stream."""
+    return pb.StepBegin(
+        sequences=part.handles,
+        query_lengths=part.wire_query_lengths(),
+        options=options.to_proto(geometry),
+        dtype=dtype_code(geometry),
+        read_only=read_only,
+    )
+
+
+def decode_header(part: Part[Any], geometry: Geometry, options: Options, layer: int, step: int) -> pb.DecodeRequest:
+    """The small fields of a unary Decode; `step` 0 begins a step or reads."""
+    return pb.DecodeRequest(
+        step=step,
+        layer=layer,
+        sequences=part.handles if step == 0 else [],
+        query_lengths=part.wire_query_lengths() if step == 0 else [],
+        options=options.to_proto(geometry),
+        dtype=dtype_code(geometry),
+    )
+
+
+def append_messages(
+    sequence: BaseSequence, k: Iterable[Any], v: Iterable[Any], tokens: int | None, geometry: Geometry, limits: Limits
+) -> Iterator[bytes]:
+    """The messages of one AppendKv call, layer by layer; the begin travels with the first.
+
+    Raises InvalidArgument midway if a layer has the wrong shape, or there are too few or too many layers.
+    """
+    row_bytes = geometry.kv_token_bytes
+    aim = min(APPEND_CHUNK_BYTES, limits.message_bytes or APPEND_CHUNK_BYTES)
+    step = max(1, (aim - _wire.OVERHEAD_BYTES) // row_bytes)
+    check_message_size(row_bytes, limits, sequence.server)
+    layers = 0
+    for layer, (layer_k, layer_v) in enumerate(_both(k, v)):
+        if layer >= geometry.layers:
+            raise InvalidArgument(f"k, v: more than layers = {geometry.layers} layers")
+        count = len(layer_k) if tokens is None else tokens
+        if count < 1:
+            raise InvalidArgument(f"k[{layer}]: no tokens")
+        keys = rows_of(f"k[{layer}]", layer_k, count, geometry.k_row, "heads_kv, head_dim", geometry)
+        values = rows_of(f"v[{layer}]", layer_v, count, geometry.v_row, "heads_kv, head_dim_v", geometry)
+        for offset in range(0, count, step):
+            chunk = slice(offset, min(offset + step, count))
+            header = pb.AppendKvRequest(layer=layer, token_offset=offset, tokens=chunk.stop - chunk.start)
+            if tokens is None:
+                tokens = count
+            if layer == 0 and offset == 0:
+                header.begin.sequence = sequence.handle
+                header.begin.tokens = count
+                header.begin.dtype = dtype_code(geometry)
+            yield _wire.encode(header, [(_wire.K, [keys[chunk].data]), (_wire.V, [values[chunk].data])])
+        layers += 1
+    if layers < geometry.layers:
+        raise InvalidArgument(f"k, v: {layers} layers, expected {geometry.layers}")
+
+
+_END = object()
+
+
+def _both(k: Iterable[Any], v: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Pairs the layers of k and v. InvalidArgument if one ends before the other."""
+    keys, values = iter(k), iter(v)
+    while True:
+        layer_k, layer_v = next(keys, _END), next(values, _END)
+        if layer_k is _END and layer_v is _END:
+            return
+        if layer_k is _END or layer_v is _END:
+            raise InvalidArgument("k, v: differ in their number of layers")
+        yield layer_k, layer_v
