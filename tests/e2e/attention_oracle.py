@@ -12,7 +12,6 @@ import math
 
 import ml_dtypes
 import numpy as np
-
 from attnd_harness import pb
 
 NUMPY_TYPES = {

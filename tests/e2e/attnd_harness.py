@@ -8,6 +8,7 @@ so that a request is either a message or any bytes at all.
     Api       calls against one address; remembers the sequences and steps it opened
     Stream    one DecodeStream call, message by message
     Proxy     a TCP relay that can cut its connections, for clients that vanish
+    RawCall   one call below gRPC, in HTTP/2 frames
 """
 
 import http.client
@@ -23,9 +24,13 @@ import tempfile
 import threading
 import time
 import types
+import typing
 
 import grpc
 import grpc_tools
+import h2.config
+import h2.connection
+import h2.events
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from grpc_tools import protoc
 
@@ -128,7 +133,7 @@ class Server:
     """One attnd process, started with the given flags: Server(ranks=2, page_size=16)."""
 
     # A sensible small server: K and V rows of different widths, two layers, a group of two.
-    DEFAULTS = {
+    DEFAULTS: typing.ClassVar = {
         "listen": "127.0.0.1:0",
         "backend": "cpu",
         "ranks": 2,
@@ -313,10 +318,10 @@ class Api:
     def error(self, name, request, **options):
         """The grpc.RpcError that the call must end with."""
         try:
-            answer = self.call(name, request, **options)
+            self.call(name, request, **options)
         except grpc.RpcError as error:
             return error
-        raise AssertionError(f"{name} succeeded: {answer}")
+        raise AssertionError(f"{name} succeeded")
 
     def stream(self, timeout=TIMEOUT_S, metadata=None):
         return Stream(self, timeout, self.metadata if metadata is None else metadata)
@@ -459,7 +464,7 @@ class Proxy:
         host, port = address.rsplit(":", 1)
         self.target = (host, int(port))
         self.listener = socket.create_server(("127.0.0.1", 0))
-        self.address = "127.0.0.1:%d" % self.listener.getsockname()[1]
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
         self.lock = threading.Lock()
         self.sockets = []
         threading.Thread(target=self._accept, daemon=True).start()
@@ -509,3 +514,64 @@ class Proxy:
     def close(self):
         self.listener.close()
         self.cut()
+
+
+class RawCall:
+    """One HTTP/2 request written by hand: any bytes as gRPC frames, and no window updates unless asked for."""
+
+    def __init__(self, server, method, headers=()):
+        host, port = server.address.rsplit(":", 1)
+        self.socket = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
+        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+        self.h2.initiate_connection()
+        self.stream = self.h2.get_next_available_stream_id()
+        self.h2.send_headers(
+            self.stream,
+            [
+                (":method", "POST"),
+                (":scheme", "http"),
+                (":path", method),
+                (":authority", "test"),
+                ("te", "trailers"),
+                ("content-type", "application/grpc"),
+                *headers,
+            ],
+        )
+        self.flush()
+
+    def flush(self):
+        self.socket.sendall(self.h2.data_to_send())
+
+    def send(self, data, end=False):
+        """As far as the server's window lets it; returns the bytes sent."""
+        sent = 0
+        while sent < len(data):
+            room = min(self.h2.local_flow_control_window(self.stream), self.h2.max_outbound_frame_size, len(data) - sent)
+            if room == 0:
+                break
+            self.h2.send_data(self.stream, data[sent : sent + room])
+            sent += room
+        if end:
+            self.h2.end_stream(self.stream)
+        self.flush()
+        return sent
+
+    def status(self):
+        """Reads until the call has ended: the gRPC status and message, or 'reset' / 'closed'."""
+        while True:
+            data = self.socket.recv(65536)
+            if not data:
+                return "closed", ""
+            for event in self.h2.receive_data(data):
+                if isinstance(event, (h2.events.TrailersReceived, h2.events.ResponseReceived)):
+                    headers = dict(event.headers)
+                    if "grpc-status" in headers:
+                        return int(headers["grpc-status"]), headers.get("grpc-message", "")
+                    if headers.get(":status", "200") != "200":
+                        return "http " + headers[":status"], ""
+                if isinstance(event, h2.events.StreamReset):
+                    return "reset", ""
+            self.flush()
+
+    def close(self):
+        self.socket.close()

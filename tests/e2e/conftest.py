@@ -16,9 +16,8 @@ bazel-bin/service/attnd.
 
 import itertools
 
-import pytest
-
 import attnd_harness
+import pytest
 from attention_oracle import Model
 
 

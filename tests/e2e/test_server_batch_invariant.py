@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from attention_oracle import Layer, Model, options
 from attnd_harness import pb
 

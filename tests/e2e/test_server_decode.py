@@ -4,7 +4,6 @@ import pathlib
 
 import numpy as np
 import pytest
-
 from attention_oracle import Layer, Model, options
 from attnd_harness import pb
 
@@ -46,7 +45,7 @@ def test_query_lengths_1_to_128_are_causal_among_the_new_tokens(shared_server, v
 
 def test_every_query_length_from_1_to_128(shared_server):
     model = Model(shared_server().api())
-    handles = model.open(128)
+    handles = model.open(128, pb.PLACEMENT_ROUND_ROBIN)
     model.step(handles, list(range(1, 129)), opts=options(return_lse=True))
 
 
@@ -252,7 +251,7 @@ def test_timing_is_returned_for_the_ranks_that_had_work_and_no_others(shared_ser
 
 def test_1024_sequences_in_one_step(shared_server):
     model = Model(shared_server(ranks=4).api())
-    handles = model.open(1024)
+    handles = model.open(1024, pb.PLACEMENT_ROUND_ROBIN)
     model.step(handles, check=False)
     layers = model.layers(1024)
     answers = model.step(handles, layers=layers, check=False)

@@ -4,7 +4,6 @@ import math
 
 import grpc
 import pytest
-
 from attention_oracle import Model
 from attnd_harness import CODE, pb
 

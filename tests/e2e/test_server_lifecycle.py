@@ -10,12 +10,11 @@ import time
 
 import grpc
 import pytest
+from attention_oracle import Model
+from attnd_harness import CODE, REQUESTS, TIMEOUT_S, Server, binary, eventually, pb
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-
-from attention_oracle import Model
-from attnd_harness import CODE, REQUESTS, TIMEOUT_S, Server, binary, eventually, pb
 
 SERVICE_NAME = "attnd.v1.Attention"
 

@@ -1,12 +1,12 @@
 """/metrics is Prometheus text, per rank, and moves with the calls."""
 
 import http.client
+import signal
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-
 from attention_oracle import Model
-from attnd_harness import pb
+from attnd_harness import eventually, pb
+from prometheus_client.parser import text_string_to_metric_families
 
 
 def families(server):
@@ -57,28 +57,25 @@ def test_counters_move_with_calls_and_steps(ranked):
     handles = model.open_filled([5], pb.PLACEMENT_EXPLICIT, 1)
     calls = value(server, "attnd_rank_calls_total", rank="1")
     idle = value(server, "attnd_rank_calls_total", rank="0")
-    steps = value(server, "attnd_steps_committed_total")
-    decodes = value(server, "attnd_calls_total", method="Decode") if "Decode" in server.metrics_text() else 0
+    steps = value(server, "attnd_steps_total", outcome="committed")
     model.step(handles, via="unary")
     model.step(handles, via="stream")
     assert value(server, "attnd_rank_calls_total", rank="1") == calls + 4
     assert value(server, "attnd_rank_calls_total", rank="0") == idle
-    assert value(server, "attnd_steps_committed_total") == steps + 2
-    assert value(server, "attnd_calls_total", method="Decode") == decodes + 2
+    assert value(server, "attnd_steps_total", outcome="committed") == steps + 2
+    assert value(server, "attnd_rpc_total", method="Decode", code="OK") == 2
+    assert value(server, "attnd_rpc_total", method="DecodeStream", code="OK") == 1
+    assert value(server, "attnd_rpc_received_bytes_total", method="DecodeStream") > 2 * len(model.layer(1).fields()["q"])
 
 
 def test_failed_calls_are_counted_by_code(ranked):
     server, model = ranked
     for _ in range(3):
         model.api.error("DescribeSequences", pb.DescribeSequencesRequest(sequences=[9]))
-    assert value(server, "attnd_calls_total", method="DescribeSequences", code="NOT_FOUND") == 3
+    assert value(server, "attnd_rpc_total", method="DescribeSequences", code="NOT_FOUND") == 3
 
 
 def test_a_lost_rank_shows(ranked):
-    import signal
-
-    from attnd_harness import eventually
-
     server, _ = ranked
     assert value(server, "attnd_rank_up", rank="1") == 1
     server.signal(signal.SIGUSR1)

@@ -3,7 +3,6 @@
 import grpc
 import numpy as np
 import pytest
-
 from attention_oracle import Model, options
 from attnd_harness import CODE, TIMEOUT_S, pb
 
@@ -71,6 +70,12 @@ def test_least_tokens_fills_the_emptiest_rank(shared_server):
         homes.append(model.api.describe([handle])[0].dp_rank)
     # 10 + 50 = 60 is still the least; then rank 3 (100) against rank 2 (120).
     assert homes == [2, 2, 3]
+
+
+def test_empty_sequences_go_to_different_ranks(shared_server):
+    api = shared_server(ranks=4).api()
+    api.open(8)
+    assert [rank.sequences for rank in api.info().ranks] == [2, 2, 2, 2]
 
 
 def test_a_spread_sequence_has_its_tokens_on_every_rank(shared_server):
