@@ -1,0 +1,386 @@
+/*
+ * What a rank does with a layer: the parts of one or more steps become one launch of its backend.
+ *
+ * The tables of a batch were made when its step began. What changes with every layer is where the rows
+ * are: in place in the request if a sequence's rows lie in one span, else gathered to the rank's
+ * staging memory. Outputs are written where the caller will read them. A launch of one part uses the
+ * part's tables as they are; for more, they are laid end to end in the rank's scratch memory.
+ */
+#define _GNU_SOURCE
+#include <assert.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "dp/state.h"
+#include "dp/tensors.h"
+
+typedef struct {
+    dp_rank *rank;
+    dp_engine_rank *owner;
+    const dp_engine *engine;
+    dp_layer_part *parts[DP_MAX_MERGED];
+    uint32_t count;
+    uint32_t size; /* sequences of all parts */
+    uint32_t rows;
+    uint32_t pages;
+    bool spread;
+    bool wants_lse;
+    size_t staged; /* bytes of staging memory in use */
+    uint64_t bytes_in_place;
+    uint64_t bytes_gathered;
+    attn_batch batch;
+    /* The batch's arrays, to be written. */
+    const void **queries, **new_keys, **new_values;
+    void **outs;
+    float **lses;
+    uint32_t *lengths, *query_lengths, *page_offsets, *page_table;
+    attn_part *attn_parts;
+    attn_partial *partials;
+} launch;
+
+void dp_layer_part_fail(dp_layer_part *part, attn_status status) {
+    part->failed = true;
+    attn_status_save(&part->failure, status);
+}
+
+static dp_layer_part *part_of(dp_job *job) { return (dp_layer_part *)job; }
+
+static dp_rank_timing *timing_of(const dp_layer_part *part) { return &part->step->timing[part - part->step->parts]; }
+
+static float microseconds(int64_t nanoseconds) { return (float)nanoseconds / 1000.0f; }
+
+/* ------------------------------------------------------------------------------------------- */
+/* Which parts run */
+
+static attn_status may_start(const dp_rank *rank, const dp_step *step, int64_t now) {
+    if (dp_rank_lost(rank)) return attn_error(ATTN_UNAVAILABLE, "rank %u is lost", dp_rank_index(rank));
+    if (atomic_load_explicit(&step->cancelled, memory_order_relaxed)) {
+        return attn_error(ATTN_CANCELLED, "the call was cancelled");
+    }
+    if (now > step->call->deadline_ns) return attn_error(ATTN_DEADLINE_EXCEEDED, "the deadline passed in the queue");
+    if (atomic_load_explicit(&step->failed, memory_order_relaxed)) {
+        return attn_error(ATTN_CANCELLED, "another rank failed");
+    }
+    return attn_ok();
+}
+
+/* Copy on write. The first layer is the first to write, and it runs once. */
+static attn_status copy_shared_pages(dp_rank *rank, const dp_layer_part *part) {
+    if (part->step->read_only || part->step->call->layer != 0) return attn_ok();
+    for (uint32_t i = 0; i < part->batch->copy_count; i++) {
+        const dp_page_copy *copy = &part->batch->copies[i];
+        ATTN_TRY(attn_backend_copy_page(dp_rank_backend(rank), copy->from, copy->to));
+    }
+    return attn_ok();
+}
+
+static void add_part(launch *launch, dp_layer_part *part) {
+    launch->parts[launch->count++] = part;
+    launch->size += part->batch->size;
+    launch->rows += part->batch->rows;
+    launch->pages += part->batch->page_offsets[part->batch->size];
+    launch->spread |= part->batch->parts != NULL;
+    launch->wants_lse |= part->step->call->options.return_lse;
+}
+
+static void select_parts(launch *launch, dp_job *const *jobs, uint32_t count) {
+    int64_t now = attn_now_ns();
+    for (uint32_t i = 0; i < count; i++) {
+        dp_layer_part *part = part_of(jobs[i]);
+        attn_status status = may_start(launch->rank, part->step, now);
+        if (!attn_failed(status)) status = copy_shared_pages(launch->rank, part);
+        if (attn_failed(status)) {
+            dp_layer_part_fail(part, status);
+            continue;
+        }
+        *timing_of(part) = (dp_rank_timing){.rank = part->batch->rank,
+                                            .sequences = part->batch->size,
+                                            .tokens = part->batch->tokens,
+                                            .queue_us = microseconds(now - part->step->admitted_ns)};
+        add_part(launch, part);
+    }
+}
+
+static void fail_parts(const launch *launch, attn_status status) {
+    for (uint32_t i = 0; i < launch->count; i++)
+        dp_layer_part_fail(launch->parts[i], status);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* The launch's arrays */
+
+bool dp_scratch_reserve(void **memory, size_t *held, size_t size) {
+    if (size <= *held) return true;
+    size_t grown = *held < 4096 ? 4096 : *held;
+    while (grown < size)
+        grown *= 2;
+    free(*memory);
+    *held = 0;
+    *memory = malloc(grown);
+    if (*memory == NULL) return false;
+    *held = grown;
+    return true;
+}
+
+/* Measures with a NULL base, then carves. */
+static size_t carve_arrays(launch *launch, char *base) {
+    size_t used = 0;
+#define CARVE(array, entries)                                                                                          \
+    do {                                                                                                               \
+        if (base != NULL) launch->array = (void *)(base + used);                                                       \
+        used += ((entries) * sizeof *launch->array + 15) / 16 * 16;                                                    \
+    } while (0)
+    CARVE(queries, launch->size);
+    CARVE(new_keys, launch->size);
+    CARVE(new_values, launch->size);
+    CARVE(outs, launch->size);
+    CARVE(lses, launch->size);
+    if (launch->count > 1) {
+        CARVE(lengths, launch->size);
+        CARVE(query_lengths, launch->size);
+        CARVE(page_offsets, launch->size + 1);
+        CARVE(page_table, launch->pages);
+        if (launch->spread) {
+            CARVE(attn_parts, launch->size);
+            CARVE(partials, launch->size);
+        }
+    }
+#undef CARVE
+    return used;
+}
+
+static attn_status reserve_arrays(launch *launch) {
+    dp_rank_scratch *scratch = &launch->owner->scratch;
+    size_t size = carve_arrays(launch, NULL);
+    if (!dp_scratch_reserve(&scratch->arrays, &scratch->arrays_size, size)) {
+        return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a launch of %u sequences", launch->size);
+    }
+    carve_arrays(launch, scratch->arrays);
+    return attn_ok();
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Rows */
+
+/* Where `size` bytes at `offset` of a tensor are: in place if in one piece, else gathered. NULL: no memory. */
+static const void *take_rows(launch *launch, dp_tensor_reader *reader, size_t offset, size_t size) {
+    size_t available;
+    const void *rows = dp_tensor_reader_seek(reader, offset, &available);
+    if (available >= size) {
+        launch->bytes_in_place += size;
+        return rows;
+    }
+    dp_rank_scratch *scratch = &launch->owner->scratch;
+    if (launch->staged == 0) {
+        /* Once, for the worst case: pointers into it must stay. Memory not needed is not touched. */
+        const dp_engine *engine = launch->engine;
+        size_t worst = launch->rows * (engine->query_row_bytes + engine->key_row_bytes + engine->value_row_bytes);
+        void *staging = scratch->staging;
+        bool reserved = dp_scratch_reserve(&staging, &scratch->staging_size, worst);
+        scratch->staging = staging;
+        if (!reserved) return NULL;
+    }
+    char *gathered = scratch->staging + launch->staged;
+    dp_tensor_reader_copy(reader, offset, size, gathered);
+    launch->staged += size;
+    launch->bytes_gathered += size;
+    return gathered;
+}
+
+typedef struct {
+    dp_tensor_reader queries, keys, values;
+} row_readers;
+
+/* The new rows that a part's rank stores. For a part that stores none any pointer will do, but not NULL: see
+ * attn_batch. */
+static bool take_new_rows(launch *launch, const dp_batch *batch, uint32_t i, uint32_t to, row_readers *readers) {
+    const dp_engine *engine = launch->engine;
+    size_t row = batch->first_rows[i];
+    size_t rows = batch->query_lengths[i];
+    if (batch->parts != NULL && batch->parts[i].chunk_stride > 0) {
+        row += batch->parts[i].new_first;
+        rows = batch->parts[i].new_count;
+    }
+    if (rows == 0) {
+        launch->new_keys[to] = launch->queries[to];
+        launch->new_values[to] = launch->queries[to];
+        return true;
+    }
+    launch->new_keys[to] = take_rows(launch, &readers->keys, row * engine->key_row_bytes, rows * engine->key_row_bytes);
+    launch->new_values[to] =
+        take_rows(launch, &readers->values, row * engine->value_row_bytes, rows * engine->value_row_bytes);
+    return launch->new_keys[to] != NULL && launch->new_values[to] != NULL;
+}
+
+/* Sets the row pointers of sequence `i` of a part, which is sequence `to` of the launch. */
+static bool take_sequence(launch *launch, const dp_layer_part *part, uint32_t i, uint32_t to, row_readers *readers) {
+    const dp_engine *engine = launch->engine;
+    const dp_step *step = part->step;
+    const dp_batch *batch = part->batch;
+    size_t row = batch->first_rows[i];
+    launch->queries[to] = take_rows(launch, &readers->queries, row * engine->query_row_bytes,
+                                    batch->query_lengths[i] * engine->query_row_bytes);
+    if (launch->queries[to] == NULL) return false;
+    launch->outs[to] = (char *)step->result->out + row * engine->out_row_bytes;
+    launch->lses[to] = step->result->lse == NULL ? NULL : step->result->lse + row * engine->config.geometry.heads_q;
+    launch->new_keys[to] = NULL;
+    launch->new_values[to] = NULL;
+    return step->read_only || take_new_rows(launch, batch, i, to, readers);
+}
+
+static attn_status take_part(launch *launch, const dp_layer_part *part, uint32_t first) {
+    int64_t start = attn_now_ns();
+    const dp_layer_call *call = part->step->call;
+    row_readers readers;
+    dp_tensor_reader_init(&readers.queries, &call->queries);
+    dp_tensor_reader_init(&readers.keys, &call->new_keys);
+    dp_tensor_reader_init(&readers.values, &call->new_values);
+    for (uint32_t i = 0; i < part->batch->size; i++) {
+        if (!take_sequence(launch, part, i, first + i, &readers)) {
+            return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory to gather the rows of %u sequences", launch->size);
+        }
+    }
+    timing_of(part)->copy_in_us = microseconds(attn_now_ns() - start);
+    return attn_ok();
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Tables */
+
+/* One part: its tables as they are. */
+static void use_tables(launch *launch, const dp_batch *batch) {
+    launch->lengths = batch->lengths;
+    launch->query_lengths = batch->query_lengths;
+    launch->page_offsets = batch->page_offsets;
+    launch->page_table = batch->pages;
+    launch->attn_parts = batch->parts;
+    launch->partials = batch->partials;
+}
+
+/* One of several parts: its tables behind those of the parts before it. */
+static void append_tables(launch *launch, const dp_batch *batch, uint32_t first) {
+    uint32_t page = first == 0 ? 0 : launch->page_offsets[first];
+    memcpy(launch->lengths + first, batch->lengths, batch->size * sizeof *batch->lengths);
+    memcpy(launch->query_lengths + first, batch->query_lengths, batch->size * sizeof *batch->query_lengths);
+    for (uint32_t i = 0; i <= batch->size; i++)
+        launch->page_offsets[first + i] = page + batch->page_offsets[i];
+    uint32_t pages = batch->page_offsets[batch->size];
+    if (pages > 0) memcpy(launch->page_table + page, batch->pages, pages * sizeof *batch->pages);
+    if (!launch->spread) return;
+    for (uint32_t i = 0; i < batch->size; i++) {
+        bool has_parts = batch->parts != NULL;
+        launch->attn_parts[first + i] = has_parts ? batch->parts[i] : (attn_part){0};
+        launch->partials[first + i] = has_parts ? batch->partials[i] : (attn_partial){0};
+    }
+}
+
+static attn_status assemble(launch *launch) {
+    ATTN_TRY(reserve_arrays(launch));
+    uint32_t first = 0;
+    for (uint32_t p = 0; p < launch->count; p++) {
+        const dp_layer_part *part = launch->parts[p];
+        if (launch->count == 1)
+            use_tables(launch, part->batch);
+        else
+            append_tables(launch, part->batch, first);
+        ATTN_TRY(take_part(launch, part, first));
+        first += part->batch->size;
+    }
+    const dp_step *step = launch->parts[0]->step;
+    const dp_options *options = &step->call->options;
+    launch->batch = (attn_batch){
+        .layer = step->call->layer,
+        .size = launch->size,
+        .lengths = launch->lengths,
+        .query_lengths = launch->query_lengths,
+        .page_offsets = launch->page_offsets,
+        .pages = launch->page_table,
+        .queries = launch->queries,
+        .new_keys = launch->new_keys,
+        .new_values = launch->new_values,
+        .outs = launch->outs,
+        .lses = launch->wants_lse ? launch->lses : NULL,
+        .parts = launch->spread ? launch->attn_parts : NULL,
+        .partials = launch->spread ? launch->partials : NULL,
+        .scale = step->scale,
+        .softcap = options->softcap,
+        .window = options->window,
+        .sinks = options->sink_count > 0 ? options->sinks : NULL,
+        .batch_invariant = options->batch_invariant,
+    };
+    return attn_ok();
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* The launch */
+
+static void note_timing(const launch *launch, const attn_timing *timing) {
+    for (uint32_t i = 0; i < launch->count; i++) {
+        dp_rank_timing *noted = timing_of(launch->parts[i]);
+        noted->plan_us = microseconds(timing->plan_ns);
+        noted->attention_us = microseconds(timing->attention_ns);
+        noted->combine_us = microseconds(timing->combine_ns);
+        noted->merged_calls = launch->count;
+    }
+}
+
+static attn_status decode(launch *launch) {
+    attn_timing timing = {0};
+    int64_t start = attn_now_ns();
+    attn_status status = attn_backend_decode(dp_rank_backend(launch->rank), &launch->batch, NULL, &timing);
+    dp_rank_counters *counters = &launch->owner->counters;
+    dp_count(&counters->busy_ns, (uint64_t)(attn_now_ns() - start));
+    dp_count(&counters->launches, 1);
+    dp_count(&counters->calls, launch->count);
+    dp_count(&counters->bytes_in_place, launch->bytes_in_place);
+    dp_count(&counters->bytes_gathered, launch->bytes_gathered);
+    note_timing(launch, &timing);
+    return status;
+}
+
+static void layer_run(dp_rank *rank, dp_job *const *jobs, uint32_t count) {
+    const dp_engine *engine = part_of(jobs[0])->step->engine;
+    launch launch;
+    launch.rank = rank;
+    launch.owner = &engine->ranks[dp_rank_index(rank)];
+    launch.engine = engine;
+    launch.count = launch.size = launch.rows = launch.pages = 0;
+    launch.spread = launch.wants_lse = false;
+    launch.staged = launch.bytes_in_place = launch.bytes_gathered = 0;
+    select_parts(&launch, jobs, count);
+    if (launch.count == 0) return;
+    attn_status status = assemble(&launch);
+    if (!attn_failed(status)) status = decode(&launch);
+    if (!attn_failed(status)) return;
+    fail_parts(&launch, status);
+    if (status.code == ATTN_UNAVAILABLE) dp_rank_fail(rank);
+}
+
+static void layer_finish(dp_job *job) { dp_layer_part_finish(part_of(job)); }
+
+static void layer_drop(dp_job *job, attn_status status) {
+    dp_layer_part_fail(part_of(job), status);
+    dp_layer_part_finish(part_of(job));
+}
+
+static bool same_sinks(const dp_options *left, const dp_options *right) {
+    if (left->sink_count != right->sink_count) return false;
+    return left->sink_count == 0 || memcmp(left->sinks, right->sinks, left->sink_count * sizeof *left->sinks) == 0;
+}
+
+static bool layer_joins(const dp_job *first_job, const dp_job *job) {
+    const dp_step *first = ((const dp_layer_part *)first_job)->step;
+    const dp_step *other = ((const dp_layer_part *)job)->step;
+    const dp_options *left = &first->call->options;
+    const dp_options *right = &other->call->options;
+    return first->call->layer == other->call->layer && first->read_only == other->read_only &&
+           first->scale == other->scale && left->softcap == right->softcap && left->window == right->window &&
+           left->batch_invariant == right->batch_invariant && same_sinks(left, right);
+}
+
+const dp_job_kind dp_layer_job_kind = {
+    .run = layer_run,
+    .finish = layer_finish,
+    .drop = layer_drop,
+    .joins = layer_joins,
+};

@@ -1,0 +1,165 @@
+/*
+ * The engine's own state, shared by the modules that implement dp/engine.h and by nothing else.
+ *
+ * Locks: `lock` guards the tables (sequences, pages, loads, quotas, steps) for short critical sections; it
+ * is never held while a backend works or a callback runs. A layer call takes it only to commit or to
+ * abort. A rank's own lock is never held together with it.
+ */
+#ifndef ATTND_DP_STATE_H
+#define ATTND_DP_STATE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "base/clock.h"
+#include "dp/collective.h"
+#include "dp/engine.h"
+#include "dp/partition.h"
+#include "dp/rank.h"
+#include "dp/results.h"
+#include "dp/sequences.h"
+
+/* ------------------------------------------------------------------------------------------- */
+/* Ranks */
+
+/* What a rank has done since start. Written by its executing thread, read by any. */
+typedef struct {
+    atomic_uint_fast64_t calls;
+    atomic_uint_fast64_t launches;
+    atomic_uint_fast64_t busy_ns;
+    atomic_uint_fast64_t bytes_in_place;
+    atomic_uint_fast64_t bytes_gathered;
+} dp_rank_counters;
+
+/* Memory that a rank's launches use again and again. Owned by the rank's executing thread. */
+typedef struct {
+    void *arrays; /* pointers a sequence, and merged batches' tables */
+    size_t arrays_size;
+    char *staging; /* rows gathered */
+    size_t staging_size;
+} dp_rank_scratch;
+
+typedef struct {
+    dp_rank *rank;
+    dp_rank_counters counters;
+    dp_rank_scratch scratch;
+    char *device;
+} dp_engine_rank;
+
+/* ------------------------------------------------------------------------------------------- */
+/* Steps */
+
+/*
+ * Where a step is. One layer is in flight at most. From the states before the line a step goes on; the
+ * others are final. Whoever moves it there (a compare-and-swap) gives back or commits what it holds.
+ */
+typedef enum {
+    DP_STEP_OPEN,
+    DP_STEP_RUNNING,       /* a layer is in flight */
+    DP_STEP_RUNNING_ENDED, /* ..and the step has been ended meanwhile */
+    /* --- */
+    DP_STEP_COMMITTED,
+    DP_STEP_ABORTED,
+} dp_step_state;
+
+/* One rank's part of the layer in flight. Owned by the step's owner, then by the rank, until it has arrived. */
+typedef struct {
+    dp_job job; /* first: a job is its part */
+    dp_step *step;
+    dp_batch *batch;
+    bool failed;
+    attn_saved_status failure;
+} dp_layer_part;
+
+struct dp_step {
+    dp_engine *engine;
+    uint32_t slot;
+    /* Guarded by the engine's lock. */
+    uint32_t generation;
+    bool registered; /* can be found by its name */
+    bool owned;      /* taken by a caller */
+    uint32_t next_free;
+    /* Constant while the step is there. */
+    uint64_t id;
+    uint32_t tenant;
+    bool read_only;
+    uint32_t count;
+    uint32_t tokens;
+    dp_sequence **sequences; /* [count], as the next two; there is room for `capacity` */
+    uint64_t *handles;
+    uint32_t *query_lengths;
+    uint32_t capacity;
+    dp_partition partition;
+    /* Any thread. */
+    atomic_int state;
+    atomic_uint references; /* the open step; each layer in flight; whoever cancels */
+    atomic_int_fast64_t used_ns;
+    atomic_bool cancelled; /* of the layer in flight, as are all below */
+    atomic_bool failed;
+    dp_gather gather;
+    /* Owned by the caller; while a layer is in flight constant. */
+    uint32_t next_layer;
+    dp_layer_call *call;
+    dp_result *result;
+    dp_result *partials; /* memory of the spread sequences' partial results, or NULL */
+    float scale;
+    int64_t admitted_ns;
+    attn_saved_status failure; /* written by the first to set `failed` */
+    dp_layer_part *parts;      /* [ranks], one a batch of the partition */
+    dp_rank_timing *timing;    /* [ranks] likewise */
+};
+
+/* Steps by slot. All of it guarded by the engine's lock. */
+typedef struct {
+    dp_handle_key key;
+    dp_step **slots; /* [count]; steps are kept for use again */
+    uint32_t count;
+    uint32_t capacity;
+    uint32_t first_free; /* slot; UINT32_MAX: none */
+    uint64_t open;
+    uint64_t committed;
+    uint64_t aborted;
+} dp_steps;
+
+/* ------------------------------------------------------------------------------------------- */
+
+struct dp_engine {
+    dp_config config; /* without its pointers */
+    char backend[32];
+    char isa[32];
+    size_t query_row_bytes, key_row_bytes, value_row_bytes, out_row_bytes;
+    uint64_t small_bytes;  /* a layer that reads less may run on the submitting thread */
+    dp_engine_rank *ranks; /* [config.ranks] */
+    dp_results *results;
+    pthread_mutex_t lock;
+    dp_sequences sequences; /* guarded by lock */
+    dp_steps steps;         /* guarded by lock */
+    uint32_t turn;          /* of round-robin placement; guarded by lock */
+};
+
+attn_status dp_steps_init(dp_steps *steps);
+void dp_steps_fini(dp_steps *steps);
+
+/* Aborts the steps that have been idle since before `before`. */
+void dp_steps_reap(dp_engine *engine, int64_t before);
+
+/* Copies which ranks are lost into the table's loads. With the lock held. */
+void dp_engine_note_lost(dp_engine *engine);
+
+/* The kind of a layer part's job; see layer.c. */
+extern const dp_job_kind dp_layer_job_kind;
+
+/* Completes one part of a layer: the last one completes the layer. */
+void dp_layer_part_finish(dp_layer_part *part);
+
+/* Marks a part as failed. */
+void dp_layer_part_fail(dp_layer_part *part, attn_status status);
+
+/* Memory of at least `size` bytes in `*memory`, kept for next time; false: there is none. What was in it is lost. */
+bool dp_scratch_reserve(void **memory, size_t *held, size_t size);
+
+static inline void dp_count(atomic_uint_fast64_t *counter, uint64_t amount) {
+    atomic_fetch_add_explicit(counter, amount, memory_order_relaxed);
+}
+
+#endif

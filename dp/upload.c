@@ -1,0 +1,394 @@
+/*
+ * Uploads: a sequence grows by many tokens at once, chunk by chunk and layer by layer, unseen until
+ * all is there. Each chunk goes to the ranks that hold some of its tokens; a rank appends its rows in
+ * place where they lie in one span, and gathers those that cross from one span into the next.
+ */
+#define _GNU_SOURCE
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "dp/state.h"
+#include "dp/tensors.h"
+
+/* One rank's part of an upload. Constant but for `copied`, which is the rank's, and the failure of the chunk in
+ * flight. */
+typedef struct {
+    dp_job job; /* first: a job is its part */
+    dp_upload *upload;
+    uint32_t stripe;
+    uint32_t rank;
+    uint32_t *pages; /* [page_count] the part's table, with the pages that the upload took */
+    uint32_t page_count;
+    dp_page_copy copy; /* `to` is DP_NO_PAGE: nothing to copy */
+    bool copied;
+    bool failed;
+    attn_saved_status failure;
+} upload_part;
+
+struct dp_upload {
+    dp_engine *engine;
+    dp_sequence *sequence; /* busy with this upload */
+    uint64_t first;        /* position of the upload's first token */
+    uint64_t tokens;
+    uint32_t stripes;
+    upload_part *parts;     /* [stripes] */
+    uint64_t *layer_tokens; /* [layers] how many are there; the caller's, and the chunk's while one is in flight */
+    atomic_int state;       /* a dp_step_state: a chunk is to an upload what a layer is to a step */
+    atomic_uint references; /* the open upload, the chunk in flight */
+    atomic_bool failed;
+    dp_gather gather;
+    dp_upload_chunk *chunk;
+    attn_saved_status failure; /* written by the first to set `failed` */
+};
+
+/* ------------------------------------------------------------------------------------------- */
+/* Begin and end */
+
+static void upload_free(dp_upload *upload) {
+    for (uint32_t j = 0; upload->parts != NULL && j < upload->stripes; j++)
+        free(upload->parts[j].pages);
+    free(upload->parts);
+    free(upload->layer_tokens);
+    free(upload);
+}
+
+static void unreference(dp_upload *upload) {
+    if (atomic_fetch_sub_explicit(&upload->references, 1, memory_order_acq_rel) == 1) upload_free(upload);
+}
+
+static bool move_state(dp_upload *upload, dp_step_state from, dp_step_state to) {
+    int expected = from;
+    return atomic_compare_exchange_strong(&upload->state, &expected, to);
+}
+
+static void give_back(dp_upload *upload) {
+    pthread_mutex_lock(&upload->engine->lock);
+    dp_sequence_cancel(&upload->engine->sequences, upload->sequence, attn_now_ns());
+    pthread_mutex_unlock(&upload->engine->lock);
+}
+
+static attn_status grow_sequence(dp_engine *engine, uint32_t tenant, uint64_t handle, uint64_t tokens,
+                                 dp_sequence **sequence) {
+    dp_sequences *table = &engine->sequences;
+    dp_sequence *found = dp_sequences_find(table, tenant, handle);
+    if (found == NULL) return attn_error(ATTN_NOT_FOUND, "sequence: unknown, closed or not yours");
+    dp_engine_note_lost(engine);
+    ATTN_TRY(dp_sequence_check_ranks(table, found, "sequence"));
+    if (found->busy) return attn_error(ATTN_ABORTED, "sequence: in another step or upload right now");
+    if (tokens > table->max_length - found->length) {
+        return attn_error(ATTN_RESOURCE_EXHAUSTED,
+                          "tokens: %" PRIu64 " after the sequence's %" PRIu64 "; a sequence holds %" PRIu64 " at most",
+                          tokens, found->length, table->max_length);
+    }
+    uint64_t needs[DP_MAX_RANKS] = {0};
+    uint64_t quota = 0;
+    dp_sequence_needs(table, found, tokens, needs, &quota);
+    ATTN_TRY(dp_sequences_afford(table, tenant, needs, quota));
+    ATTN_TRY(dp_sequence_reserve(table, found, tokens));
+    dp_sequence_grow(table, found, tokens);
+    *sequence = found;
+    return attn_ok();
+}
+
+extern const dp_job_kind dp_upload_job_kind;
+
+static attn_status make_part(dp_upload *upload, uint32_t stripe) {
+    const dp_part *part = &upload->sequence->parts[stripe];
+    upload_part *made = &upload->parts[stripe];
+    made->job.kind = &dp_upload_job_kind;
+    made->job.weight = 1;
+    made->upload = upload;
+    made->stripe = stripe;
+    made->rank = dp_sequence_rank(&upload->engine->sequences, upload->sequence, stripe);
+    made->page_count = part->count + part->taken;
+    made->copy.to = part->replacement;
+    if (made->page_count == 0) return attn_ok();
+    made->pages = malloc(made->page_count * sizeof *made->pages);
+    if (made->pages == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an upload's page table");
+    memcpy(made->pages, part->pages, made->page_count * sizeof *made->pages);
+    if (part->replacement != DP_NO_PAGE) {
+        made->copy.from = part->pages[part->count - 1];
+        made->pages[part->count - 1] = part->replacement;
+    }
+    return attn_ok();
+}
+
+static attn_status make_upload(dp_engine *engine, dp_sequence *sequence, uint64_t tokens, dp_upload **upload) {
+    dp_upload *made = calloc(1, sizeof *made);
+    if (made == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an upload");
+    made->engine = engine;
+    made->sequence = sequence;
+    made->first = sequence->length;
+    made->tokens = tokens;
+    made->stripes = sequence->stripes;
+    made->parts = calloc(made->stripes, sizeof *made->parts);
+    made->layer_tokens = calloc(engine->config.geometry.layers, sizeof *made->layer_tokens);
+    attn_status status = attn_ok();
+    if (made->parts == NULL || made->layer_tokens == NULL) {
+        status = attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an upload");
+    }
+    for (uint32_t j = 0; j < made->stripes && !attn_failed(status); j++)
+        status = make_part(made, j);
+    if (attn_failed(status)) {
+        upload_free(made);
+        return status;
+    }
+    atomic_init(&made->state, DP_STEP_OPEN);
+    atomic_init(&made->references, 1);
+    atomic_init(&made->failed, false);
+    *upload = made;
+    return attn_ok();
+}
+
+attn_status dp_upload_begin(dp_engine *engine, uint32_t tenant, uint64_t sequence, uint64_t tokens,
+                            dp_upload **upload) {
+    if (tokens == 0) return attn_error(ATTN_INVALID_ARGUMENT, "tokens: 0; an upload brings 1 or more");
+    dp_sequence *grown = NULL;
+    pthread_mutex_lock(&engine->lock);
+    attn_status status = grow_sequence(engine, tenant, sequence, tokens, &grown);
+    pthread_mutex_unlock(&engine->lock);
+    if (attn_failed(status)) return status;
+    status = make_upload(engine, grown, tokens, upload);
+    if (attn_failed(status)) {
+        pthread_mutex_lock(&engine->lock);
+        dp_sequence_cancel(&engine->sequences, grown, attn_now_ns());
+        pthread_mutex_unlock(&engine->lock);
+    }
+    return status;
+}
+
+void dp_upload_end(dp_upload *upload) {
+    bool gives_back = move_state(upload, DP_STEP_OPEN, DP_STEP_ABORTED);
+    if (!gives_back && !move_state(upload, DP_STEP_RUNNING, DP_STEP_RUNNING_ENDED)) {
+        gives_back = move_state(upload, DP_STEP_OPEN, DP_STEP_ABORTED);
+    }
+    if (gives_back) give_back(upload);
+    unreference(upload);
+}
+
+static attn_status check_state(const dp_upload *upload) {
+    switch ((dp_step_state)atomic_load(&upload->state)) {
+    case DP_STEP_OPEN: return attn_ok();
+    case DP_STEP_RUNNING:
+    case DP_STEP_RUNNING_ENDED: return attn_error(ATTN_ABORTED, "a chunk of the upload is in progress");
+    case DP_STEP_COMMITTED: return attn_error(ATTN_FAILED_PRECONDITION, "the upload is complete");
+    case DP_STEP_ABORTED: return attn_error(ATTN_ABORTED, "the upload was aborted by an earlier failure");
+    }
+    return attn_error(ATTN_INTERNAL, "upload in no known state");
+}
+
+attn_status dp_upload_commit(dp_upload *upload, uint64_t *length) {
+    dp_engine *engine = upload->engine;
+    ATTN_TRY(check_state(upload));
+    for (uint32_t layer = 0; layer < engine->config.geometry.layers; layer++) {
+        if (upload->layer_tokens[layer] == upload->tokens) continue;
+        return attn_error(ATTN_INVALID_ARGUMENT, "layer %u: %" PRIu64 " of the upload's %" PRIu64 " tokens came", layer,
+                          upload->layer_tokens[layer], upload->tokens);
+    }
+    atomic_store(&upload->state, DP_STEP_COMMITTED);
+    pthread_mutex_lock(&engine->lock);
+    dp_sequence_commit(&engine->sequences, upload->sequence, attn_now_ns());
+    *length = upload->sequence->length;
+    pthread_mutex_unlock(&engine->lock);
+    return attn_ok();
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* What a rank does with a chunk */
+
+typedef struct {
+    dp_engine *engine;
+    dp_engine_rank *owner;
+    const upload_part *part;
+    dp_tensor_reader keys, values;
+    uint64_t bytes_in_place, bytes_gathered;
+} chunk_writer;
+
+/* Rows from `row` on, up to `rows`, that lie in one piece: where their keys and values are, and how many. One row that
+ * does not is gathered. */
+static attn_status next_piece(chunk_writer *writer, uint64_t row, uint64_t rows, const void **keys, const void **values,
+                              uint32_t *count) {
+    size_t key_bytes = writer->engine->key_row_bytes, value_bytes = writer->engine->value_row_bytes;
+    size_t keys_available, values_available;
+    *keys = dp_tensor_reader_seek(&writer->keys, row * key_bytes, &keys_available);
+    *values = dp_tensor_reader_seek(&writer->values, row * value_bytes, &values_available);
+    uint64_t whole = rows;
+    if (keys_available / key_bytes < whole) whole = keys_available / key_bytes;
+    if (values_available / value_bytes < whole) whole = values_available / value_bytes;
+    if (whole > 0) {
+        *count = (uint32_t)whole;
+        writer->bytes_in_place += whole * (key_bytes + value_bytes);
+        return attn_ok();
+    }
+    dp_rank_scratch *scratch = &writer->owner->scratch;
+    void *staging = scratch->staging;
+    bool reserved = dp_scratch_reserve(&staging, &scratch->staging_size, key_bytes + value_bytes);
+    scratch->staging = staging;
+    if (!reserved) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory to gather a row");
+    dp_tensor_reader_copy(&writer->keys, row * key_bytes, key_bytes, scratch->staging);
+    dp_tensor_reader_copy(&writer->values, row * value_bytes, value_bytes, scratch->staging + key_bytes);
+    *keys = scratch->staging;
+    *values = scratch->staging + key_bytes;
+    *count = 1;
+    writer->bytes_gathered += key_bytes + value_bytes;
+    return attn_ok();
+}
+
+/* Appends rows that follow one another in the part too. */
+static attn_status append_run(chunk_writer *writer, uint64_t position, uint64_t row, uint64_t rows) {
+    const upload_part *part = writer->part;
+    attn_backend *backend = dp_rank_backend(writer->owner->rank);
+    while (rows > 0) {
+        const void *keys, *values;
+        uint32_t count = 0;
+        ATTN_TRY(next_piece(writer, row, rows, &keys, &values, &count));
+        ATTN_TRY(attn_backend_append(backend, part->upload->chunk->layer, part->pages, part->page_count, position,
+                                     count, keys, values));
+        position += count;
+        row += count;
+        rows -= count;
+    }
+    return attn_ok();
+}
+
+static attn_status write_rows(chunk_writer *writer) {
+    const upload_part *part = writer->part;
+    const dp_upload *upload = part->upload;
+    uint64_t first = upload->first + upload->chunk->token_offset;
+    uint64_t end = first + upload->chunk->tokens;
+    uint64_t run;
+    for (uint64_t position = first; position < end; position += run) {
+        run = dp_part_run(position, upload->stripes);
+        if (run > end - position) run = end - position;
+        if (dp_part_of(position, upload->stripes) != part->stripe) continue;
+        uint64_t local = dp_part_length(position, part->stripe, upload->stripes);
+        ATTN_TRY(append_run(writer, local, position - first, run));
+    }
+    return attn_ok();
+}
+
+static attn_status write_chunk(dp_rank *rank, upload_part *part) {
+    dp_engine *engine = part->upload->engine;
+    chunk_writer writer = {.engine = engine, .owner = &engine->ranks[dp_rank_index(rank)], .part = part};
+    if (dp_rank_lost(rank)) return attn_error(ATTN_UNAVAILABLE, "rank %u is lost", part->rank);
+    if (part->copy.to != DP_NO_PAGE && !part->copied) {
+        ATTN_TRY(attn_backend_copy_page(dp_rank_backend(rank), part->copy.from, part->copy.to));
+        part->copied = true;
+    }
+    int64_t start = attn_now_ns();
+    dp_tensor_reader_init(&writer.keys, &part->upload->chunk->keys);
+    dp_tensor_reader_init(&writer.values, &part->upload->chunk->values);
+    attn_status status = write_rows(&writer);
+    dp_rank_counters *counters = &writer.owner->counters;
+    dp_count(&counters->busy_ns, (uint64_t)(attn_now_ns() - start));
+    dp_count(&counters->bytes_in_place, writer.bytes_in_place);
+    dp_count(&counters->bytes_gathered, writer.bytes_gathered);
+    return status;
+}
+
+static void part_fail(upload_part *part, attn_status status) {
+    part->failed = true;
+    attn_status_save(&part->failure, status);
+}
+
+static void upload_run(dp_rank *rank, dp_job *const *jobs, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++) {
+        upload_part *part = (upload_part *)jobs[i];
+        attn_status status = write_chunk(rank, part);
+        if (!attn_failed(status)) continue;
+        part_fail(part, status);
+        if (status.code == ATTN_UNAVAILABLE) dp_rank_fail(rank);
+    }
+}
+
+static void chunk_complete(dp_upload *upload) {
+    dp_upload_chunk *chunk = upload->chunk;
+    attn_status status = attn_ok();
+    if (atomic_load(&upload->failed)) {
+        status = attn_status_view(&upload->failure);
+    } else {
+        upload->layer_tokens[chunk->layer] += chunk->tokens;
+        if (!move_state(upload, DP_STEP_RUNNING, DP_STEP_OPEN)) {
+            status = attn_error(ATTN_CANCELLED, "the upload was ended before its chunk was written");
+        }
+    }
+    if (attn_failed(status)) {
+        atomic_store(&upload->state, DP_STEP_ABORTED);
+        give_back(upload);
+    }
+    chunk->done(chunk, status);
+    unreference(upload);
+}
+
+static void upload_finish(dp_job *job) {
+    upload_part *part = (upload_part *)job;
+    dp_upload *upload = part->upload;
+    if (part->failed && !atomic_exchange(&upload->failed, true)) upload->failure = part->failure;
+    if (dp_gather_arrive(&upload->gather)) chunk_complete(upload);
+}
+
+static void upload_drop(dp_job *job, attn_status status) {
+    part_fail((upload_part *)job, status);
+    upload_finish(job);
+}
+
+const dp_job_kind dp_upload_job_kind = {.run = upload_run, .finish = upload_finish, .drop = upload_drop};
+
+/* ------------------------------------------------------------------------------------------- */
+/* Chunks */
+
+static attn_status check_chunk(const dp_upload *upload, const dp_upload_chunk *chunk) {
+    const dp_engine *engine = upload->engine;
+    ATTN_TRY(check_state(upload));
+    if (chunk->layer >= engine->config.geometry.layers) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "layer: %u; the geometry has %u", chunk->layer,
+                          engine->config.geometry.layers);
+    }
+    uint64_t there = upload->layer_tokens[chunk->layer];
+    if (chunk->token_offset != there) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "token_offset: %" PRIu64 "; layer %u goes on at %" PRIu64,
+                          chunk->token_offset, chunk->layer, there);
+    }
+    if (chunk->tokens == 0) return attn_error(ATTN_INVALID_ARGUMENT, "tokens: 0; a chunk brings 1 or more");
+    if (chunk->tokens > upload->tokens - there) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "tokens: %u at offset %" PRIu64 "; the upload announced %" PRIu64,
+                          chunk->tokens, there, upload->tokens);
+    }
+    ATTN_TRY(dp_tensor_check(&chunk->keys, "k", chunk->tokens * engine->key_row_bytes));
+    return dp_tensor_check(&chunk->values, "v", chunk->tokens * engine->value_row_bytes);
+}
+
+/* Which parts store some of the chunk's tokens: stripes[*count]. */
+static void find_stripes(const dp_upload *upload, const dp_upload_chunk *chunk, uint32_t *stripes, uint32_t *count) {
+    uint64_t first = upload->first + chunk->token_offset;
+    *count = 0;
+    for (uint32_t j = 0; j < upload->stripes; j++) {
+        uint64_t before = dp_part_length(first, j, upload->stripes);
+        if (dp_part_length(first + chunk->tokens, j, upload->stripes) > before) stripes[(*count)++] = j;
+    }
+}
+
+attn_status dp_upload_write(dp_upload *upload, dp_upload_chunk *chunk) {
+    ATTN_TRY(check_chunk(upload, chunk));
+    const dp_engine_rank *ranks = upload->engine->ranks;
+    uint32_t stripes[DP_MAX_RANKS];
+    uint32_t count;
+    find_stripes(upload, chunk, stripes, &count);
+    for (uint32_t s = 0; s < count; s++) {
+        attn_status status = dp_rank_reserve(ranks[upload->parts[stripes[s]].rank].rank);
+        if (!attn_failed(status)) continue;
+        while (s-- > 0)
+            dp_rank_unreserve(ranks[upload->parts[stripes[s]].rank].rank);
+        return status;
+    }
+    upload->chunk = chunk;
+    atomic_fetch_add(&upload->references, 1);
+    dp_gather_init(&upload->gather, count);
+    atomic_store(&upload->state, DP_STEP_RUNNING);
+    for (uint32_t s = 0; s < count; s++) {
+        upload_part *part = &upload->parts[stripes[s]];
+        dp_rank_submit(ranks[part->rank].rank, &part->job);
+    }
+    return attn_ok();
+}
