@@ -57,22 +57,22 @@ def test_counters_move_with_calls_and_steps(ranked):
     handles = model.open_filled([5], pb.PLACEMENT_EXPLICIT, 1)
     calls = value(server, "attnd_rank_calls_total", rank="1")
     idle = value(server, "attnd_rank_calls_total", rank="0")
-    steps = value(server, "attnd_steps_total", outcome="committed")
+    steps = value(server, "attnd_steps_committed_total")
     model.step(handles, via="unary")
     model.step(handles, via="stream")
     assert value(server, "attnd_rank_calls_total", rank="1") == calls + 4
     assert value(server, "attnd_rank_calls_total", rank="0") == idle
-    assert value(server, "attnd_steps_total", outcome="committed") == steps + 2
-    assert value(server, "attnd_rpc_total", method="Decode", code="OK") == 2
-    assert value(server, "attnd_rpc_total", method="DecodeStream", code="OK") == 1
-    assert value(server, "attnd_rpc_received_bytes_total", method="DecodeStream") > 2 * len(model.layer(1).fields()["q"])
+    assert value(server, "attnd_steps_committed_total") == steps + 2
+    assert value(server, "attnd_calls_total", method="Decode", code="OK") == 2
+    assert value(server, "attnd_calls_total", method="DecodeStream", code="OK") == 1
+    assert value(server, "attnd_received_bytes_total", method="DecodeStream") > 2 * len(model.layer(1).fields()["q"])
 
 
 def test_failed_calls_are_counted_by_code(ranked):
     server, model = ranked
     for _ in range(3):
         model.api.error("DescribeSequences", pb.DescribeSequencesRequest(sequences=[9]))
-    assert value(server, "attnd_rpc_total", method="DescribeSequences", code="NOT_FOUND") == 3
+    assert value(server, "attnd_calls_total", method="DescribeSequences", code="NOT_FOUND") == 3
 
 
 def test_a_lost_rank_shows(ranked):
