@@ -1,0 +1,148 @@
+/*
+ * Decode: one layer of one step, unary.
+ *
+ * Between calls a step belongs to nobody: a call takes it by name, runs its layer, and puts it back
+ * before the answer leaves, so that the next layer's call finds it. A layer refused leaves the step
+ * where it was; a layer that failed, or whose client has gone, ends it.
+ */
+#include "base/clock.h"
+#include "service/layer.h"
+#include "service/rpcs.h"
+#include "service/server.h"
+
+typedef struct {
+    layer layer;
+    dp_step *step;
+    bool reads; /* the step is read-only and lives for this call only */
+} decode_state;
+
+static dp_engine *engine_of(const call *call) { return server_get_parts(call->server)->engine; }
+
+static const uint32_t *query_lengths_of(const Attnd__V1__DecodeRequest *request) {
+    return request->n_query_lengths > 0 ? request->query_lengths : NULL;
+}
+
+static attn_status check_query_lengths(const Attnd__V1__DecodeRequest *request) {
+    if (request->n_query_lengths == 0 || request->n_query_lengths == request->n_sequences) return attn_ok();
+    return attn_error(ATTN_INVALID_ARGUMENT, "query_lengths: %zu for %zu sequences", request->n_query_lengths,
+                      request->n_sequences);
+}
+
+/* A new step, or a read-only one. */
+static attn_status begin_step(call *call, const Attnd__V1__DecodeRequest *request) {
+    decode_state *state = call->state;
+    if (server_draining(call->server)) return attn_error(ATTN_UNAVAILABLE, "the server is draining");
+    dp_step_request step = {
+        .tenant = call->tenant,
+        .sequences = request->sequences,
+        .query_lengths = query_lengths_of(request),
+        .count = (uint32_t)request->n_sequences,
+        .read_only = state->reads,
+    };
+    return dp_step_begin(engine_of(call), &step, &state->step);
+}
+
+/* An open step, by name. */
+static attn_status take_step(call *call, const Attnd__V1__DecodeRequest *request) {
+    decode_state *state = call->state;
+    ATTN_TRY(dp_step_take(engine_of(call), call->tenant, request->step, &state->step));
+    if (request->n_sequences == 0) return attn_ok();
+    attn_status status = dp_step_matches(state->step, request->sequences, query_lengths_of(request),
+                                         (uint32_t)request->n_sequences);
+    if (attn_failed(status)) dp_step_put(state->step);
+    return status;
+}
+
+static attn_status start_layer(call *call, const wire_message *message) {
+    decode_state *state = call->state;
+    const Attnd__V1__DecodeRequest *request = (const Attnd__V1__DecodeRequest *)message->message;
+    bool begins = request->step == 0;
+    state->reads = begins && !message->present[WIRE_K] && !message->present[WIRE_V];
+    ATTN_TRY(layer_check_dtype(call, request->dtype, "dtype"));
+    ATTN_TRY(check_query_lengths(request));
+    ATTN_TRY(layer_check_tensors(message, state->reads ? LAYER_READS : LAYER_APPENDS));
+    ATTN_TRY(begins ? begin_step(call, request) : take_step(call, request));
+
+    dp_options options = layer_options(request->options);
+    attn_status status = layer_start(&state->layer, call, state->step, request->layer, &options,
+                                     request->options != NULL && request->options->return_timing, message);
+    if (!attn_failed(status)) return status;
+    if (begins) {
+        dp_step_end(state->step);
+    } else {
+        dp_step_put(state->step);
+    }
+    return status;
+}
+
+static attn_status abort_step(call *call, const wire_message *message) {
+    const Attnd__V1__DecodeRequest *request = (const Attnd__V1__DecodeRequest *)message->message;
+    dp_step *step;
+    if (message->present[WIRE_Q] || message->present[WIRE_K] || message->present[WIRE_V]) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "abort: given with tensors");
+    }
+    if (request->step == 0) return attn_error(ATTN_INVALID_ARGUMENT, "step: missing; abort needs one");
+    ATTN_TRY(dp_step_take(engine_of(call), call->tenant, request->step, &step));
+    dp_step_end(step);
+    grpc_slice slice = layer_empty_response(request->step);
+    call_finish(call, attn_ok(), &slice, 1);
+    return attn_ok();
+}
+
+static void decode_start(call *call) {
+    decode_state *state = call->state;
+    wire_message message;
+    state->layer.in_flight = false;
+    attn_status status = call_read(call, call->payload, &message);
+    if (!attn_failed(status)) {
+        const Attnd__V1__DecodeRequest *request = (const Attnd__V1__DecodeRequest *)message.message;
+        status = request->abort ? abort_step(call, &message) : start_layer(call, &message);
+    }
+    if (attn_failed(status)) {
+        call_finish(call, status, NULL, 0);
+    } else if (state->layer.in_flight && !call_has_news(call)) {
+        call_watch(call);
+    }
+}
+
+static void layer_succeeded(call *call) {
+    decode_state *state = call->state;
+    grpc_slice slices[LAYER_SLICES];
+    size_t count = layer_response(&state->layer, state->reads ? 0 : dp_step_id(state->step), slices);
+    if (state->reads || state->layer.engine.committed || call->cancelled) {
+        dp_step_end(state->step);
+    } else {
+        dp_step_put(state->step);
+    }
+    attn_metrics_layer(server_get_parts(call->server)->metrics, call->rpc->method,
+                       attn_now_ns() - state->layer.started_ns);
+    call_finish(call, attn_ok(), slices, count);
+}
+
+static void decode_run(call *call, uint32_t events) {
+    decode_state *state = call->state;
+    if ((events & CALL_CLOSED) && call->cancelled && state->layer.in_flight && !(events & CALL_DONE)) {
+        dp_layer_cancel(state->step);
+    }
+    if (!(events & CALL_DONE)) return;
+    state->layer.in_flight = false;
+    call_drop_payload(call);
+    if (state->layer.outcome.code == ATTN_OK) {
+        layer_succeeded(call);
+    } else {
+        dp_step_end(state->step);
+        call_finish(call, attn_status_view(&state->layer.outcome), NULL, 0);
+    }
+}
+
+/* Served while draining, for steps that are open. */
+const rpc rpc_decode = {
+    .path = "/attnd.v1.Attention/Decode",
+    .method = ATTN_METHOD_DECODE,
+    .request = &attnd__v1__decode_request__descriptor,
+    .while_draining = true,
+    .slots = 32,
+    .state_bytes = sizeof(decode_state),
+    .start = decode_start,
+    .run = decode_run,
+};

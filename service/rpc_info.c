@@ -1,0 +1,82 @@
+/* GetServerInfo. */
+#include <stdlib.h>
+
+#include "base/clock.h"
+#include "proto/attnd.pb-c.h"
+#include "service/rpcs.h"
+#include "service/server.h"
+
+static void fill_geometry(const attn_geometry *geometry, Attnd__V1__Geometry *message) {
+    message->layers = geometry->layers;
+    message->heads_q = geometry->heads_q;
+    message->heads_kv = geometry->heads_kv;
+    message->head_dim = geometry->head_dim;
+    message->head_dim_v = geometry->head_dim_v;
+    message->dtype = (Attnd__V1__DType)geometry->dtype;
+    message->page_size = geometry->page_size;
+}
+
+static void fill_limits(const attn_config *config, Attnd__V1__Limits *message) {
+    message->message_bytes = config->max_message_bytes;
+    message->batch = config->max_batch;
+    message->query_length = ATTN_MAX_QUERY_LENGTH;
+    message->sequences = config->max_sequences;
+    message->sequence_tokens = config->max_sequence_tokens;
+    message->step_idle_ms = config->step_idle_ms;
+}
+
+/* The message borrows from `info`. */
+static void fill_rank(uint32_t rank, const dp_rank_info *info, Attnd__V1__RankInfo *message) {
+    attnd__v1__rank_info__init(message);
+    message->rank = rank;
+    message->state = info->state == DP_RANK_LOST ? ATTND__V1__RANK_STATE__RANK_STATE_LOST
+                                                 : ATTND__V1__RANK_STATE__RANK_STATE_SERVING;
+    message->device = (char *)(uintptr_t)info->device;
+    message->sequences = info->sequences;
+    message->tokens = info->tokens;
+    message->tokens_in_flight = info->tokens_in_flight;
+    message->pages_total = info->pages_total;
+    message->pages_free = info->pages_free;
+    message->queue_depth = info->queue_depth;
+    message->calls = info->calls;
+}
+
+static attn_status answer_get_server_info(call *call, const wire_message *message) {
+    (void)message;
+    const server_parts *parts = server_get_parts(call->server);
+    dp_rank_info infos[DP_MAX_RANKS];
+    Attnd__V1__RankInfo ranks[DP_MAX_RANKS];
+    Attnd__V1__RankInfo *rank_list[DP_MAX_RANKS];
+    Attnd__V1__Geometry geometry = ATTND__V1__GEOMETRY__INIT;
+    Attnd__V1__Limits limits = ATTND__V1__LIMITS__INIT;
+    Attnd__V1__GetServerInfoResponse response = ATTND__V1__GET_SERVER_INFO_RESPONSE__INIT;
+
+    response.n_ranks = dp_engine_ranks(parts->engine);
+    response.ranks = rank_list;
+    for (uint32_t i = 0; i < response.n_ranks; i++) {
+        dp_engine_rank_info(parts->engine, i, &infos[i]);
+        fill_rank(i, &infos[i], &ranks[i]);
+        rank_list[i] = &ranks[i];
+    }
+    fill_geometry(&parts->config->geometry, &geometry);
+    fill_limits(parts->config, &limits);
+    response.version = SERVER_VERSION;
+    response.instance = (char *)(uintptr_t)parts->instance;
+    response.backend = (char *)(uintptr_t)parts->backend;
+    response.backend_detail = ranks[0].device;
+    response.geometry = &geometry;
+    response.limits = &limits;
+    response.uptime_ms = (uint64_t)((attn_now_ns() - server_started_ns(call->server)) / 1000000);
+    response.draining = server_draining(call->server);
+    call_respond(call, &response.base);
+    return attn_ok();
+}
+
+const rpc rpc_get_server_info = {
+    .path = "/attnd.v1.Attention/GetServerInfo",
+    .method = ATTN_METHOD_GET_SERVER_INFO,
+    .request = &attnd__v1__get_server_info_request__descriptor,
+    .while_draining = true,
+    .slots = 2,
+    .answer = answer_get_server_info,
+};
