@@ -106,21 +106,52 @@ def retry_delay(error: AttndError, attempt: int, read_only: bool) -> float | Non
 # Servers for new sequences
 
 
-def distribute(infos: SequenceOf[ServerInfo], placed: dict[str, int], count: int) -> dict[str, int]:
-    """How many of `count` new sequences each server gets: each goes where the fewest tokens are.
+class Opening:
+    """How the sequences of one open call are spread over the servers: each goes where the fewest tokens are.
 
     A new sequence is empty, but will not stay so: it is taken to weigh as much as the average open one (at least one
-    token). `placed` [address] counts those placed since `infos` were taken.
+    token). `placed` [address] counts those opened less those closed since `infos` were taken; it is the client's, and
+    kept up to date here. A server that refuses its share for lack of room is asked for less, by bisection, before the
+    call fails as a whole.
     """
-    sequences = sum(info.sequences for info in infos)
-    weight = max(1.0, sum(info.tokens for info in infos) / sequences if sequences else 1.0)
-    load = {info.address: info.tokens + weight * placed.get(info.address, 0) for info in infos}
-    shares = dict.fromkeys(load, 0)
-    for _ in range(count):
-        target = min(load, key=lambda address: load[address])
-        shares[target] += 1
-        load[target] += weight
-    return {address: share for address, share in shares.items() if share}
+
+    def __init__(self, infos: SequenceOf[ServerInfo], placed: dict[str, int], count: int) -> None:
+        self._infos = [info for info in infos if not info.draining] or list(infos)
+        self._placed = placed
+        self._room: dict[str, int] = {}  # of the servers that have refused: the most they may have left
+        self.remaining = count
+
+    def shares(self) -> dict[str, int]:
+        """How many of the remaining ones to ask of each server."""
+        sequences = sum(info.sequences for info in self._infos)
+        weight = max(1.0, sum(info.tokens for info in self._infos) / sequences if sequences else 1.0)
+        load = {info.address: info.tokens + weight * self._placed.get(info.address, 0) for info in self._infos}
+        shares = dict.fromkeys(load, 0)
+        for _ in range(self.remaining):
+            roomy = [address for address in load if shares[address] < self._most(address)]
+            if not roomy:
+                break
+            target = min(roomy, key=load.__getitem__)
+            shares[target] += 1
+            load[target] += weight
+        return {address: share for address, share in shares.items() if share}
+
+    def _most(self, address: str) -> int:
+        """The most to ask of a server."""
+        return (self._room[address] + 1) // 2 if address in self._room else self.remaining
+
+    def opened(self, address: str, share: int) -> None:
+        """A server has opened its share."""
+        self._placed[address] = self._placed.get(address, 0) + share
+        self.remaining -= share
+        if address in self._room:
+            self._room[address] -= share
+
+    def refused(self, address: str, share: int, error: ResourceExhausted) -> None:
+        """A server has no room for its share. Raises `error` if the others cannot make up for it."""
+        self._room[address] = share - 1
+        if len(self._room) == len(self._infos) and sum(self._room.values()) < self.remaining:
+            raise error
 
 
 def open_request(count: int, placement: Placement, dp_rank: int | None) -> pb.OpenSequencesRequest:

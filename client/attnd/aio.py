@@ -449,7 +449,7 @@ class AsyncClient:
         metadata = [("authorization", f"Bearer {token}")] if token else []
         self._timeout = timeout
         self._servers = {address: _Server(address, metadata, credentials) for address in _core.addresses_of(addresses)}
-        self._placed: dict[str, int] = {}  # sequences opened since the infos were taken
+        self._placed: dict[str, int] = {}  # sequences opened, less those closed, since the infos were taken
         self._geometry: Geometry | None = None
         self._limits: Limits | None = None
 
@@ -540,20 +540,16 @@ class AsyncClient:
 
     async def _open_on(self, candidates: list[_Server], request: pb.OpenSequencesRequest) -> list[AsyncSequence]:
         """Opens on the least loaded, passing on from full servers to the others."""
-        infos = await self._fresh_infos(candidates)
-        infos = [info for info in infos if not info.draining] or infos
+        opening = _core.Opening(await self._fresh_infos(candidates), self._placed, request.count)
         opened: list[AsyncSequence] = []
         try:
-            while len(opened) < request.count:
-                full: ResourceExhausted | None = None
-                for address, share in _core.distribute(infos, self._placed, request.count - len(opened)).items():
+            while opening.remaining:
+                for address, share in opening.shares().items():
                     try:
                         opened += await self._open_share(self._server(address), share, request)
+                        opening.opened(address, share)
                     except ResourceExhausted as error:
-                        full = error
-                        infos = [info for info in infos if info.address != address]
-                if full is not None and not infos:
-                    raise full
+                        opening.refused(address, share, error)
         except AttndError:
             for sequence in opened:
                 with contextlib.suppress(AttndError):
@@ -563,7 +559,6 @@ class AsyncClient:
 
     async def _open_share(self, server: _Server, count: int, request: pb.OpenSequencesRequest) -> list[AsyncSequence]:
         share = pb.OpenSequencesRequest(count=count, placement=request.placement, dp_rank=request.dp_rank)
-        self._placed[server.address] = self._placed.get(server.address, 0) + count
         response = await server.call("OpenSequences", share, self._timeout)
         return [AsyncSequence(self, h, rank, server.address) for h, rank in zip(response.sequences, response.dp_ranks)]
 
@@ -600,6 +595,7 @@ class AsyncClient:
         for address, group in _core.by_server(remaining).items():
             request = pb.CloseSequencesRequest(sequences=[sequence.handle for sequence in group])
             await self._server(address).call_with_retry("CloseSequences", request, self._timeout)
+            self._placed[address] = self._placed.get(address, 0) - len(group)
             for sequence in group:
                 sequence.closed = True
 

@@ -417,7 +417,7 @@ class Client:
         self._servers = {
             address: Server(address, metadata, credentials, self._watchdog) for address in _core.addresses_of(addresses)
         }
-        self._placed: dict[str, int] = {}  # sequences opened since the infos were taken
+        self._placed: dict[str, int] = {}  # sequences opened, less those closed, since the infos were taken
         self._geometry: Geometry | None = None
         self._limits: Limits | None = None
 
@@ -537,20 +537,16 @@ class Client:
 
     def _open_on(self, candidates: list[Server], request: pb.OpenSequencesRequest) -> list[Sequence]:
         """Opens on the least loaded, passing on from full servers to the others."""
-        infos = self._fresh_infos(candidates)
-        infos = [info for info in infos if not info.draining] or infos
+        opening = _core.Opening(self._fresh_infos(candidates), self._placed, request.count)
         opened: list[Sequence] = []
         try:
-            while len(opened) < request.count:
-                full: ResourceExhausted | None = None
-                for address, share in _core.distribute(infos, self._placed, request.count - len(opened)).items():
+            while opening.remaining:
+                for address, share in opening.shares().items():
                     try:
                         opened += self._open_share(self._server(address), share, request)
+                        opening.opened(address, share)
                     except ResourceExhausted as error:
-                        full = error
-                        infos = [info for info in infos if info.address != address]
-                if full is not None and not infos:
-                    raise full
+                        opening.refused(address, share, error)
         except AttndError:
             self._close_quietly(opened)
             raise
@@ -559,7 +555,6 @@ class Client:
     def _open_share(self, server: Server, count: int, request: pb.OpenSequencesRequest) -> list[Sequence]:
         share = pb.OpenSequencesRequest(count=count, placement=request.placement, dp_rank=request.dp_rank)
         response = server.call("OpenSequences", share, self._timeout)
-        self._placed[server.address] = self._placed.get(server.address, 0) + count
         return [Sequence(self, h, rank, server.address) for h, rank in zip(response.sequences, response.dp_ranks)]
 
     def fork(self, sequence: Sequence, length: int | None = None) -> Sequence:
@@ -596,6 +591,7 @@ class Client:
         for address, group in _core.by_server(remaining).items():
             request = pb.CloseSequencesRequest(sequences=[sequence.handle for sequence in group])
             self._server(address).call_with_retry("CloseSequences", request, self._timeout)
+            self._placed[address] = self._placed.get(address, 0) - len(group)
             for sequence in group:
                 sequence.closed = True
 
