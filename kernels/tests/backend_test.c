@@ -1,0 +1,433 @@
+/* What every backend does besides the mathematics: creation, the pool, refusals, and nothing to do. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/tests/backend_fixture.h"
+
+static const decode_options plain_options = {.scale = 0.125f};
+
+/* ------------------------------------------------------------------------------------------- */
+/* Creation */
+
+static attn_status create(const char *kind, const char *isa, const attn_geometry *geometry, uint32_t pages) {
+    attn_backend *backend = NULL;
+    attn_backend_config config = {.kind = kind, .geometry = *geometry, .pages = pages, .workers = 1, .isa = isa};
+    attn_status status = attn_backend_create(&config, &backend);
+    if (attn_failed(status)) assert_null(backend);
+    attn_backend_destroy(backend);
+    return status;
+}
+
+static void unknown_kind_is_refused_with_those_there_are(void **state) {
+    (void)state;
+    attn_status status = create("abacus", NULL, &plain_geometry, 4);
+    assert_int_equal(status.code, ATTN_INVALID_ARGUMENT);
+    assert_non_null(strstr(status.message, "abacus"));
+    assert_non_null(strstr(status.message, "cpu"));
+    assert_non_null(strstr(status.message, "reference"));
+}
+
+static void unknown_isa_is_refused(void **state) {
+    (void)state;
+    attn_status status = create("cpu", "mmx", &plain_geometry, 4);
+    assert_int_equal(status.code, ATTN_INVALID_ARGUMENT);
+    assert_non_null(strstr(status.message, "mmx"));
+}
+
+static void auto_is_the_cpu(void **state) {
+    (void)state;
+    attn_backend *backend = NULL;
+    attn_backend_config config = {.kind = "auto", .geometry = plain_geometry, .pages = 4, .workers = 2};
+    assert_int_equal(attn_backend_create(&config, &backend).code, ATTN_OK);
+    assert_non_null(strstr(attn_backend_describe(backend), "cpu"));
+    attn_backend_destroy(backend);
+}
+
+static void destroying_nothing_is_fine(void **state) {
+    (void)state;
+    attn_backend_destroy(NULL);
+}
+
+static void bad_geometry_is_refused_naming_the_field(void **state) {
+    static const struct {
+        const char *field;
+        attn_geometry geometry;
+    } cases[] = {
+        {"layers", {0, 8, 2, 64, 64, ATTN_BF16, 16}},      {"heads_kv", {1, 8, 0, 64, 64, ATTN_BF16, 16}},
+        {"heads_q", {1, 0, 2, 64, 64, ATTN_BF16, 16}},     {"heads_q", {1, 7, 2, 64, 64, ATTN_BF16, 16}},
+        {"heads_q", {1, 34, 2, 64, 64, ATTN_BF16, 16}},    {"head_dim", {1, 8, 2, 24, 64, ATTN_BF16, 16}},
+        {"head_dim", {1, 8, 2, 68, 64, ATTN_BF16, 16}},    {"head_dim", {1, 8, 2, 264, 64, ATTN_BF16, 16}},
+        {"head_dim_v", {1, 8, 2, 64, 260, ATTN_BF16, 16}}, {"dtype", {1, 8, 2, 64, 64, (attn_dtype)4, 16}},
+        {"page_size", {1, 8, 2, 64, 64, ATTN_BF16, 0}},    {"page_size", {1, 8, 2, 64, 64, ATTN_BF16, 48}},
+        {"page_size", {1, 8, 2, 64, 64, ATTN_BF16, 256}},
+    };
+    const backend_row *row = *state;
+    for (size_t n = 0; n < sizeof cases / sizeof *cases; n++) {
+        attn_status status = create(row->kind, row->isa, &cases[n].geometry, 4);
+        assert_int_equal(status.code, ATTN_INVALID_ARGUMENT);
+        assert_non_null(strstr(status.message, cases[n].field));
+    }
+    assert_int_equal(create(row->kind, row->isa, &plain_geometry, 0).code, ATTN_INVALID_ARGUMENT);
+}
+
+static void a_pool_beyond_all_memory_is_refused(void **state) {
+    const backend_row *row = *state;
+    attn_geometry geometry = {4096, 4096, 4096, 256, 256, ATTN_FP32, 128};
+    if (FIXTURE_SANITIZED) skip(); /* a sanitizer's allocator aborts instead */
+    attn_status status = create(row->kind, row->isa, &geometry, 100000);
+    if (status.code == ATTN_UNAVAILABLE) skip();
+    assert_int_equal(status.code, ATTN_RESOURCE_EXHAUSTED);
+}
+
+static void a_backend_tells_its_geometry_and_itself(void **state) {
+    test_pool pool;
+    pool_open(&pool, *state, &plain_geometry, 4, 2, 1);
+    const attn_geometry *geometry = attn_backend_geometry(pool.backend);
+    assert_memory_equal(geometry, &plain_geometry, sizeof *geometry);
+    assert_true(strlen(attn_backend_describe(pool.backend)) > 0);
+    assert_int_equal(attn_backend_plans_rejected(pool.backend), 0);
+    pool_close(&pool);
+}
+
+static void sizes_of_rows_and_pages_follow_the_geometry(void **state) {
+    (void)state;
+    attn_geometry geometry = {3, 8, 2, 64, 96, ATTN_BF16, 32};
+    assert_int_equal(attn_query_row_bytes(&geometry), 8 * 64 * 2);
+    assert_int_equal(attn_key_row_bytes(&geometry), 2 * 64 * 2);
+    assert_int_equal(attn_value_row_bytes(&geometry), 2 * 96 * 2);
+    assert_int_equal(attn_out_row_bytes(&geometry), 8 * 96 * 2);
+    assert_int_equal(attn_page_bytes(&geometry), 2 * (64 + 96) * 2 * 32 * 3);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Nothing to attend to */
+
+static void an_empty_batch_does_nothing(void **state) {
+    test_pool pool;
+    pool_open(&pool, *state, &plain_geometry, 4, 2, 1);
+    attn_batch batch = {.scale = 1};
+    attn_timing timing = {1, 2, 3};
+    assert_int_equal(attn_backend_decode(pool.backend, &batch, NULL, &timing).code, ATTN_OK);
+    assert_true(timing.plan_ns == 0 && timing.attention_ns == 0 && timing.combine_ns == 0);
+    assert_int_equal(attn_backend_decode(pool.backend, &batch, NULL, NULL).code, ATTN_OK);
+    pool_close(&pool);
+}
+
+static void assert_rows_are_zero(const test_sequence *sequence, const attn_geometry *geometry) {
+    for (size_t n = 0; n < sequence_out_bytes(sequence, geometry); n++) {
+        assert_int_equal(sequence->out[n], 0);
+    }
+}
+
+static void an_empty_range_gives_zero_and_minus_infinity(void **state) {
+    for (uint32_t mode = 0; mode < 4; mode++) {
+        float sinks[8] = {0, 1, 2, 3, -1, -2, -3, -4};
+        test_pool pool;
+        test_sequence empty, full, *sequences[] = {&empty, &full, &empty};
+        pool_open(&pool, *state, &plain_geometry, 100, 3, mode);
+        decode_options options = {.scale = 0.125f, .batch_invariant = mode & 1, .sinks = mode & 2 ? sinks : NULL};
+        sequence_init(&empty, &pool, (sequence_spec){.stored = 0, .query_length = 3, .read = true});
+        sequence_init(&full, &pool, (sequence_spec){.stored = 1000, .query_length = 2});
+        decode_sequences(&pool, sequences, 3, &options);
+        assert_rows_are_zero(&empty, &pool.geometry);
+        for (uint32_t n = 0; n < 3 * 8; n++) {
+            assert_true(empty.lse[n] == (options.sinks ? sinks[n % 8] : -INFINITY));
+        }
+        decode_errors errors = sequence_errors(&pool, &full, &options, 1000000);
+        assert_errors_within_bounds(&errors, ATTN_BF16, "the sequence between two empty ones");
+        sequence_fini(&empty);
+        sequence_fini(&full);
+        pool_close(&pool);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* The pool */
+
+/* Uploaded in one call across many pages from the middle of one, then attended to. */
+static void an_append_across_pages_is_what_is_attended_to(void **state) {
+    test_pool pool;
+    test_sequence sequence, *sequences[] = {&sequence};
+    pool_open(&pool, *state, &plain_geometry, 40, 2, 3);
+    sequence_init(&sequence, &pool, (sequence_spec){.stored = 300, .query_length = 1, .read = true});
+    for (uint32_t page = 0; page < sequence.page_count; page++) {
+        assert_int_equal(attn_backend_poison(pool.backend, sequence.pages[page], 0, 16).code, ATTN_OK);
+    }
+    const attn_geometry *g = &pool.geometry;
+    assert_int_equal(attn_backend_append(pool.backend, LAYER, sequence.pages, sequence.page_count, 7, 293,
+                                         sequence.keys + 7 * attn_key_row_bytes(g),
+                                         sequence.values + 7 * attn_value_row_bytes(g))
+                         .code,
+                     ATTN_OK);
+    assert_int_equal(attn_backend_append(pool.backend, LAYER, sequence.pages, sequence.page_count, 0, 7, sequence.keys,
+                                         sequence.values)
+                         .code,
+                     ATTN_OK);
+    decode_sequences(&pool, sequences, 1, &plain_options);
+    decode_errors errors = sequence_errors(&pool, &sequence, &plain_options, 1000000);
+    assert_errors_within_bounds(&errors, ATTN_BF16, "after one long append");
+    sequence_fini(&sequence);
+    pool_close(&pool);
+}
+
+static void appending_nothing_is_fine(void **state) {
+    test_pool pool;
+    pool_open(&pool, *state, &plain_geometry, 4, 1, 3);
+    assert_int_equal(attn_backend_append(pool.backend, LAYER, NULL, 0, 0, 0, NULL, NULL).code, ATTN_OK);
+    pool_close(&pool);
+}
+
+/* bf16 NaN in each element of the first out row of each head. */
+static bool out_is_nan(const test_sequence *sequence) {
+    uint16_t element;
+    memcpy(&element, sequence->out, sizeof element);
+    return (element & 0x7fff) > 0x7f80;
+}
+
+/* That poison is seen at all is what gives "poison changes nothing" its meaning. */
+static void poison_within_the_length_is_seen(void **state) {
+    test_pool pool;
+    test_sequence sequence, *sequences[] = {&sequence};
+    pool_open(&pool, *state, &plain_geometry, 20, 2, 3);
+    sequence_init(&sequence, &pool, (sequence_spec){.stored = 100, .query_length = 1, .read = true});
+    decode_sequences(&pool, sequences, 1, &plain_options);
+    assert_false(out_is_nan(&sequence));
+    assert_int_equal(attn_backend_poison(pool.backend, sequence.pages[2], 5, 1).code, ATTN_OK);
+    decode_sequences(&pool, sequences, 1, &plain_options);
+    assert_true(out_is_nan(&sequence));
+    sequence_fini(&sequence);
+    pool_close(&pool);
+}
+
+static void a_copied_page_holds_the_same_rows_in_all_layers(void **state) {
+    test_pool pool;
+    test_sequence sequence, *sequences[] = {&sequence};
+    pool_open(&pool, *state, &plain_geometry, 60, 2, 4);
+    sequence_init(&sequence, &pool, (sequence_spec){.stored = 333, .query_length = 1, .read = true});
+    /* The same rows in layer 0, so that both layers give the same outputs. */
+    assert_int_equal(attn_backend_append(pool.backend, 0, sequence.pages, sequence.page_count, 0, 333, sequence.keys,
+                                         sequence.values)
+                         .code,
+                     ATTN_OK);
+    decode_sequences(&pool, sequences, 1, &plain_options);
+    size_t bytes = sequence_out_bytes(&sequence, &pool.geometry);
+    unsigned char *before = malloc(bytes);
+    assert_non_null(before);
+    memcpy(before, sequence.out, bytes);
+
+    for (uint32_t p = 0; p < sequence.page_count; p++) {
+        uint32_t copy = pool.free_pages[--pool.free_count];
+        assert_int_equal(attn_backend_copy_page(pool.backend, sequence.pages[p], copy).code, ATTN_OK);
+        assert_int_equal(attn_backend_poison(pool.backend, sequence.pages[p], 0, 16).code, ATTN_OK);
+        sequence.pages[p] = copy;
+    }
+    for (uint32_t layer = 0; layer < LAYERS; layer++) {
+        test_batch batch;
+        test_batch_init(&batch, sequences, 1, &plain_options);
+        batch.batch.layer = layer;
+        decode_batch(&pool, &batch, NULL);
+        assert_memory_equal(sequence.out, before, bytes);
+        test_batch_fini(&batch);
+    }
+    free(before);
+    sequence_fini(&sequence);
+    pool_close(&pool);
+}
+
+static void a_page_copied_to_itself_stays_as_it_is(void **state) {
+    test_pool pool;
+    test_sequence sequence, *sequences[] = {&sequence};
+    pool_open(&pool, *state, &plain_geometry, 20, 2, 4);
+    sequence_init(&sequence, &pool, (sequence_spec){.stored = 10, .query_length = 1, .read = true});
+    assert_int_equal(attn_backend_copy_page(pool.backend, sequence.pages[0], sequence.pages[0]).code, ATTN_OK);
+    decode_sequences(&pool, sequences, 1, &plain_options);
+    decode_errors errors = sequence_errors(&pool, &sequence, &plain_options, 1000000);
+    assert_errors_within_bounds(&errors, ATTN_BF16, "after copying a page to itself");
+    sequence_fini(&sequence);
+    pool_close(&pool);
+}
+
+/* Write to layer 0 of the same pages: layer 1 must not notice. */
+static void layers_do_not_touch_each_other(void **state) {
+    test_pool pool;
+    test_sequence sequence, *sequences[] = {&sequence};
+    pool_open(&pool, *state, &plain_geometry, 20, 2, 4);
+    sequence_init(&sequence, &pool, (sequence_spec){.stored = 100, .query_length = 1, .read = true});
+    assert_int_equal(attn_backend_append(pool.backend, 0, sequence.pages, sequence.page_count, 0, 100, sequence.values,
+                                         sequence.keys)
+                         .code,
+                     ATTN_OK);
+    decode_sequences(&pool, sequences, 1, &plain_options);
+    decode_errors errors = sequence_errors(&pool, &sequence, &plain_options, 1000000);
+    assert_errors_within_bounds(&errors, ATTN_BF16, "after writing another layer");
+    sequence_fini(&sequence);
+    pool_close(&pool);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Pages outside the pool */
+
+static void assert_refused(test_pool *pool, const test_batch *batch, attn_code code, const char *word) {
+    attn_status status = attn_backend_decode(pool->backend, &batch->batch, NULL, NULL);
+    assert_int_equal(status.code, code);
+    assert_non_null(strstr(status.message, word));
+}
+
+static void a_page_outside_the_pool_fails_the_decode_and_appends_nothing(void **state) {
+    static const uint32_t bad_pages[] = {20, 21, UNUSED_PAGE_ENTRY, UINT32_MAX};
+    for (size_t n = 0; n < sizeof bad_pages / sizeof *bad_pages; n++) {
+        test_pool pool;
+        test_sequence good, bad, *sequences[] = {&good, &bad};
+        pool_open(&pool, *state, &plain_geometry, 20, 2, 5);
+        sequence_init(&good, &pool, (sequence_spec){.stored = 40, .query_length = 2});
+        sequence_init(&bad, &pool, (sequence_spec){.stored = 100, .query_length = 1});
+        bad.pages[n] = bad_pages[n];
+        test_batch batch;
+        test_batch_init(&batch, sequences, 2, &plain_options);
+        assert_refused(&pool, &batch, ATTN_INTERNAL, "page");
+        test_batch_fini(&batch);
+
+        /* The good sequence's new rows are still the NaN that was there. */
+        good.spec.read = true;
+        decode_sequences(&pool, sequences, 1, &plain_options);
+        assert_true(out_is_nan(&good));
+        sequence_fini(&good);
+        sequence_fini(&bad);
+        pool_close(&pool);
+    }
+}
+
+static void a_page_table_too_short_fails_the_decode(void **state) {
+    test_pool pool;
+    test_sequence sequence, *sequences[] = {&sequence};
+    pool_open(&pool, *state, &plain_geometry, 20, 2, 5);
+    sequence_init(&sequence, &pool, (sequence_spec){.stored = 100, .query_length = 1});
+    test_batch batch;
+    test_batch_init(&batch, sequences, 1, &plain_options);
+    batch.page_offsets[1] = sequence.page_count - 1;
+    assert_refused(&pool, &batch, ATTN_INTERNAL, "page");
+    test_batch_fini(&batch);
+    sequence_fini(&sequence);
+    pool_close(&pool);
+}
+
+static void a_page_outside_the_pool_fails_the_append_and_writes_nothing(void **state) {
+    test_pool pool;
+    test_sequence sequence, *sequences[] = {&sequence};
+    pool_open(&pool, *state, &plain_geometry, 20, 2, 5);
+    sequence_init(&sequence, &pool, (sequence_spec){.stored = 48, .query_length = 1, .read = true});
+    assert_int_equal(attn_backend_poison(pool.backend, sequence.pages[0], 0, 16).code, ATTN_OK);
+    uint32_t table[3] = {sequence.pages[0], sequence.pages[1], 20};
+    attn_status status = attn_backend_append(pool.backend, LAYER, table, 3, 0, 33, sequence.keys, sequence.values);
+    assert_int_equal(status.code, ATTN_INTERNAL);
+    status = attn_backend_append(pool.backend, LAYER, table, 2, 0, 33, sequence.keys, sequence.values);
+    assert_int_equal(status.code, ATTN_INTERNAL);
+    status = attn_backend_append(pool.backend, LAYER, table, 2, UINT64_MAX, 2, sequence.keys, sequence.values);
+    assert_int_equal(status.code, ATTN_INTERNAL);
+    decode_sequences(&pool, sequences, 1, &plain_options);
+    assert_true(out_is_nan(&sequence));
+    sequence_fini(&sequence);
+    pool_close(&pool);
+}
+
+static void pages_outside_the_pool_are_not_copied_or_poisoned(void **state) {
+    test_pool pool;
+    pool_open(&pool, *state, &plain_geometry, 4, 2, 5);
+    assert_int_equal(attn_backend_copy_page(pool.backend, 4, 0).code, ATTN_INTERNAL);
+    assert_int_equal(attn_backend_copy_page(pool.backend, 0, 4).code, ATTN_INTERNAL);
+    assert_int_equal(attn_backend_poison(pool.backend, 4, 0, 1).code, ATTN_INTERNAL);
+    assert_int_equal(attn_backend_poison(pool.backend, 0, 10, 7).code, ATTN_INVALID_ARGUMENT);
+    assert_int_equal(attn_backend_poison(pool.backend, 0, 17, UINT32_MAX).code, ATTN_INVALID_ARGUMENT);
+    pool_close(&pool);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Batches that are none */
+
+static void a_senseless_batch_is_refused(void **state) {
+    test_pool pool;
+    test_sequence sequence, *sequences[] = {&sequence};
+    pool_open(&pool, *state, &plain_geometry, 20, 2, 5);
+    sequence_init(&sequence, &pool, (sequence_spec){.stored = 100, .query_length = 2});
+    test_batch batch;
+    test_batch_init(&batch, sequences, 1, &plain_options);
+
+    batch.batch.layer = LAYERS;
+    assert_refused(&pool, &batch, ATTN_INVALID_ARGUMENT, "layer");
+    batch.batch.layer = LAYER;
+    batch.batch.scale = NAN;
+    assert_refused(&pool, &batch, ATTN_INVALID_ARGUMENT, "scale");
+    batch.batch.scale = 0;
+    assert_refused(&pool, &batch, ATTN_INVALID_ARGUMENT, "scale");
+    batch.batch.scale = 1;
+    batch.batch.softcap = -1;
+    assert_refused(&pool, &batch, ATTN_INVALID_ARGUMENT, "softcap");
+    batch.batch.softcap = 0;
+    batch.query_lengths[0] = 0;
+    assert_refused(&pool, &batch, ATTN_INVALID_ARGUMENT, "query length");
+    batch.query_lengths[0] = ATTN_MAX_QUERY_LENGTH + 1;
+    assert_refused(&pool, &batch, ATTN_INVALID_ARGUMENT, "query length");
+    batch.query_lengths[0] = 2;
+    batch.lengths[0] = 1;
+    assert_refused(&pool, &batch, ATTN_INVALID_ARGUMENT, "new rows");
+    batch.lengths[0] = 20 * 16 + 1;
+    assert_refused(&pool, &batch, ATTN_INVALID_ARGUMENT, "pool");
+    batch.lengths[0] = 102;
+    batch.batch.new_values = NULL;
+    assert_refused(&pool, &batch, ATTN_INVALID_ARGUMENT, "values");
+
+    test_batch_fini(&batch);
+    sequence_fini(&sequence);
+    pool_close(&pool);
+}
+
+static void a_part_that_contradicts_itself_is_refused(void **state) {
+    test_pool pool;
+    test_sequence whole, part, *sequences[] = {&part};
+    pool_open(&pool, *state, &plain_geometry, 200, 2, 5);
+    sequence_init(&whole, &pool, (sequence_spec){.stored = 1500, .query_length = 2});
+    sequence_make_part(&part, &pool, &whole, 0, 2, false);
+    test_batch batch;
+    test_batch_init(&batch, sequences, 1, &plain_options);
+    batch.parts[0].total_length = part.length - 1;
+    assert_refused(&pool, &batch, ATTN_INVALID_ARGUMENT, "part");
+    batch.parts[0] = part.part;
+    batch.parts[0].new_count = 3;
+    assert_refused(&pool, &batch, ATTN_INVALID_ARGUMENT, "part");
+    batch.parts[0] = part.part;
+    batch.batch.partials = NULL;
+    assert_refused(&pool, &batch, ATTN_INVALID_ARGUMENT, "part");
+    test_batch_fini(&batch);
+    sequence_fini(&part);
+    sequence_fini(&whole);
+    pool_close(&pool);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(unknown_kind_is_refused_with_those_there_are),
+        cmocka_unit_test(unknown_isa_is_refused),
+        cmocka_unit_test(auto_is_the_cpu),
+        cmocka_unit_test(destroying_nothing_is_fine),
+        cmocka_unit_test(sizes_of_rows_and_pages_follow_the_geometry),
+        ON_EVERY_BACKEND(bad_geometry_is_refused_naming_the_field),
+        ON_EVERY_BACKEND(a_pool_beyond_all_memory_is_refused),
+        ON_EVERY_BACKEND(a_backend_tells_its_geometry_and_itself),
+        ON_EVERY_BACKEND(an_empty_batch_does_nothing),
+        ON_EVERY_BACKEND(an_empty_range_gives_zero_and_minus_infinity),
+        ON_EVERY_BACKEND(an_append_across_pages_is_what_is_attended_to),
+        ON_EVERY_BACKEND(appending_nothing_is_fine),
+        ON_EVERY_BACKEND(poison_within_the_length_is_seen),
+        ON_EVERY_BACKEND(a_copied_page_holds_the_same_rows_in_all_layers),
+        ON_EVERY_BACKEND(a_page_copied_to_itself_stays_as_it_is),
+        ON_EVERY_BACKEND(layers_do_not_touch_each_other),
+        ON_EVERY_BACKEND(a_page_outside_the_pool_fails_the_decode_and_appends_nothing),
+        ON_EVERY_BACKEND(a_page_table_too_short_fails_the_decode),
+        ON_EVERY_BACKEND(a_page_outside_the_pool_fails_the_append_and_writes_nothing),
+        ON_EVERY_BACKEND(pages_outside_the_pool_are_not_copied_or_poisoned),
+        ON_EVERY_BACKEND(a_senseless_batch_is_refused),
+        ON_EVERY_BACKEND(a_part_that_contradicts_itself_is_refused),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
