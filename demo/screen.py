@@ -1,5 +1,6 @@
 """Text of several sequences on the terminal, as it comes."""
 
+import re
 import shutil
 import sys
 
@@ -8,8 +9,8 @@ PIECE_TOKENS = 16
 
 
 def printable(text):
-    """Bytes as one line of ASCII: white space is a blank, anything else unprintable a dot."""
-    return "".join(chr(byte) if 32 <= byte < 127 else " " if byte in b"\n\t " else "." for byte in text)
+    """Bytes as one line of ASCII: a run of white space is one blank, anything else unprintable a dot."""
+    return re.sub(r"\s+", " ", "".join(chr(byte) if 32 <= byte < 127 or byte in b"\n\t" else "." for byte in text))
 
 
 class Screen:

@@ -1,0 +1,245 @@
+"""The deployment files: what kustomize renders, what the Dockerfile installs, and that the real server takes both.
+
+The checks themselves are deploy/validate.py's. Here they pass on every kustomization, and each of them is shown to
+fail on the mistake that it is there for.
+"""
+
+import copy
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "deploy"))
+
+import validate  # noqa: E402
+
+DOCKERFILE = ROOT / "deploy/Dockerfile"
+SERVER = pathlib.Path(os.environ.get("ATTND_BINARY", ROOT / "bazel-bin/service/attnd"))
+
+
+@pytest.fixture(scope="module")
+def server():
+    assert SERVER.exists(), f"no server binary at {SERVER}: build //service:attnd, or set ATTND_BINARY"
+    return SERVER
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    return validate.render(validate.DEPLOY / "base")
+
+
+@pytest.fixture
+def objects(rendered):
+    return copy.deepcopy(rendered)
+
+
+def stateful_set(objects):
+    return validate.only(objects, "StatefulSet")["spec"]
+
+
+def container(objects):
+    return validate.container_of(objects)
+
+
+def config_of(objects):
+    return yaml.safe_load(validate.config_text(objects))
+
+
+@pytest.mark.parametrize("folder", validate.KUSTOMIZATIONS, ids=lambda folder: folder.name)
+class TestEveryKustomization:
+    def test_renders_to_valid_objects_that_agree(self, folder):
+        kinds = {thing["kind"] for thing in validate.check(folder)}
+        assert {"StatefulSet", "Service", "ConfigMap", "PodDisruptionBudget", "NetworkPolicy"} <= kinds
+
+    def test_configuration_is_accepted_by_the_server(self, folder, server):
+        validate.check_server_accepts(validate.config_text(validate.render(folder)), server)
+
+
+class TestSchemas:
+    def test_unknown_field_is_refused(self, objects):
+        container(objects)["readynessProbe"] = {"grpc": {"port": 7400}}
+        with pytest.raises(validate.Invalid, match="StatefulSet attnd.*readynessProbe"):
+            validate.check_schemas(objects)
+
+    def test_wrong_type_is_refused(self, objects):
+        stateful_set(objects)["replicas"] = "one"
+        with pytest.raises(validate.Invalid, match=r"spec\.replicas"):
+            validate.check_schemas(objects)
+
+
+class TestAgreement:
+    def test_selector_that_finds_no_pod_is_refused(self, objects):
+        validate.only(objects, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"] = {"app": "attnd"}
+        with pytest.raises(validate.Invalid, match="PodDisruptionBudget selects"):
+            validate.check_selectors(objects)
+
+    def test_service_name_without_headless_service_is_refused(self, objects):
+        stateful_set(objects)["serviceName"] = "attnd"
+        with pytest.raises(validate.Invalid, match="no headless Service"):
+            validate.check_selectors(objects)
+
+    def test_probe_of_another_port_is_refused(self, objects):
+        container(objects)["livenessProbe"]["grpc"]["port"] = 7401
+        with pytest.raises(validate.Invalid, match="livenessProbe"):
+            validate.check_ports(objects, config_of(objects))
+
+    def test_loopback_address_is_refused(self, objects):
+        config = config_of(objects)
+        config["server"]["listen"] = ["127.0.0.1:7400"]
+        with pytest.raises(validate.Invalid, match="loopback"):
+            validate.check_ports(objects, config)
+
+    def test_service_port_that_the_container_lacks_is_refused(self, objects):
+        validate.named(objects, "Service")["attnd"]["spec"]["ports"][0]["targetPort"] = "http"
+        with pytest.raises(validate.Invalid, match="http"):
+            validate.check_ports(objects, config_of(objects))
+
+    def test_drain_longer_than_the_grace_period_is_refused(self, objects):
+        config = config_of(objects)
+        config["server"]["grace_ms"] = 25000
+        with pytest.raises(validate.Invalid, match="terminationGracePeriodSeconds 30"):
+            validate.check_drain(objects, config)
+
+    def test_cache_larger_than_the_memory_is_refused(self, objects):
+        config = config_of(objects)
+        config["ranks"]["pages"] *= 2
+        with pytest.raises(validate.Invalid, match="KV cache takes 8.0 GiB of 6.0"):
+            validate.check_resources(objects, config)
+
+    def test_more_threads_than_cpus_are_refused(self, objects):
+        config = config_of(objects)
+        config["ranks"]["threads"] = 3
+        with pytest.raises(validate.Invalid, match="6 threads on 4 CPUs"):
+            validate.check_resources(objects, config)
+
+    def test_sequence_longer_than_a_rank_is_refused(self, objects):
+        config = config_of(objects)
+        config["limits"]["max_sequence_tokens"] *= 2
+        with pytest.raises(validate.Invalid, match="max_sequence_tokens"):
+            validate.check_resources(objects, config)
+
+    def test_pod_that_mounts_another_config_map_is_refused(self, objects):
+        stateful_set(objects)["template"]["spec"]["volumes"][0]["configMap"]["name"] = "attnd-config"
+        with pytest.raises(validate.Invalid, match="the pods mount ConfigMap attnd-config"):
+            validate.config_text(objects)
+
+    @pytest.mark.parametrize("image", ["somewhere/attnd:0.1.0", "attnd:latest"])
+    def test_image_of_a_registry_or_without_version_is_refused(self, objects, image):
+        container(objects)["image"] = image
+        with pytest.raises(validate.Invalid, match="image"):
+            validate.check_security(objects)
+
+    def test_writable_root_file_system_is_refused(self, objects):
+        container(objects)["securityContext"]["readOnlyRootFilesystem"] = False
+        with pytest.raises(validate.Invalid, match="may write"):
+            validate.check_security(objects)
+
+
+class TestServer:
+    def test_configuration_with_unknown_key_is_refused_by_the_server(self, rendered, server):
+        text = validate.config_text(rendered).replace("grace_ms:", "grace_msec:")
+        with pytest.raises(validate.Invalid, match=r"attnd refuses the configuration: (.|\n)*grace_msec"):
+            validate.check_server_accepts(text, server)
+
+    def test_runtime_image_has_every_library_that_the_server_needs(self, server):
+        libraries = subprocess.run(["ldd", str(server)], capture_output=True, text=True, check=True).stdout
+        paths = [os.path.realpath(path) for path in re.findall(r"=> (/\S+)", libraries)]
+        # A sanitizer's run-time library is the test build's affair: the image has a release build.
+        paths = [path for path in paths if not re.search(r"lib(asan|ubsan|tsan)", path)]
+        assert any("libgrpc" in path for path in paths)
+        listed = with_dependencies(runtime_packages())
+        missing = {path: package for path, package in packages_of(paths).items() if package not in listed}
+        assert not missing
+
+
+# -------------------------------------------------------------------------------------------------
+# The Dockerfile
+
+def instructions():
+    """[(INSTRUCTION, rest)] with continued lines joined."""
+    text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.M).replace("\\\n", " ")
+    return [tuple(line.split(None, 1)) for line in text.splitlines() if line.strip()]
+
+
+def stages():
+    """The instructions of each stage."""
+    found = []
+    for instruction, rest in instructions():
+        if instruction == "FROM":
+            found.append([])
+        found[-1].append((instruction, rest))
+    return found
+
+
+def packages(stage):
+    """The Debian packages that a stage installs."""
+    command = next(rest for instruction, rest in stage if instruction == "RUN" and "apt-get install" in rest)
+    install = next(part for part in command.split("&&") if "apt-get install" in part)
+    return [word for word in install.split()[2:] if not word.startswith("-")]
+
+
+def runtime_packages():
+    return packages(stages()[-1])
+
+
+def apt_cache(*arguments):
+    return subprocess.run(["apt-cache", *arguments], capture_output=True, text=True, check=True,
+                          env=os.environ | {"LC_ALL": "C"}).stdout
+
+
+def with_dependencies(names):
+    """The packages, all that they depend on, and what every Debian image has."""
+    options = ["--recurse", "--no-recommends", "--no-suggests", "--no-conflicts", "--no-breaks", "--no-replaces",
+               "--no-enhances", "--no-pre-depends"]
+    found = set(re.findall(r"^(\S+)$", apt_cache("depends", *options, *names), re.M)) | set(names)
+    return {name.partition(":")[0] for name in found} | {"libc6", "zlib1g"}
+
+
+def packages_of(paths):
+    """{library: the package that it comes from}; Debian's merged /usr may know a library by its other name."""
+    names = [name for path in paths for name in (path, path.removeprefix("/usr"))]
+    rows = subprocess.run(["dpkg-query", "-S", *names], capture_output=True, text=True, check=False).stdout
+    owners = {name: package for package, name in re.findall(r"^([^:\s]+)(?::\w+)?: (\S+)$", rows, re.M)}
+    return {path: owners.get(path, owners.get(path.removeprefix("/usr"))) for path in paths}
+
+
+class TestDockerfile:
+    def test_linter_finds_nothing(self):
+        own = pathlib.Path(sys.executable).parent / "hadolint"
+        linter = str(own) if own.exists() else shutil.which("hadolint")
+        done = subprocess.run([linter, "--no-color", str(DOCKERFILE)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+    def test_every_package_is_in_debian(self):
+        names = {name for stage in stages() for name in packages(stage)}
+        available = set(re.findall(r"^(\S+):\n.*\n  Candidate: \d", apt_cache("policy", *names), re.M))
+        assert available == names
+
+    def test_images_are_debian_without_a_registry(self):
+        images = [rest.split()[0] for instruction, rest in instructions() if instruction == "FROM"]
+        assert images == ["debian:bookworm", "debian:bookworm-slim"]
+
+    def test_server_runs_as_the_user_that_the_pods_name(self, rendered):
+        users = [rest for instruction, rest in stages()[-1] if instruction == "USER"]
+        context = validate.pod_of(rendered)[1]["securityContext"]
+        assert users == [f"{context['runAsUser']}:{context['runAsGroup']}"]
+
+    def test_stops_by_the_signal_that_drains(self):
+        assert ("STOPSIGNAL", "SIGTERM") in stages()[-1]
+
+    def test_exposes_the_ports_of_the_pods(self, rendered):
+        exposed = [rest for instruction, rest in stages()[-1] if instruction == "EXPOSE"]
+        ports = [str(port["containerPort"]) for port in container(rendered)["ports"]]
+        assert exposed == [" ".join(ports)]
+
+    def test_copied_paths_exist(self):
+        allowed = [line[1:] for line in (ROOT / "deploy/Dockerfile.dockerignore").read_text().splitlines()
+                   if line.startswith("!")]
+        assert allowed and all((ROOT / path).exists() for path in allowed)
