@@ -10,7 +10,7 @@
 
 #include "kernels/tests/backend_fixture.h"
 
-enum { SEQUENCES = 12, MAX_WORKERS = 4, PAGES = 1500, MAX_PARTS = 4, MAX_CHUNKS = 64 };
+enum { SEQUENCES = 12, SHORT_ROWS = 9, MAX_WORKERS = 4, MAX_PARTS = 4, MAX_CHUNKS = 64 };
 
 /* Lengths around the chunk, long ones, empty ones; query lengths of one block and of many. */
 static const sequence_spec specs[SEQUENCES] = {
@@ -20,10 +20,10 @@ static const sequence_spec specs[SEQUENCES] = {
     {700, 64, false, INPUTS_HUGE},   {2500, 2, true, INPUTS_UNIFORM},  {1530, 128, false, INPUTS_UNIFORM},
 };
 
-/* The reference is slow: the first few long ones are enough for it. */
+/* The reference is slow: the first few long ones are enough for it. The first SHORT_ROWS have few query rows. */
 static uint32_t sequences_for(const backend_row *row) {
     if (strcmp(row->kind, "reference") == 0) return 6;
-    return FIXTURE_SANITIZED ? 9 : SEQUENCES;
+    return FIXTURE_SANITIZED ? SHORT_ROWS : SEQUENCES;
 }
 
 static float sinks[8] = {0.5f, -1, 2, 0, 1, -2, 3, -0.25f};
@@ -82,9 +82,21 @@ typedef struct {
 
 static crowd the_crowd; /* large */
 
-static void open_crowd(crowd *self, const backend_row *row, const attn_geometry *geometry, uint32_t workers) {
-    pool_open(&self->pool, row, geometry, PAGES * 16 / geometry->page_size, workers, 77);
-    self->count = sequences_for(row);
+/* For the sequences, and for one of them once more in parts. */
+static uint32_t pages_for(const attn_geometry *geometry, uint32_t count) {
+    uint32_t pages = 0, largest = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t own = pool_pages_for(geometry, specs[i].stored + specs[i].query_length);
+        pages += own;
+        if (own > largest) largest = own;
+    }
+    return pages + largest + MAX_PARTS;
+}
+
+static void open_crowd(crowd *self, const backend_row *row, const attn_geometry *geometry, uint32_t workers,
+                       uint32_t count) {
+    pool_open(&self->pool, row, geometry, pages_for(geometry, count), workers, 77);
+    self->count = count;
     for (uint32_t i = 0; i < self->count; i++) {
         sequence_init(&self->sequences[i], &self->pool, specs[i]);
     }
@@ -116,11 +128,11 @@ static uint32_t pick_batch(crowd *self, test_random *random, test_sequence **bat
 }
 
 static void check_any_batch_and_workers(const backend_row *row, const attn_geometry *geometry,
-                                        const decode_options *options, uint32_t batches) {
+                                        const decode_options *options, uint32_t count, uint32_t batches) {
     kept_output expected[SEQUENCES];
     test_random random = {5};
     for (uint32_t workers = 1; workers <= MAX_WORKERS; workers++) {
-        open_crowd(&the_crowd, row, geometry, workers);
+        open_crowd(&the_crowd, row, geometry, workers, count);
         decode_each_alone(&the_crowd, options);
         for (uint32_t i = 0; i < the_crowd.count; i++) {
             if (workers == 1) keep_output(&expected[i], &the_crowd.sequences[i], geometry);
@@ -147,7 +159,7 @@ static void any_batch_and_any_workers_give_the_same_bits(void **state) {
     const backend_row *row = *state;
     uint32_t batches = strcmp(row->kind, "reference") == 0 || FIXTURE_SANITIZED ? 2 : 12;
     for (uint32_t n = 0; n < VARIANTS; n++) {
-        check_any_batch_and_workers(row, &plain_geometry, &variants[n].options, batches);
+        check_any_batch_and_workers(row, &plain_geometry, &variants[n].options, sequences_for(row), batches);
     }
 }
 
@@ -156,13 +168,13 @@ static void so_do_they_in_fp16_and_fp32_with_large_pages_and_other_dims(void **s
     static const attn_geometry geometries[] = {{LAYERS, 6, 1, 72, 96, ATTN_FP16, 128},
                                                {LAYERS, 5, 5, 128, 32, ATTN_FP32, 64}};
     for (uint32_t n = 0; n < 2; n++) {
-        check_any_batch_and_workers(row, &geometries[n], &variants[n].options, 2);
+        check_any_batch_and_workers(row, &geometries[n], &variants[n].options, 4, 2);
     }
 }
 
 static void the_outputs_are_right_too(void **state) {
     for (uint32_t n = 0; n < VARIANTS; n++) {
-        open_crowd(&the_crowd, *state, &plain_geometry, 3);
+        open_crowd(&the_crowd, *state, &plain_geometry, 3, sequences_for(*state));
         decode_each_alone(&the_crowd, &variants[n].options);
         for (uint32_t i = 0; i < the_crowd.count; i++) {
             decode_errors errors =
@@ -222,7 +234,7 @@ static void decode_in_parts(crowd *self, test_sequence *whole, uint32_t count, c
 
 static void parts_merged_in_order_give_the_same_bits(void **state) {
     for (uint32_t n = 0; n < VARIANTS; n++) {
-        open_crowd(&the_crowd, *state, &plain_geometry, 3);
+        open_crowd(&the_crowd, *state, &plain_geometry, 3, sequences_for(*state));
         decode_each_alone(&the_crowd, &variants[n].options);
         for (uint32_t i = 0; i < the_crowd.count; i++) {
             test_sequence *whole = &the_crowd.sequences[i];
@@ -243,7 +255,7 @@ static void parts_in_default_mode_merge_to_the_right_outputs(void **state) {
     for (uint32_t n = 0; n < VARIANTS; n++) {
         decode_options options = variants[n].options;
         options.batch_invariant = false;
-        open_crowd(&the_crowd, *state, &plain_geometry, 3);
+        open_crowd(&the_crowd, *state, &plain_geometry, 3, sequences_for(*state));
         for (uint32_t i = 0; i < the_crowd.count; i++) {
             for (uint32_t parts = 1; parts <= MAX_PARTS; parts++) {
                 test_sequence *whole = &the_crowd.sequences[i];
@@ -266,7 +278,8 @@ static void default_mode_repeats_bit_for_bit(void **state) {
     decode_options options = {.scale = 0.125f, .softcap = 30, .sinks = sinks};
     kept_output expected[SEQUENCES];
     test_sequence *batch[SEQUENCES];
-    open_crowd(&the_crowd, row, &plain_geometry, MAX_WORKERS);
+    uint32_t count = sequences_for(row) < SHORT_ROWS ? sequences_for(row) : SHORT_ROWS;
+    open_crowd(&the_crowd, row, &plain_geometry, MAX_WORKERS, count);
     for (uint32_t i = 0; i < the_crowd.count; i++) {
         batch[i] = &the_crowd.sequences[i];
     }
