@@ -62,7 +62,9 @@ static attn_status answer_truncate(call *call, const wire_message *message) {
 
 static attn_status answer_close(call *call, const wire_message *message) {
     const Attnd__V1__CloseSequencesRequest *request = (const Attnd__V1__CloseSequencesRequest *)message->message;
-    ATTN_TRY(dp_sequences_close(engine_of(call), call->tenant, request->sequences, (uint32_t)request->n_sequences));
+    if (request->n_sequences > 0) { /* closing nothing is fine */
+        ATTN_TRY(dp_sequences_close(engine_of(call), call->tenant, request->sequences, (uint32_t)request->n_sequences));
+    }
     Attnd__V1__CloseSequencesResponse response = ATTND__V1__CLOSE_SEQUENCES_RESPONSE__INIT;
     call_respond(call, &response.base);
     return attn_ok();

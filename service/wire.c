@@ -118,7 +118,7 @@ void wire_reader_trim(wire_reader *reader) {
 
 /* Makes *spans hold `count`, contents lost. False if there is no memory. */
 static bool reserve_spans(dp_span **spans, size_t *capacity, size_t count) {
-    if (count <= *capacity) return true;
+    if (count <= *capacity && *spans != NULL) return true;
     size_t wanted = count < 64 ? 64 : count + count / 2;
     dp_span *grown = malloc(wanted * sizeof *grown);
     if (grown == NULL) return false;
