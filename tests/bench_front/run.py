@@ -74,7 +74,7 @@ def start_attnd(folder, binary, more_flags, stack):
     command = [binary, "--listen", "127.0.0.1:0", "--listen", f"unix:{folder}/attnd.sock", "--ready-file", ready]
     for name, value in flags.items():
         command += [f"--{name}", str(value)]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, stdout=sys.stderr)  # our standard output is the CSV
     stack.callback(stop, process)
     while not (ready.exists() and ready.read_text().endswith("\n")):
         if process.poll() is not None:
