@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fake_server import FakeServer
 from oracle import Oracle
-from test_client import run_step
+from test_blocking import run_step
 
 import attnd
 from attnd import _core
