@@ -153,8 +153,9 @@ def load_corpus(device):
     """(train, validation [n, VALIDATION_BLOCK], held out), as byte tokens."""
     text = numpy.frombuffer(lzma.decompress((DEMO / "corpus/train.txt.xz").read_bytes()), numpy.uint8)
     blocks = [text[i:i + VALIDATION_BLOCK] for i in range(0, len(text) - VALIDATION_BLOCK, VALIDATION_BLOCK)]
-    validation = numpy.stack(blocks[VALIDATION_EVERY // 2::VALIDATION_EVERY])
-    train = numpy.concatenate([block for i, block in enumerate(blocks) if i % VALIDATION_EVERY != VALIDATION_EVERY // 2])
+    chosen = VALIDATION_EVERY // 2
+    validation = numpy.stack(blocks[chosen::VALIDATION_EVERY])
+    train = numpy.concatenate([block for i, block in enumerate(blocks) if i % VALIDATION_EVERY != chosen])
     held_out = numpy.frombuffer((DEMO / "corpus/heldout.txt").read_bytes(), numpy.uint8)
     return [torch.from_numpy(part.astype(numpy.int64)).to(device) for part in (train, validation, held_out)]
 

@@ -151,7 +151,7 @@ def check_drain(objects, config):
     sleep = container_of(objects)["lifecycle"]["preStop"]["sleep"]["seconds"]
     drain = config["server"]["grace_ms"] / 1000
     expect(grace >= sleep + drain + EXIT_SECONDS,
-           f"terminationGracePeriodSeconds {grace} is less than preStop {sleep} + grace_ms {drain:g} s + {EXIT_SECONDS}")
+           f"terminationGracePeriodSeconds {grace} is less than preStop {sleep} + drain {drain:g} + {EXIT_SECONDS}")
 
 
 def memory_bytes(quantity):

@@ -125,8 +125,10 @@ def test_demo_passes_in_bf16_on_three_ranks(server):
     assert finish(start(server, *flags)) == (0, "demo: PASS")
 
 
-@pytest.mark.parametrize("number, status, why", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 1, "terminated")],
-                         ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(("number", "status", "why"), [
+    pytest.param(signal.SIGINT, 130, "interrupted", id="SIGINT"),
+    pytest.param(signal.SIGTERM, 1, "terminated", id="SIGTERM"),
+])
 def test_ended_demo_fails_and_leaves_no_server(server, number, status, why):
     demo = start(server)
     child = server_of(demo)

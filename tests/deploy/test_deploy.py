@@ -65,7 +65,7 @@ class TestEveryKustomization:
 class TestSchemas:
     def test_unknown_field_is_refused(self, objects):
         container(objects)["readynessProbe"] = {"grpc": {"port": 7400}}
-        with pytest.raises(validate.Invalid, match="StatefulSet attnd.*readynessProbe"):
+        with pytest.raises(validate.Invalid, match=r"StatefulSet attnd.*readynessProbe"):
             validate.check_schemas(objects)
 
     def test_wrong_type_is_refused(self, objects):
@@ -110,7 +110,7 @@ class TestAgreement:
     def test_cache_larger_than_the_memory_is_refused(self, objects):
         config = config_of(objects)
         config["ranks"]["pages"] *= 2
-        with pytest.raises(validate.Invalid, match="KV cache takes 8.0 GiB of 6.0"):
+        with pytest.raises(validate.Invalid, match=r"KV cache takes 8\.0 GiB of 6\.0"):
             validate.check_resources(objects, config)
 
     def test_more_threads_than_cpus_are_refused(self, objects):

@@ -1,0 +1,9 @@
+import pytest
+from threadpoolctl import threadpool_limits
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_blas_thread():
+    """As in the demo itself: on small matrices BLAS threads spend their time waiting for each other."""
+    with threadpool_limits(limits=1, user_api="blas"):
+        yield
