@@ -5,6 +5,9 @@ Starts an attnd server with CPU ranks, prefills prompts of different lengths in 
 in one batch over a DecodeStream. The same model then runs with its attention computed here in float64, and the two
 are compared: the greedy tokens, the attention outputs, the logits, the perplexity of a held-out text. Ends with the
 line `demo: PASS` (status 0) or `demo: FAIL (why)` (status 1).
+
+`./dev demo` runs it with what it needs; by itself it needs the Python of client/requirements-dev.txt and the package
+in client/.
 """
 
 import argparse
@@ -13,19 +16,16 @@ import signal
 import sys
 import time
 
+import attnd
 import numpy as np
+from attnd_attention import PARTS, AttndAttention, Error, Recorded
+from llama_numpy import Llama, LocalAttention
+from screen import Screen
+from server_process import ServerFailed, ServerProcess
 from threadpoolctl import threadpool_limits
 
 DEMO = pathlib.Path(__file__).resolve().parent
 ROOT = DEMO.parent
-sys.path[:0] = [str(DEMO), str(ROOT / "client")]
-
-import attnd  # noqa: E402
-from attnd_attention import PARTS, AttndAttention, Error, Recorded  # noqa: E402
-from llama_numpy import Llama, LocalAttention  # noqa: E402
-from screen import Screen  # noqa: E402
-from server_process import ServerFailed, ServerProcess  # noqa: E402
-
 HELD_OUT = (DEMO / "corpus/heldout.txt").read_bytes()
 ROWS = 128  # of a sequence in one prefill step: the most that a server takes
 HELD_OUT_WINDOW = 1024  # bytes, as train.py measured it
@@ -201,7 +201,7 @@ class Demo:
             held = sum(infos[index].length for index in own)
             self.expect(tokens > 0, f"rank {rank} had no work", f"rank {rank}",
                         f"{len(own)} sequences ({joined(own)}) with {held} tokens; "
-                        f"{100 * tokens / max(1, sum(attended.values())):.0f} % of the KV tokens attended to in the decode")
+                        f"{100 * tokens / max(1, sum(attended.values())):.0f} % of the KV tokens that the decode read")
 
     def show_time(self, attention, ours):
         heading("Time")
@@ -297,6 +297,7 @@ def run(arguments):
 
 def main():
     arguments = parse_arguments()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("terminated"))
     status = 1
     try:
@@ -311,7 +312,8 @@ def main():
         verdict = f"FAIL ({end.code})"
     except (attnd.AttndError, ServerFailed) as error:
         reason, _, detail = str(error).partition("\n")
-        print(detail)
+        if detail:
+            print(f"\n{detail}")
         verdict = f"FAIL ({reason})"
     print(f"\ndemo: {verdict}", flush=True)
     return status

@@ -1,42 +1,33 @@
 """An attnd process of our own: started, waited for, and never left behind."""
 
-import ctypes
+import os
 import pathlib
-import signal
 import subprocess
 import tempfile
 import time
 
 START_SECONDS = 20
 STOP_SECONDS = 15
-PR_SET_PDEATHSIG = 1
 
 
 class ServerFailed(Exception):
     """The server did not start, or did not end as it should; the message has the end of its log."""
 
 
-def _die_with_parent():
-    """In the child: the kernel ends it should this process end without having stopped it."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 class ServerProcess:
     """`with ServerProcess(binary, flags) as server:` runs attnd on a free loopback port.
 
-    Inside, `server.address` is where it listens and `server.pid` its process. On the way out it gets SIGTERM, and
-    SIGKILL should it not have ended within STOP_SECONDS. Raises ServerFailed.
+    Inside, `server.address` is where it listens. On the way out it gets SIGTERM, and SIGKILL should it not have ended within STOP_SECONDS. Should this process be killed, the kernel kills it too (that
+    is what `setpriv --pdeathsig` asks for, which then becomes attnd). Raises ServerFailed.
     """
 
     def __init__(self, binary, flags):
-        self._command = [str(binary), "--listen", "127.0.0.1:0", *flags]
+        if not os.access(binary, os.X_OK):
+            raise ServerFailed(f"{binary}: no such program")
+        self._command = ["setpriv", "--pdeathsig", "KILL", str(binary), "--listen", "127.0.0.1:0", *flags]
         self._folder = None
         self._process = None
         self.address = None
-
-    @property
-    def pid(self):
-        return self._process.pid
 
     def __enter__(self):
         self._folder = tempfile.TemporaryDirectory(prefix="attnd-demo-")
@@ -46,13 +37,10 @@ class ServerProcess:
             with open(self._log, "wb") as log:
                 # A session of its own: Ctrl-C is for this process, which then stops the server in good order.
                 self._process = subprocess.Popen([*self._command, "--ready-file", str(self._ready)], stdout=log,
-                                                 stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                                                 preexec_fn=_die_with_parent)
+                                                 stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
             self.address = self._wait_until_ready()
-        except BaseException as error:
+        except BaseException:
             self._stop()
-            if isinstance(error, OSError):
-                raise ServerFailed(f"{self._command[0]}: {error.strerror}") from None
             raise
         return self
 

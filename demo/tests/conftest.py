@@ -1,5 +1,11 @@
+import pathlib
+import sys
+
 import pytest
 from threadpoolctl import threadpool_limits
+
+DEMO = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(DEMO), str(DEMO.parent / "client")]
 
 
 @pytest.fixture(scope="session", autouse=True)

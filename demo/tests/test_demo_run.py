@@ -9,14 +9,11 @@ import time
 
 import numpy as np
 import pytest
+import run
+from llama_numpy import Llama, LocalAttention
 
 DEMO = pathlib.Path(__file__).resolve().parents[1]
 SERVER = pathlib.Path(os.environ.get("ATTND_BINARY", DEMO.parent / "bazel-bin/service/attnd"))
-sys.path.insert(0, str(DEMO))
-
-import run  # noqa: E402
-from llama_numpy import Llama, LocalAttention  # noqa: E402
-
 PROMPTS = [b"The licensor", b"You may not", b"THE SOFTWARE IS PROVIDED"]
 COUNT = 6
 
@@ -89,7 +86,8 @@ def server():
 
 def start(server, *flags):
     return subprocess.Popen([sys.executable, str(DEMO / "run.py"), "--server", str(server), *flags],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"PYTHONPATH": str(DEMO.parent / "client")})
 
 
 def finish(demo):

@@ -1,15 +1,12 @@
 """The numpy model is the model that was trained: it agrees with what train.py stored, computed by PyTorch."""
 
 import pathlib
-import sys
 
+import llama_numpy
 import numpy as np
 import pytest
 
 DEMO = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(DEMO))
-
-import llama_numpy  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,10 @@ import subprocess
 import sys
 
 import pytest
+import validate
 import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "deploy"))
-
-import validate  # noqa: E402
-
 DOCKERFILE = ROOT / "deploy/Dockerfile"
 SERVER = pathlib.Path(os.environ.get("ATTND_BINARY", ROOT / "bazel-bin/service/attnd"))
 
@@ -164,7 +161,7 @@ class TestServer:
 
 def instructions():
     """[(INSTRUCTION, rest)] with continued lines joined."""
-    text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.M).replace("\\\n", " ")
+    text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     return [tuple(line.split(None, 1)) for line in text.splitlines() if line.strip()]
 
 
@@ -198,7 +195,7 @@ def with_dependencies(names):
     """The packages, all that they depend on, and what every Debian image has."""
     options = ["--recurse", "--no-recommends", "--no-suggests", "--no-conflicts", "--no-breaks", "--no-replaces",
                "--no-enhances", "--no-pre-depends"]
-    found = set(re.findall(r"^(\S+)$", apt_cache("depends", *options, *names), re.M)) | set(names)
+    found = set(re.findall(r"^(\S+)$", apt_cache("depends", *options, *names), re.MULTILINE)) | set(names)
     return {name.partition(":")[0] for name in found} | {"libc6", "zlib1g"}
 
 
@@ -206,7 +203,7 @@ def packages_of(paths):
     """{library: the package that it comes from}; Debian's merged /usr may know a library by its other name."""
     names = [name for path in paths for name in (path, path.removeprefix("/usr"))]
     rows = subprocess.run(["dpkg-query", "-S", *names], capture_output=True, text=True, check=False).stdout
-    owners = {name: package for package, name in re.findall(r"^([^:\s]+)(?::\w+)?: (\S+)$", rows, re.M)}
+    owners = {name: package for package, name in re.findall(r"^([^:\s]+)(?::\w+)?: (\S+)$", rows, re.MULTILINE)}
     return {path: owners.get(path, owners.get(path.removeprefix("/usr"))) for path in paths}
 
 
@@ -219,7 +216,7 @@ class TestDockerfile:
 
     def test_every_package_is_in_debian(self):
         names = {name for stage in stages() for name in packages(stage)}
-        available = set(re.findall(r"^(\S+):\n.*\n  Candidate: \d", apt_cache("policy", *names), re.M))
+        available = set(re.findall(r"^(\S+):\n.*\n  Candidate: \d", apt_cache("policy", *names), re.MULTILINE))
         assert available == names
 
     def test_images_are_debian_without_a_registry(self):
