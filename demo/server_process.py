@@ -17,8 +17,9 @@ class ServerFailed(Exception):
 class ServerProcess:
     """`with ServerProcess(binary, flags) as server:` runs attnd on a free loopback port.
 
-    Inside, `server.address` is where it listens. On the way out it gets SIGTERM, and SIGKILL should it not have ended within STOP_SECONDS. Should this process be killed, the kernel kills it too (that
-    is what `setpriv --pdeathsig` asks for, which then becomes attnd). Raises ServerFailed.
+    Inside, `server.address` is where it listens. On the way out it gets SIGTERM, and SIGKILL should it not have ended
+    within STOP_SECONDS. Should this process be killed, the kernel kills the server too: that is what it is started
+    through `setpriv --pdeathsig` for. Raises ServerFailed.
     """
 
     def __init__(self, binary, flags):
