@@ -47,7 +47,8 @@ static attn_status complete(attn_config *config) {
         uint64_t fit = DEFAULT_POOL_BYTES / attn_page_bytes(&config->geometry);
         config->pages = fit > DEFAULT_PAGES_LEAST ? (uint32_t)fit : DEFAULT_PAGES_LEAST;
     }
-    if (config->threads == 0) config->threads = cores > config->ranks ? cores / config->ranks : 1;
+    if (config->threads == 0) config->threads = config->ranks > 0 ? cores / config->ranks : cores;
+    if (config->threads == 0) config->threads = 1;
     if (config->cq_threads == 0) config->cq_threads = cores < 4 ? 1 : 2;
     if (config->test_fail_rank >= (int32_t)config->ranks) {
         return attn_error(ATTN_INVALID_ARGUMENT, "--test-fail-rank: %d is not below ranks.count (%u)",
@@ -105,8 +106,8 @@ static attn_status check_token(const char *place, const char *token) {
 
 /* The first line of the file. */
 static attn_status read_token_file(attn_config *config, const char *place, const char *path, const char **token) {
-    char *bytes;
-    size_t size;
+    char *bytes = NULL;
+    size_t size = 0;
     ATTN_TRY(read_file(place, path, TOKEN_BYTES_MAX + 2, &bytes, &size));
     bytes[size] = '\0';
     bytes[strcspn(bytes, "\r\n")] = '\0';
@@ -200,7 +201,7 @@ static attn_status apply_document(attn_config *config, const char *name, const a
 }
 
 static attn_status apply_yaml(attn_config *config, const char *yaml, size_t size, const char *name) {
-    attn_document *document;
+    attn_document *document = NULL;
     ATTN_TRY(attn_document_load(yaml, size, name, &document));
     if (document == NULL) return attn_ok();
     attn_status status = apply_document(config, name, document);
@@ -214,8 +215,8 @@ static attn_status apply_yaml(attn_config *config, const char *yaml, size_t size
 }
 
 static attn_status apply_file(attn_config *config, const char *path) {
-    char *yaml;
-    size_t size;
+    char *yaml = NULL;
+    size_t size = 0;
     ATTN_TRY(read_file("--config", path, FILE_BYTES_MAX, &yaml, &size));
     attn_status status = apply_yaml(config, yaml, size, path);
     explicit_bzero(yaml, size);

@@ -1,6 +1,7 @@
 #include "service/config/document.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <cyaml/cyaml.h>
@@ -115,7 +116,7 @@ typedef struct {
     char problem[200]; /* in our words */
     char key[64];      /* unknown key, to be appended to the path */
     char path[PATH_BYTES];
-    unsigned line; /* 0: not known */
+    unsigned long line; /* 0: not known */
     bool twice;
 } complaint;
 
@@ -134,28 +135,48 @@ static const char *event_words(const char *event) {
     return event;
 }
 
+/* What follows `prefix` in the text; NULL if it begins otherwise. */
+static const char *behind(const char *text, const char *prefix) {
+    size_t length = strlen(prefix);
+    return strncmp(text, prefix, length) == 0 ? text + length : NULL;
+}
+
+/* The line in "..(line: 3, column: 5)"; the first told is where the problem is. */
+static void note_line(complaint *about, const char *text) {
+    const char *number = strstr(text, "(line: ");
+    if (about->line == 0 && number != NULL) about->line = strtoul(number + 7, NULL, 10);
+}
+
+/* "Expecting STRING, got event: MAPPING_START" */
+static void note_wrong_event(complaint *about, const char *wanted, const char *got) {
+    char first[32];
+    snprintf(first, sizeof(first), "%.*s", (int)strcspn(wanted, ","), wanted);
+    snprintf(about->problem, sizeof(about->problem), "expected %s, found %s", event_words(first), event_words(got));
+}
+
 static void note_message(complaint *about, const char *message) {
-    char first[160] = "", second[64] = "";
-    unsigned line = 0, index = 0;
-    if (sscanf(message, " in mapping field '%159[^']' (line: %u", first, &line) == 2) {
-        prepend_to_path(about, first);
-    } else if (sscanf(message, " in sequence entry '%u' (line: %u", &index, &line) == 2) {
-        snprintf(first, sizeof(first), "[%u]", index - 1);
-        prepend_to_path(about, first);
-    } else if (sscanf(message, " in mapping (line: %u", &line) == 1) {
-        /* where an unknown key is; the path follows */
-    } else if (sscanf(message, "Load: Unexpected key: %63[^\n]", about->key) == 1) {
+    char name[64];
+    const char *rest, *got;
+    if ((rest = behind(message, "  in mapping field '")) != NULL) {
+        snprintf(name, sizeof(name), "%.*s", (int)strcspn(rest, "'"), rest);
+        prepend_to_path(about, name);
+        note_line(about, rest);
+    } else if ((rest = behind(message, "  in sequence entry '")) != NULL) {
+        snprintf(name, sizeof(name), "[%lu]", strtoul(rest, NULL, 10) - 1); /* it counts from 1 */
+        prepend_to_path(about, name);
+        note_line(about, rest);
+    } else if ((rest = behind(message, "Load: Unexpected key: ")) != NULL) {
+        snprintf(about->key, sizeof(about->key), "%.*s", (int)strcspn(rest, "\n"), rest);
         snprintf(about->problem, sizeof(about->problem), "unknown key");
-    } else if (sscanf(message, "Load: Expecting %159[^,], got event: %63s", first, second) == 2) {
-        snprintf(about->problem, sizeof(about->problem), "expected %s, found %s", event_words(first),
-                 event_words(second));
-    } else if (strncmp(message, "Load: Mapping field already seen", 32) == 0) {
+    } else if ((rest = behind(message, "Load: Expecting ")) != NULL && (got = strstr(rest, ", got event: ")) != NULL) {
+        snprintf(name, sizeof(name), "%.*s", (int)strcspn(got + 13, "\n"), got + 13);
+        note_wrong_event(about, rest, name);
+    } else if (behind(message, "Load: Mapping field already seen") != NULL) {
         snprintf(about->problem, sizeof(about->problem), "given twice");
         about->twice = true;
-    } else if (sscanf(message, "Load: libyaml: %159[^\n]", first) == 1) {
-        snprintf(about->problem, sizeof(about->problem), "not well-formed YAML: %s", first);
+    } else if ((rest = behind(message, "Load: libyaml: ")) != NULL) {
+        snprintf(about->problem, sizeof(about->problem), "not well-formed YAML: %.*s", (int)strcspn(rest, "\n"), rest);
     }
-    if (about->line == 0) about->line = line;
 }
 
 static void note_log(cyaml_log_t level, void *context, const char *format, va_list arguments) {
@@ -190,7 +211,7 @@ static attn_status explain(const schema *made, const complaint *about, cyaml_err
                           about->path[0] != '\0' ? "." : "", about->key, problem, keys);
     }
     /* Of a key libcyaml knows where the one before it ended: no help. */
-    if (about->line != 0 && !about->twice) snprintf(where, sizeof(where), " (line %u)", about->line);
+    if (about->line != 0 && !about->twice) snprintf(where, sizeof(where), " (line %lu)", about->line);
     return attn_error(ATTN_INVALID_ARGUMENT, "%s: %s%s%s%s", name, about->path, about->path[0] != '\0' ? ": " : "",
                       problem, where);
 }

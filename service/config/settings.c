@@ -167,7 +167,7 @@ static attn_status parse_choice(const char *place, const char *text, const char 
 }
 
 static attn_status parse_number(const attn_setting *setting, const char *place, const char *text, uint64_t *value) {
-    size_t index;
+    size_t index = 0;
     if (setting->choices != NULL) ATTN_TRY(parse_choice(place, text, setting->choices, &index));
     ATTN_TRY(attn_setting_number(place, text, setting->least, setting->most, value));
     if (setting->multiple_of != 0 && *value % setting->multiple_of != 0) {
@@ -179,7 +179,7 @@ static attn_status parse_number(const attn_setting *setting, const char *place, 
 
 static attn_status parse_bool(const char *place, const char *text, bool *value) {
     static const char *const choices[] = {"true", "false", NULL};
-    size_t index;
+    size_t index = 0;
     ATTN_TRY(parse_choice(place, text, choices, &index));
     *value = index == 0;
     return attn_ok();
@@ -241,8 +241,8 @@ static attn_status check_ip_address(const char *place, const char *text) {
 
 attn_status attn_setting_apply(const attn_setting *setting, const char *place, const char *text, attn_config *config) {
     void *target = (char *)config + setting->offset;
-    uint64_t number;
-    size_t index;
+    uint64_t number = 0;
+    size_t index = 0;
     switch (setting->kind) {
     case ATTN_SETTING_U32:
         ATTN_TRY(parse_number(setting, place, text, &number));

@@ -85,32 +85,33 @@ static size_t utf8_length(const unsigned char *bytes, size_t size) {
     return length;
 }
 
-/* The escape of a character that JSON does not allow as it is, or an empty text. */
-static void escape(unsigned char character, char text[8]) {
-    text[0] = '\0';
+/* The escape of a character that JSON does not allow as it is, a literal or in `room`; else NULL. */
+static const char *escape(unsigned char character, char room[8]) {
     switch (character) {
-    case '"': strcpy(text, "\\\""); return;
-    case '\\': strcpy(text, "\\\\"); return;
-    case '\n': strcpy(text, "\\n"); return;
-    case '\r': strcpy(text, "\\r"); return;
-    case '\t': strcpy(text, "\\t"); return;
+    case '"': return "\\\"";
+    case '\\': return "\\\\";
+    case '\n': return "\\n";
+    case '\r': return "\\r";
+    case '\t': return "\\t";
     default: break;
     }
-    if (character < 0x20 || character == 0x7f) snprintf(text, 8, "\\u%04x", character);
+    if (character >= 0x20 && character != 0x7f) return NULL;
+    snprintf(room, 8, "\\u%04x", character);
+    return room;
 }
 
 static bool append_quoted(attn_log_line *line, const void *value, size_t size) {
     const unsigned char *bytes = value;
     if (!append(line, "\"", 1)) return false;
     for (size_t i = 0; i < size;) {
-        char escaped[8];
+        char room[8];
+        const char *escaped = escape(bytes[i], room);
         size_t length = utf8_length(bytes + i, size - i);
         bool appended;
-        escape(bytes[i], escaped);
         if (length == 0) {
             appended = append_text(line, "\xef\xbf\xbd");
             length = 1;
-        } else if (escaped[0] != '\0') {
+        } else if (escaped != NULL) {
             appended = append_text(line, escaped);
         } else {
             appended = append(line, (const char *)bytes + i, length);
@@ -195,12 +196,8 @@ void attn_log_hex(attn_log_line *line, const char *key, uint64_t value) {
 
 void attn_log_double(attn_log_line *line, const char *key, double value) {
     char text[32];
-    if (isfinite(value)) {
-        snprintf(text, sizeof(text), "%.6g", value);
-    } else {
-        strcpy(text, "null");
-    }
-    append_literal_field(line, key, text);
+    snprintf(text, sizeof(text), "%.6g", value);
+    append_literal_field(line, key, isfinite(value) ? text : "null");
 }
 
 void attn_log_bool(attn_log_line *line, const char *key, bool value) {

@@ -335,17 +335,23 @@ static void run_load(load *load, int in_flight, double seconds) {
     grpc_slice_unref(load->query);
 }
 
-static void run_line(const char *line) {
-    char mode[16];
-    size_t payload;
-    int in_flight;
-    double seconds;
-    BENCH_CHECK(sscanf(line, "%15s %zu %d %lf", mode, &payload, &in_flight, &seconds) == 4, "cannot read: %s", line);
+/* The next word of the line that strtok() is at; `line` the first time. */
+static const char *word(char *line) {
+    const char *found = strtok(line, " \n");
+    BENCH_CHECK(found != NULL, "a line is unary|stream PAYLOAD IN_FLIGHT SECONDS");
+    return found;
+}
+
+static void run_line(char *line) {
+    bool stream = strcmp(word(line), "stream") == 0;
+    size_t payload = strtoul(word(NULL), NULL, 10);
+    int in_flight = (int)strtol(word(NULL), NULL, 10);
+    double seconds = strtod(word(NULL), NULL);
     BENCH_CHECK(in_flight >= 1 && in_flight <= IN_FLIGHT_MAX, "in flight: 1 .. %d", IN_FLIGHT_MAX);
     BENCH_CHECK(payload % QUERY_BYTES == 0 && payload / QUERY_BYTES <= SEQUENCES_MAX && payload > 0,
                 "payload: a multiple of %d, %d times it at most", QUERY_BYTES, SEQUENCES_MAX);
     load load = {
-        .stream = strcmp(mode, "stream") == 0,
+        .stream = stream,
         .payload = payload,
         .sequences = (uint32_t)(payload / QUERY_BYTES),
     };
