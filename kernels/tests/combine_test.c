@@ -47,8 +47,9 @@ static void fill(float lse_spread) {
     }
 }
 
+/* Its out rows are NaN: they are not to be looked at. */
 static void make_empty(int partial) {
-    memset(c.outs[partial], 0, sizeof c.outs[partial]);
+    memset(c.outs[partial], 0xff, sizeof c.outs[partial]);
     for (int n = 0; n < ROWS; n++) {
         c.lses[partial][n] = -INFINITY;
     }

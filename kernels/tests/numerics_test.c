@@ -126,6 +126,27 @@ static uint32_t make_all_pairs(matrix_case *cases) {
 }
 
 /* ------------------------------------------------------------------------------------------- */
+/* What was found: the largest errors on uniform inputs, by dtype */
+
+typedef struct {
+    uint32_t cases;
+    double out[ATTN_FP32 + 1];
+    double lse;
+} findings;
+
+static void add_finding(findings *found, const matrix_case *c, const decode_errors *errors) {
+    double *out = &found->out[value_of(c, DTYPE)];
+    if (value_of(c, INPUTS) != INPUTS_UNIFORM) return;
+    if (errors->out > *out) *out = errors->out;
+    if (errors->lse > found->lse) found->lse = errors->lse;
+}
+
+static void print_findings(const findings *found) {
+    print_message("%u cases; largest errors on uniform inputs: bf16 %.2e, fp16 %.2e, fp32 %.2e, LSE %.2e\n",
+                  found->cases, found->out[ATTN_BF16], found->out[ATTN_FP16], found->out[ATTN_FP32], found->lse);
+}
+
+/* ------------------------------------------------------------------------------------------- */
 /* One case on one backend */
 
 static uint64_t case_work(const matrix_case *c, uint32_t query_length, uint32_t heads_kv) {
@@ -166,7 +187,7 @@ static float scale_of(const matrix_case *c) {
 
 enum { SEQUENCES = 3, ORACLE_WORK = 3000000 };
 
-static void run_case(const matrix_case *c, const backend_row *row, uint64_t seed) {
+static void run_case(const matrix_case *c, const backend_row *row, uint64_t seed, findings *found) {
     uint64_t limit = FIXTURE_SANITIZED ? row->work_limit / 8 : row->work_limit;
     uint32_t heads_kv = value_of(c, HEADS_KV), query_length = value_of(c, QUERY_LENGTH);
     while (heads_kv > 1 && (case_work(c, query_length, heads_kv) > limit || value_of(c, STORED) > 4096)) {
@@ -207,17 +228,21 @@ static void run_case(const matrix_case *c, const backend_row *row, uint64_t seed
     for (uint32_t i = 0; i < SEQUENCES; i++) {
         decode_errors errors = sequence_errors(&pool, &sequences[i], &options, ORACLE_WORK);
         assert_errors_within_bounds(&errors, geometry.dtype, text);
+        add_finding(found, c, &errors);
         sequence_fini(&sequences[i]);
     }
     pool_close(&pool);
+    found->cases++;
 }
 
 static void all_pairs_of_the_matrix_are_within_bounds(void **state) {
     static matrix_case cases[MAX_CASES];
     uint32_t count = make_all_pairs(cases), step = FIXTURE_SANITIZED ? 3 : 1;
+    findings found = {0};
     for (uint32_t n = 0; n < count; n += step) {
-        run_case(&cases[n], *state, n);
+        run_case(&cases[n], *state, n, &found);
     }
+    print_findings(&found);
 }
 
 /* The first and last value of what shapes the work; the other factors go round. */
@@ -225,6 +250,7 @@ static void the_extremes_of_the_matrix_are_within_bounds(void **state) {
     static const uint32_t extreme[] = {HEAD_DIM, HEAD_DIM_V, GROUP, PAGE_SIZE, QUERY_LENGTH, STORED};
     enum { EXTREMES = sizeof extreme / sizeof *extreme };
     uint32_t step = FIXTURE_SANITIZED ? 5 : 1;
+    findings found = {0};
     for (uint32_t n = 0; n < 1u << EXTREMES; n += step) {
         matrix_case c;
         for (uint32_t f = 0; f < FACTORS; f++) {
@@ -234,8 +260,9 @@ static void the_extremes_of_the_matrix_are_within_bounds(void **state) {
         for (uint32_t e = 0; e < EXTREMES; e++) {
             c.index[extreme[e]] = (uint8_t)(n >> e & 1 ? matrix[extreme[e]].count - 1 : 0);
         }
-        run_case(&c, *state, 1000 + n);
+        run_case(&c, *state, 1000 + n, &found);
     }
+    print_findings(&found);
 }
 
 int main(void) {
