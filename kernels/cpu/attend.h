@@ -46,8 +46,12 @@ typedef struct {
     attn_cpu_span span;
     const attn_cpu_span *next; /* what this worker attends to afterwards, to prefetch; or NULL */
 
-    uint32_t rows;                   /* 1 .. ATTN_CPU_MAX_ROWS */
-    const void *queries;             /* [rows, head_dim]: float32; bf16 if kernels->bf16_queries; 4-byte aligned */
+    uint32_t rows; /* 1 .. ATTN_CPU_MAX_ROWS */
+    /*
+     * [head_dim / 2, rows, 2]: pairs of dimensions, for each pair those of all rows. float32; bf16 as they
+     * are, if the pool is bf16 and kernels->bf16_queries. 4-byte aligned.
+     */
+    const void *queries;
     const attn_cpu_visible *visible; /* [rows] */
     float scale;
     float softcap;
@@ -62,6 +66,9 @@ typedef struct {
     bool bf16_queries; /* with bf16 pools, jobs hand over their queries unconverted */
     /* False if a page index led out of the pool: nothing of the results is then valid. */
     bool (*attend)(const attn_cpu_job *job);
+    /* As attn_elements_to_floats and _from_floats, bit for bit; count is a multiple of 8. */
+    void (*to_floats)(attn_dtype dtype, const void *source, float *destination, size_t count);
+    void (*from_floats)(attn_dtype dtype, const float *source, void *destination, size_t count);
     /* y[i] = 2^x[i] for x[i] <= 0, for tests. count is a multiple of 16. */
     void (*exp2)(const float *x, float *y, size_t count);
 } attn_cpu_kernels;

@@ -21,7 +21,6 @@
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/pool.h"
 #include "kernels/cpu/workers.h"
-#include "kernels/dtype.h"
 
 #define MAX_HEAD_DIM 256
 
@@ -236,7 +235,7 @@ static void write_results(const cpu_backend *self, const attn_run *run, const wo
             attn_combine_row(&(attn_partial){out, &lse}, 1, 0, columns, to.sink, to.dtype, to.out, to.lse);
             continue;
         }
-        attn_elements_from_floats(to.dtype, out, to.out, columns);
+        self->kernels->from_floats(to.dtype, out, to.out, columns);
         if (to.lse != NULL) *to.lse = lse;
     }
 }
@@ -306,25 +305,31 @@ static bool next_piece(const cpu_backend *self, attn_walk *walk, piece *piece, b
     return true;
 }
 
-/* The query rows of a run's block, and what each of them sees. */
+/* One query row, of elements of `bytes` each, to its pairs among those of `rows` rows. */
+static void spread_pairs(char *pairs, const char *row, size_t bytes, uint32_t rows, uint32_t head_dim) {
+    for (uint32_t i = 0; i < head_dim / 2; i++) {
+        memcpy(pairs + (size_t)i * rows * 2 * bytes, row + (size_t)i * 2 * bytes, 2 * bytes);
+    }
+}
+
+/* The query rows of a run's block, as the kernel wants them, and what each of them sees. */
 static void load_queries(const cpu_backend *self, const attn_run *run, worker_memory *memory) {
     const attn_batch *batch = self->base.line.batch;
     const attn_geometry *geometry = &self->base.geometry;
-    size_t elements = (size_t)self->group * geometry->head_dim, bytes = elements * attn_dtype_bytes(geometry->dtype);
+    size_t row_bytes = geometry->head_dim * attn_dtype_bytes(geometry->dtype);
     bool keep = self->kernels->bf16_queries && geometry->dtype == ATTN_BF16;
-    for (uint32_t q = 0; q < run->queries; q++) {
-        size_t place = (size_t)(run->query_first + q) * geometry->heads_q / self->group + run->head;
-        const char *source = (const char *)batch->queries[run->sequence] + place * bytes;
+    uint32_t rows = run->queries * self->group;
+    for (uint32_t row = 0; row < rows; row++) {
+        const char *source = (const char *)batch->queries[run->sequence] + batch_row(self, run, row) * row_bytes;
         if (keep) {
-            memcpy((char *)memory->queries + q * bytes, source, bytes);
+            spread_pairs((char *)memory->queries + row * 4, source, 2, rows, geometry->head_dim);
         } else {
-            attn_elements_to_floats(geometry->dtype, source, memory->queries + q * elements, elements);
+            float floats[MAX_HEAD_DIM];
+            self->kernels->to_floats(geometry->dtype, source, floats, geometry->head_dim);
+            spread_pairs((char *)memory->queries + row * 8, (const char *)floats, 4, rows, geometry->head_dim);
         }
-        attn_cpu_visible visible;
-        attn_row_visible(batch, run->sequence, run->query_first + q, &visible.begin, &visible.end);
-        for (uint32_t j = 0; j < self->group; j++) {
-            memory->visible[q * self->group + j] = visible;
-        }
+        attn_cpu_visible *visible = &memory->visible[row];
+        attn_row_visible(batch, run->sequence, run->query_first + row / self->group, &visible->begin, &visible->end);
     }
 }
 

@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "kernels/cpu/convert_x86.h"
+
 #define VECTOR_LANES        8
 #define VECTOR_ROWS         4
 #define VECTOR_ACCUMULATORS 8

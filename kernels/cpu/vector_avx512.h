@@ -10,6 +10,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "kernels/cpu/convert_x86.h"
+
 #define VECTOR_LANES        16
 #define VECTOR_ROWS         8  /* query rows done together, at most.. */
 #define VECTOR_ACCUMULATORS 16 /* ..and the registers for their sums */

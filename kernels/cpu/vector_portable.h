@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "kernels/dtype.h"
+
 #define VECTOR_LANES        4
 #define VECTOR_ROWS         4
 #define VECTOR_ACCUMULATORS 8
@@ -82,6 +84,19 @@ static inline void vector_load_pair_bf16(const void *granule, int lane_offset, v
 #else
     *low = (vector)(pairs & 0xffff0000u);
     *high = (vector)(pairs << 16);
+    static inline void convert_8_from_bf16(const void *source, float *destination) {
+        attn_elements_to_floats(ATTN_BF16, source, destination, 8);
+    }
+    static inline void convert_8_from_fp16(const void *source, float *destination) {
+        attn_elements_to_floats(ATTN_FP16, source, destination, 8);
+    }
+    static inline void convert_8_to_bf16(const float *source, void *destination) {
+        attn_elements_from_floats(ATTN_BF16, source, destination, 8);
+    }
+    static inline void convert_8_to_fp16(const float *source, void *destination) {
+        attn_elements_from_floats(ATTN_FP16, source, destination, 8);
+    }
+
 #endif
 }
 
@@ -108,6 +123,19 @@ static inline void vector_load_pair_fp16(const void *granule, int lane_offset, v
     const uint16_t *halves = (const uint16_t *)granule + lane_offset;
     *low = vector_widen_fp16(vector_load_halves(halves));
     *high = vector_widen_fp16(vector_load_halves(halves + 16));
+}
+
+static inline void convert_8_from_bf16(const void *source, float *destination) {
+    attn_elements_to_floats(ATTN_BF16, source, destination, 8);
+}
+static inline void convert_8_from_fp16(const void *source, float *destination) {
+    attn_elements_to_floats(ATTN_FP16, source, destination, 8);
+}
+static inline void convert_8_to_bf16(const float *source, void *destination) {
+    attn_elements_from_floats(ATTN_BF16, source, destination, 8);
+}
+static inline void convert_8_to_fp16(const float *source, void *destination) {
+    attn_elements_from_floats(ATTN_FP16, source, destination, 8);
 }
 
 #endif
