@@ -239,7 +239,7 @@ static attn_status begin_locked(dp_step *step, const dp_step_request *request, u
         for (uint32_t i = 0; i < step->count; i++)
             step->sequences[i]->used_ns = attn_now_ns();
     }
-    atomic_store(&step->state, DP_STEP_OPEN);
+    atomic_store(&step->state, DP_STEP_RUNNING); /* not open, hence not reaped, before it is complete */
     atomic_store(&step->references, 1);
     atomic_store(&step->used_ns, attn_now_ns());
     step_register(step);
@@ -279,11 +279,12 @@ attn_status dp_step_begin(dp_engine *engine, const dp_step_request *request, dp_
     if (attn_failed(status)) return status;
     /* Page tables may be long: those of sequences that are now busy with this step are copied without the lock. */
     if (!request->read_only) status = make_partition(begun);
+    if (!attn_failed(status)) make_parts(begun);
+    atomic_store(&begun->state, DP_STEP_OPEN);
     if (attn_failed(status)) {
         dp_step_end(begun);
         return status;
     }
-    make_parts(begun);
     *step = begun;
     return attn_ok();
 }
