@@ -6,6 +6,7 @@ what is retried, and the reading of responses.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -300,6 +301,8 @@ class Batch(Generic[S]):
                 raise InvalidArgument(f"sequences: {len(part.sequences)}, expected at most {limits.batch}", part.server)
 
     def _check_distinct(self) -> None:
+        if len({(sequence.server, sequence.handle) for sequence in self.sequences}) == len(self.sequences):
+            return
         seen: dict[tuple[str, int], int] = {}
         for index, sequence in enumerate(self.sequences):
             first = seen.setdefault((sequence.server, sequence.handle), index)
@@ -307,6 +310,10 @@ class Batch(Generic[S]):
                 raise FailedPrecondition(f"sequences[{index}]: the same sequence as sequences[{first}]")
 
     def _partition(self) -> list[Part[S]]:
+        servers = {sequence.server for sequence in self.sequences}
+        if len(servers) == 1:
+            indices, runs = list(range(len(self.sequences))), [slice(0, self.tokens)]
+            return [Part(servers.pop(), self.sequences, indices, self.query_lengths, runs)]
         parts: dict[str, Part[S]] = {}
         row = 0
         for index, (sequence, length) in enumerate(zip(self.sequences, self.query_lengths)):
@@ -399,7 +406,7 @@ def check_message_size(payload_bytes: int, limits: Limits, server: str) -> None:
 
 
 def _array(name: str, data: memoryview | None, shape: tuple[int, ...], dtype: np.dtype[Any], server: str) -> Array:
-    expected = int(np.prod(shape)) * dtype.itemsize
+    expected = math.prod(shape) * dtype.itemsize
     if data is None or data.nbytes != expected:
         size = 0 if data is None else data.nbytes
         raise AttndError(f"{name}: {size} bytes in the response, expected {expected}", server)
