@@ -337,8 +337,11 @@ static int64_t deadline_in_ns(gpr_timespec deadline, int64_t now) {
     return now + left.tv_sec * INT64_C(1000000000) + left.tv_nsec;
 }
 
-/* Whether the call may be made at all: draining, credentials. */
+/* Whether the call may be made at all: deadline, draining, credentials. */
 static attn_status admit(call *call) {
+    if (call->deadline_ns <= call->started_ns) {
+        return attn_error(ATTN_DEADLINE_EXCEEDED, "the deadline had passed on arrival");
+    }
     if (!call->rpc->while_draining && server_draining(call->server)) {
         return attn_error(ATTN_UNAVAILABLE, "the server is draining");
     }

@@ -81,10 +81,13 @@ static void watch_run(call *call, uint32_t events) {
     watch_state *state = call->state;
     if (events & CALL_SENT) state->sending = false;
     if (call->closed) {
-        if (!state->sending) call_finish(call, attn_error(ATTN_CANCELLED, "the watcher is gone"), NULL, 0);
+        call_finish(call, attn_error(ATTN_CANCELLED, "the watcher is gone"), NULL, 0);
         return;
     }
     watch_tell(call);
+    if (server_draining(call->server) && !state->sending) {
+        call_finish(call, attn_error(ATTN_UNAVAILABLE, "the server is draining"), NULL, 0);
+    }
 }
 
 const rpc rpc_health_watch = {
@@ -94,7 +97,6 @@ const rpc rpc_health_watch = {
     .listed = true,
     .open_to_all = true,
     .while_draining = true,
-    .background = true,
     .slots = 2,
     .state_bytes = sizeof(watch_state),
     .start = watch_start,

@@ -42,6 +42,7 @@ typedef struct {
     server *server;
     uint16_t metrics_port;
     int64_t reaped_ns;
+    bool lost[DP_MAX_RANKS]; /* ranks that the log has said to be lost */
 } daemon_state;
 
 /* The one there is: signal waits and callbacks find it here. Owned by the main thread. */
@@ -276,13 +277,25 @@ static void reap_if_due(void) {
     dp_engine_reap(attnd.engine);
 }
 
-/* The server is healthy while a rank is. */
+static void log_lost_rank(uint32_t rank, const dp_rank_info *info) {
+    attn_log_line line;
+    if (!attn_log_begin(&line, ATTN_LOG_ERROR, "rank_lost", 0)) return;
+    attn_log_u64(&line, "rank", rank);
+    attn_log_string(&line, "device", info->device);
+    attn_log_u64(&line, "sequences", info->sequences);
+    attn_log_end(&line);
+}
+
+/* Says which ranks have been lost since the last look. The server is healthy while a rank is. */
 static void check_ranks(void) {
     bool any = false;
-    for (uint32_t i = 0; i < dp_engine_ranks(attnd.engine) && !any; i++) {
+    for (uint32_t i = 0; i < dp_engine_ranks(attnd.engine); i++) {
         dp_rank_info info;
         dp_engine_rank_info(attnd.engine, i, &info);
-        any = info.state == DP_RANK_SERVING;
+        bool lost = info.state == DP_RANK_LOST;
+        if (lost && !attnd.lost[i]) log_lost_rank(i, &info);
+        attnd.lost[i] = lost;
+        any |= !lost;
     }
     server_set_healthy(attnd.server, any);
 }

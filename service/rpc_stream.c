@@ -32,8 +32,9 @@ typedef struct {
     size_t ready_count;
     grpc_slice ready[LAYER_SLICES];
 
-    bool broken; /* a send or receive has failed: CALL_CLOSED is on its way */
-    bool failed; /* the stream ends with `failure` */
+    uint32_t idle_notices; /* CALL_NOTICE since the last message */
+    bool broken;           /* a send or receive has failed: CALL_CLOSED is on its way */
+    bool failed;           /* the stream ends with `failure` */
     attn_saved_status failure;
 } stream_state;
 
@@ -204,10 +205,10 @@ static void send_ready(call *call) {
     call_send(call, state->ready, count);
 }
 
-/* A stream that has nothing to lose is ended when the server drains. */
+/* When the server drains: a stream that has nothing to lose, and had a moment to end by itself. */
 static bool may_be_ended(const call *call) {
     const stream_state *state = call->state;
-    return server_draining(call->server) && (state->step == NULL || state->read_only);
+    return state->idle_notices > 1 && server_draining(call->server) && (state->step == NULL || state->read_only);
 }
 
 /* With nothing in flight, waiting or being sent: the next message, or the end. */
@@ -242,7 +243,9 @@ static void note_events(call *call, uint32_t events) {
         state->sending = false;
         state->broken |= !call->sent_ok;
     }
+    if (events & CALL_NOTICE) state->idle_notices++;
     if (events & CALL_RECEIVED) {
+        state->idle_notices = 0;
         state->receiving = false;
         state->next = call->received;
         call->received = NULL;

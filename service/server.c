@@ -24,9 +24,20 @@
 /* How much a connection may send ahead of being read, beside the message asked for. */
 #define STREAM_LOOKAHEAD_BYTES (8 << 20)
 
+/*
+ * Memory that gRPC may take, in messages of the largest size, and at least. This version of gRPC looks
+ * at a message's size when it has all of it; a client that announces 2 GiB and sends them is stopped
+ * here, with RESOURCE_EXHAUSTED.
+ */
+#define MEMORY_MESSAGES 16
+#define MEMORY_AT_LEAST ((size_t)256 << 20)
+
 /* Dead clients are noticed after this. */
 #define KEEPALIVE_TIME_MS    60000
 #define KEEPALIVE_TIMEOUT_MS 20000
+
+/* While draining, streams are told so again and again; those that stay idle from one time to the next are ended. */
+#define NOTICE_INTERVAL_NS INT64_C(250000000)
 
 /* Clients may ping this often. */
 #define MIN_PING_INTERVAL_MS 5000
@@ -203,8 +214,19 @@ static grpc_arg integer_argument(const char *key, int64_t value) {
                       .value.integer = value > INT_MAX ? INT_MAX : (int)value};
 }
 
+static grpc_resource_quota *create_quota(const attn_config *config) {
+    size_t bytes = MEMORY_MESSAGES * (size_t)config->max_message_bytes;
+    grpc_resource_quota *quota = grpc_resource_quota_create("attnd");
+    grpc_resource_quota_resize(quota, bytes > MEMORY_AT_LEAST ? bytes : MEMORY_AT_LEAST);
+    return quota;
+}
+
 static grpc_server *create_grpc_server(const attn_config *config) {
+    grpc_resource_quota *quota = create_quota(config);
     grpc_arg arguments[] = {
+        {.type = GRPC_ARG_POINTER,
+         .key = (char *)(uintptr_t)GRPC_ARG_RESOURCE_QUOTA,
+         .value.pointer = {quota, grpc_resource_quota_arg_vtable()}},
         integer_argument(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, (int64_t)config->max_message_bytes),
         integer_argument(GRPC_ARG_MAX_CONCURRENT_STREAMS, MAX_CONCURRENT_STREAMS),
         integer_argument(GRPC_ARG_MAX_METADATA_SIZE, MAX_METADATA_BYTES),
@@ -217,7 +239,9 @@ static grpc_server *create_grpc_server(const attn_config *config) {
         integer_argument(GRPC_COMPRESSION_CHANNEL_ENABLED_ALGORITHMS_BITSET, 1u << GRPC_COMPRESS_NONE),
     };
     grpc_channel_args all = {sizeof arguments / sizeof arguments[0], arguments};
-    return grpc_server_create(&all, NULL);
+    grpc_server *server = grpc_server_create(&all, NULL);
+    grpc_resource_quota_unref(quota);
+    return server;
 }
 
 attn_status server_create(const server_parts *parts, server **created) {
@@ -348,10 +372,16 @@ static void shut_down(server *server) {
 
 void server_drain(server *server, uint32_t grace_ms, bool (*wait)(void)) {
     int64_t until = attn_now_ns() + (int64_t)grace_ms * 1000000;
+    int64_t notice = 0;
     atomic_store_explicit(&server->draining, true, memory_order_release);
-    notify_listed(server);
-    while (work_left(server) && attn_now_ns() < until && !wait()) {
-    }
+    do {
+        int64_t now = attn_now_ns();
+        if (now >= until) break;
+        if (now >= notice) {
+            notify_listed(server);
+            notice = now + NOTICE_INTERVAL_NS;
+        }
+    } while (work_left(server) && !wait());
     shut_down(server);
     /* Cancelled calls may still wait for the engine; their queues serve them until the last is gone. */
     while (atomic_load_explicit(&server->live, memory_order_relaxed) > 0) {
