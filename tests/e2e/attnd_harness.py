@@ -31,6 +31,7 @@ import grpc_tools
 import h2.config
 import h2.connection
 import h2.events
+import h2.exceptions
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from grpc_tools import protoc
 
@@ -523,6 +524,7 @@ class RawCall:
         host, port = server.address.rsplit(":", 1)
         self.socket = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
         self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+        self.ended = None  # (status, message), once the call has
         self.h2.initiate_connection()
         self.stream = self.h2.get_next_available_stream_id()
         self.h2.send_headers(
@@ -556,22 +558,39 @@ class RawCall:
         self.flush()
         return sent
 
-    def status(self):
-        """Reads until the call has ended: the gRPC status and message, or 'reset' / 'closed'."""
-        while True:
+    def receive(self, wait=True):
+        """Reads what is there (or, waiting, at least something); `ended` is set once the call has ended."""
+        self.socket.settimeout(TIMEOUT_S if wait else 0.001)
+        try:
             data = self.socket.recv(65536)
-            if not data:
-                return "closed", ""
-            for event in self.h2.receive_data(data):
-                if isinstance(event, (h2.events.TrailersReceived, h2.events.ResponseReceived)):
-                    headers = dict(event.headers)
-                    if "grpc-status" in headers:
-                        return int(headers["grpc-status"]), headers.get("grpc-message", "")
-                    if headers.get(":status", "200") != "200":
-                        return "http " + headers[":status"], ""
-                if isinstance(event, h2.events.StreamReset):
-                    return "reset", ""
+            self.ended = self._end_in(self.h2.receive_data(data)) if data else ("closed", "")
             self.flush()
+        except TimeoutError:
+            assert not wait, "no answer"
+        except h2.exceptions.StreamClosedError:
+            self.ended = ("reset", "")
+        except OSError:
+            self.ended = ("closed", "")
+        self.socket.settimeout(TIMEOUT_S)
+
+    @staticmethod
+    def _end_in(events):
+        for event in events:
+            if isinstance(event, (h2.events.TrailersReceived, h2.events.ResponseReceived)):
+                headers = dict(event.headers)
+                if "grpc-status" in headers:
+                    return int(headers["grpc-status"]), headers.get("grpc-message", "")
+                if headers.get(":status", "200") != "200":
+                    return "http " + headers[":status"], ""
+            if isinstance(event, h2.events.StreamReset):
+                return "reset", ""
+        return None
+
+    def status(self):
+        """Reads until the call has ended: the gRPC status and message; or 'reset' or 'closed'."""
+        while self.ended is None:
+            self.receive()
+        return self.ended
 
     def close(self):
         self.socket.close()

@@ -291,12 +291,11 @@ def test_a_drain_finishes_calls_in_flight_and_refuses_new_ones(start_server, num
     server = start_server(backend="reference", ranks=1, layers=1, heads_q=8, heads_kv=1, head_dim=128, head_dim_v=128, grace_ms=30000)
     model = Model(server.api())
     (handle,) = model.open_filled([2000])
-    layer = model.layer(128, read_only=True)
-    wanted = model.read([handle], [128], layer=layer)
-    request = model.decode_request([handle], [128], layer)
+    layer = model.layer(32, read_only=True)
+    wanted = model.read([handle], [32], layer=layer)
+    request = model.decode_request([handle], [32], layer)
     calls = [model.api.future("Decode", request) for _ in range(3)]
-    eventually(lambda: model.api.info().ranks[0].tokens_in_flight or calls[0].done(), what="in flight")
-    time.sleep(0.05)
+    eventually(lambda: model.api.info().ranks[0].queue_depth or calls[0].done(), what="in flight")
     server.signal(number)
     deadline = time.monotonic() + 10
     while True:  # on a connection of its own: the old one may be told to go away
