@@ -185,6 +185,31 @@ static void the_outputs_are_right_too(void **state) {
     }
 }
 
+/* More partial results at once than a backend keeps room for: 16 rows for each of 8 KV heads of 600 sequences. */
+static void a_batch_of_more_chunks_than_slots_gives_the_same_bits(void **state) {
+    enum { CROWDED = 600 };
+    static test_sequence sequences[CROWDED], *batch[CROWDED];
+    static kept_output expected[CROWDED];
+    static const attn_geometry geometry = {LAYERS, 128, 8, 32, 256, ATTN_BF16, 16};
+    const decode_options *options = &variants[0].options;
+    test_pool pool;
+    pool_open(&pool, *state, &geometry, 3 * CROWDED + 150, 3, 9);
+    for (uint32_t i = 0; i < CROWDED; i++) {
+        batch[i] = &sequences[i];
+        uint32_t stored = i % 331 == 7 ? 600 : i % 40;
+        sequence_init(&sequences[i], &pool, (sequence_spec){.stored = stored, .query_length = 1});
+        decode_sequences(&pool, &batch[i], 1, options);
+        keep_output(&expected[i], &sequences[i], &geometry);
+    }
+    decode_sequences(&pool, batch, CROWDED, options);
+    for (uint32_t i = 0; i < CROWDED; i++) {
+        assert_output_is(&sequences[i], &expected[i]);
+        free_output(&expected[i]);
+        sequence_fini(&sequences[i]);
+    }
+    pool_close(&pool);
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* Parts */
 
@@ -300,6 +325,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         ON_EVERY_BACKEND(any_batch_and_any_workers_give_the_same_bits),
         ON_EVERY_BACKEND(so_do_they_in_fp16_and_fp32_with_large_pages_and_other_dims),
+        ON_EVERY_BACKEND(a_batch_of_more_chunks_than_slots_gives_the_same_bits),
         ON_EVERY_BACKEND(the_outputs_are_right_too),
         ON_EVERY_BACKEND(parts_merged_in_order_give_the_same_bits),
         ON_EVERY_BACKEND(parts_in_default_mode_merge_to_the_right_outputs),
