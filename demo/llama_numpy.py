@@ -147,9 +147,12 @@ def attend_causally(q, k, v):
     heads_kv, tokens, _ = k.shape
     group = heads_q // heads_kv
     queries = q.astype(np.float64).reshape(new, heads_kv, group, head_dim).transpose(1, 2, 0, 3)
-    scores = queries @ k[:, None].swapaxes(-1, -2) / np.sqrt(head_dim)
-    visible = np.arange(tokens) <= np.arange(tokens - new, tokens)[:, None]
-    scores = np.where(visible, scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    out = weights @ v[:, None] / weights.sum(axis=-1, keepdims=True)
-    return out.transpose(2, 0, 1, 3).reshape(new, heads_q, head_dim)
+    scores = queries.reshape(heads_kv, group * new, head_dim) @ k.swapaxes(-1, -2)
+    scores *= head_dim**-0.5
+    # Of the new tokens a query sees those before it and itself; all older ones are visible.
+    newest = scores.reshape(heads_kv, group, new, tokens)[..., tokens - new:]
+    newest[..., ~np.tri(new, dtype=bool)] = -np.inf
+    scores -= scores.max(axis=-1, keepdims=True)
+    weights = np.exp(scores, out=scores)
+    out = weights @ v / weights.sum(axis=-1, keepdims=True)
+    return out.reshape(heads_kv, group, new, head_dim).transpose(2, 0, 1, 3).reshape(new, heads_q, head_dim)
