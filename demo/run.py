@@ -269,8 +269,8 @@ def parse_arguments():
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks of the server (default: 2)")
     parser.add_argument("--tokens", type=int, default=80, help="new tokens for each prompt (default: 80)")
     parser.add_argument("--windows", type=int, default=8,
-                        help=f"windows of {HELD_OUT_WINDOW} held-out bytes for the perplexity; 16 are all, as in train.log "
-                             "(default: 8)")
+                        help=f"windows of {HELD_OUT_WINDOW} held-out bytes for the perplexity; 16 are all, as in "
+                             "train.log (default: 8)")
     arguments = parser.parse_args()
     longest = 1024 - max(map(len, PROMPTS))
     if not 2 <= arguments.tokens <= longest:

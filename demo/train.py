@@ -4,7 +4,7 @@
 The architecture and the tensor names are Llama's (RMSNorm, rotary embedding in halves, grouped-query attention,
 SwiGLU, tied input and output embedding), so that nothing about the demo is special to attnd. A token is a byte.
 The weights kept are an exponential moving average, taken at the evaluation with the lowest validation loss; the
-held-out licence of corpus/heldout.txt is only measured, never chosen by.
+held-out licence of corpus/heldout.txt is only measured: no checkpoint is chosen by it.
 
 Writes, into --out:
     model.safetensors    bfloat16 weights, the configuration as JSON in the header's metadata
