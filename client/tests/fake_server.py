@@ -116,6 +116,7 @@ class FakeServer(pb_grpc.AttentionServicer):
         token: str | None = None,
         tokens_elsewhere: int = 0,
         max_sequences: int = 4096,
+        credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self.geometry = pb.Geometry(
             layers=layers,
@@ -148,7 +149,10 @@ class FakeServer(pb_grpc.AttentionServicer):
             futures.ThreadPoolExecutor(32), options=[("grpc.max_receive_message_length", message_bytes)]
         )
         self._server.add_generic_rpc_handlers((self._handlers(),))
-        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        if credentials is None:
+            self.port = self._server.add_insecure_port("127.0.0.1:0")
+        else:
+            self.port = self._server.add_secure_port("127.0.0.1:0", credentials)
         self.address = f"127.0.0.1:{self.port}"
 
     def _handlers(self) -> Any:

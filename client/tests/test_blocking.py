@@ -374,6 +374,13 @@ def test_a_token_is_sent_and_its_lack_told_apart_from_a_wrong_one() -> None:
             client.info()
 
 
+def test_channel_credentials_are_used() -> None:
+    channel_credentials = grpc.local_channel_credentials()
+    fake = FakeServer(credentials=grpc.local_server_credentials())
+    with fake as server, attnd.Client(server.address, credentials=channel_credentials, token="t") as client:
+        run_step(client, Oracle(client.geometry), client.open(2))
+
+
 @pytest.mark.parametrize("method", ["GetServerInfo", "DescribeSequences"])
 def test_calls_that_only_look_are_retried_when_unavailable(
     server: FakeServer, client: attnd.Client, method: str
