@@ -36,7 +36,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "client"))
 
-import attnd  # noqa: E402
+import attnd
 
 GROWTH_TOKENS = 128
 MAX_CONSECUTIVE_ERRORS = 20
