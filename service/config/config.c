@@ -60,11 +60,11 @@ static attn_status complete(attn_config *config) {
 /* ------------------------------------------------------------------------------------------- */
 /* The file */
 
-/* Reads a whole file; the caller frees *bytes. `place` begins the messages. */
+/* Reads a whole file, terminated; the caller frees *bytes. `place` begins the messages. */
 static attn_status read_file(const char *place, const char *path, size_t most, char **bytes, size_t *size) {
     attn_status status = attn_ok();
     FILE *file = fopen(path, "rbe");
-    char *read = malloc(most + 1);
+    char *read = malloc(most + 2);
     *bytes = NULL;
     if (file == NULL) {
         status = attn_error(ATTN_INVALID_ARGUMENT, "%s: cannot open '%s': %s", place, path, strerror(errno));
@@ -80,6 +80,7 @@ static attn_status read_file(const char *place, const char *path, size_t most, c
     } else if (*size > most) {
         status = attn_error(ATTN_INVALID_ARGUMENT, "%s: '%s' is larger than %zu bytes", place, path, most);
     } else {
+        read[*size] = '\0';
         *bytes = read;
         read = NULL;
     }
@@ -109,7 +110,6 @@ static attn_status read_token_file(attn_config *config, const char *place, const
     char *bytes = NULL;
     size_t size = 0;
     ATTN_TRY(read_file(place, path, TOKEN_BYTES_MAX + 2, &bytes, &size));
-    bytes[size] = '\0';
     bytes[strcspn(bytes, "\r\n")] = '\0';
     attn_status status = attn_config_copy(config, bytes, token);
     explicit_bzero(bytes, size);

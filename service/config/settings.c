@@ -199,7 +199,7 @@ static attn_status check_unix_path(const char *place, const char *path) {
 
 static attn_status check_listen(const char *place, const char *text) {
     static const char unix_scheme[] = "unix:";
-    uint64_t port;
+    uint64_t port = 0;
     if (strncmp(text, unix_scheme, strlen(unix_scheme)) == 0) return check_unix_path(place, text + strlen(unix_scheme));
     const char *colon = strrchr(text, ':');
     bool bare_v6 = colon != NULL && text[0] != '[' && memchr(text, ':', (size_t)(colon - text)) != NULL;
@@ -222,7 +222,7 @@ static attn_status apply_listen(const char *place, const char *text, attn_config
 }
 
 static attn_status apply_metrics_port(const char *place, const char *text, attn_config *config) {
-    uint64_t port;
+    uint64_t port = 0;
     config->metrics = strcmp(text, "off") != 0;
     if (!config->metrics) return attn_ok();
     if (strspn(text, "0123456789") != strlen(text)) {
