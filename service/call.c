@@ -55,9 +55,14 @@ void call_watch(call *call) {
     start_batch(call, &op, 1, CALL_CLOSED);
 }
 
+static void add_receive(call *call, grpc_op *op) {
+    *op = (grpc_op){.op = GRPC_OP_RECV_MESSAGE};
+    op->data.recv_message.recv_message = &call->received;
+}
+
 void call_receive(call *call) {
-    grpc_op op = {.op = GRPC_OP_RECV_MESSAGE};
-    op.data.recv_message.recv_message = &call->received;
+    grpc_op op;
+    add_receive(call, &op);
     start_batch(call, &op, 1, CALL_RECEIVED);
 }
 
@@ -96,6 +101,16 @@ void call_send(call *call, grpc_slice *slices, size_t count) {
     size_t used = add_greeting(call, ops);
     add_message(call, &ops[used++]);
     start_batch(call, ops, used, CALL_SENT);
+}
+
+void call_send_and_receive(call *call, grpc_slice *slices, size_t count) {
+    grpc_op ops[3];
+    load_message(call, slices, count);
+    size_t used = add_greeting(call, ops);
+    add_message(call, &ops[used++]);
+    add_receive(call, &ops[used++]);
+    call->sends_with_receive = true;
+    start_batch(call, ops, used, CALL_RECEIVED);
 }
 
 static const grpc_metadata *find_metadata(const call *call, const char *key, bool *twice) {
@@ -306,7 +321,7 @@ static attn_code code_of_cancelled(const call *call, int64_t now) {
 /* The call has ended: back to the free list. */
 static void recycle(call *call) {
     int64_t now = attn_now_ns();
-    if (call->cancelled && call->code == ATTN_OK) call->code = code_of_cancelled(call, now);
+    if (call->cancelled && (call->code == ATTN_OK || call->code == ATTN_CANCELLED)) call->code = code_of_cancelled(call, now);
     attn_metrics_call_finished(server_get_parts(call->server)->metrics, call->rpc->method, call->code,
                                now - call->started_ns);
     log_end(call, now - call->started_ns);
@@ -322,7 +337,8 @@ static void recycle(call *call) {
     grpc_call_details_init(&call->details);
     call->metadata.count = 0;
     wire_reader_trim(&call->reader);
-    call->cancelled = call->closed = call->sent_ok = call->received_ok = call->finished = call->watched = call->greeted = false;
+    call->cancelled = call->closed = call->sent_ok = call->received_ok = call->sends_with_receive = call->finished =
+        call->watched = call->greeted = false;
     call->cancel_flag = 0;
     call->code = ATTN_OK;
     call->tenant = 0;
@@ -363,7 +379,8 @@ static void answer(call *call) {
 static void begin(call *call) {
     server_arm(call->server, call->rpc_index, call->queue);
     call->started_ns = attn_now_ns();
-    call->deadline_ns = deadline_in_ns(call->deadline, call->started_ns);
+    bool unknown = call->rpc->request == NULL; /* gRPC tells its deadline elsewhere */
+    call->deadline_ns = deadline_in_ns(unknown ? call->details.deadline : call->deadline, call->started_ns);
     call->request = server_call_begins(call->server, call);
     attn_metrics_call_started(server_get_parts(call->server)->metrics, call->rpc->method);
     attn_status status = admit(call);
@@ -382,7 +399,11 @@ static void note_events(call *call, uint32_t events) {
         unload_message(call);
         call->sent_ok = tag_of(call, CALL_SENT)->ok;
     }
-    if (events & CALL_RECEIVED) call->received_ok = tag_of(call, CALL_RECEIVED)->ok;
+    if (events & CALL_RECEIVED) {
+        if (call->sends_with_receive) unload_message(call);
+        call->sends_with_receive = false;
+        call->received_ok = tag_of(call, CALL_RECEIVED)->ok;
+    }
     if (events & CALL_FINISHED) unload_message(call);
     if ((events & CALL_CLOSED) || ((events & CALL_FINISHED) && !call->watched)) {
         call->closed = true;

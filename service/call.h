@@ -105,6 +105,7 @@ struct call {
     int cancel_flag; /* written by gRPC before CALL_CLOSED */
 
     grpc_byte_buffer *sending;
+    bool sends_with_receive; /* `sending` goes out with the receive under way */
     _Atomic uint32_t events;
     _Atomic int32_t outstanding;
     call_tag tags[CALL_EVENTS];
@@ -129,6 +130,12 @@ void call_receive(call *call);
 
 /* Sends a message of a stream: CALL_SENT. One at a time. Takes the references to `slices`. */
 void call_send(call *call, grpc_slice *slices, size_t count);
+
+/*
+ * Both at once, for half the work: CALL_RECEIVED comes when the message is sent and the next one is
+ * there; no CALL_SENT. call_finish is fine meanwhile.
+ */
+void call_send_and_receive(call *call, grpc_slice *slices, size_t count);
 
 /*
  * Ends the call with a status and, if that is OK, up to one last message: CALL_FINISHED comes, and

@@ -196,13 +196,24 @@ static void finish(call *call, attn_status status) {
     call_finish(call, status, NULL, 0);
 }
 
+static bool wants_to_receive(const call *call) {
+    const stream_state *state = call->state;
+    return !call->finished && !state->receiving && state->next == NULL && !state->ended && !state->failed;
+}
+
+/* The next message is asked for with the response, if it has not been before. */
 static void send_ready(call *call) {
     stream_state *state = call->state;
     if (state->ready_count == 0 || state->sending) return;
-    state->sending = true;
     size_t count = state->ready_count;
     state->ready_count = 0;
-    call_send(call, state->ready, count);
+    if (wants_to_receive(call)) {
+        state->receiving = true;
+        call_send_and_receive(call, state->ready, count);
+    } else {
+        state->sending = true;
+        call_send(call, state->ready, count);
+    }
 }
 
 /* When the server drains: a stream that has nothing to lose, and had a moment to end by itself. */
@@ -231,8 +242,7 @@ static void advance(call *call) {
 
 static void receive_more(call *call) {
     stream_state *state = call->state;
-    if (call->finished || state->receiving || state->next != NULL || state->ended || state->failed) return;
-    if (call_has_news(call)) return;
+    if (!wants_to_receive(call) || call_has_news(call)) return;
     state->receiving = true;
     call_receive(call);
 }
