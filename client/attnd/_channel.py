@@ -121,6 +121,7 @@ class Server:
         self.watchdog = watchdog
         self.info: ServerInfo | None = None
         self.info_at = float("-inf")
+        self.failed_at = float("-inf")
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=_core.CHANNEL_OPTIONS)
         else:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import random
 import re
+import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,6 +33,12 @@ SERVICE = "attnd.v1.Attention"
 
 #: Seconds for which a server's load is trusted before it is asked again.
 INFO_MAX_AGE = 1.0
+
+#: Seconds that one of several servers is given to tell its load..
+INFO_TIMEOUT = 2.0
+
+#: ..and seconds for which one that did not is passed over, as long as there are others.
+DOWN_SECONDS = 5.0
 
 #: Aimed-at size of one AppendKv message: large enough to stream well, small enough not to wait for.
 APPEND_CHUNK_BYTES = 1 << 20
@@ -107,13 +114,32 @@ def retry_delay(error: AttndError, attempt: int, read_only: bool) -> float | Non
 # Servers for new sequences
 
 
+class Asked(Protocol):
+    """A server as far as its load is asked for."""
+
+    failed_at: float  #: time.monotonic() when it last did not answer
+
+
+A = TypeVar("A", bound=Asked)
+
+
+def worth_asking(servers: Iterable[A], timeout: float) -> tuple[list[A], float]:
+    """The servers to ask for their load, those passed over left out, and the seconds each is given."""
+    listed = list(servers)
+    now = time.monotonic()
+    up = [server for server in listed if now - server.failed_at > DOWN_SECONDS] or listed
+    return up, min(timeout, INFO_TIMEOUT) if len(up) > 1 else timeout
+
+
 class Opening:
     """How the sequences of one open call are spread over the servers: each goes where the fewest tokens are.
 
     A new sequence is empty, but will not stay so: it is taken to weigh as much as the average open one (at least one
-    token). `placed` [address] counts those opened less those closed since `infos` were taken; it is the client's, and
-    kept up to date here. A server that refuses its share for lack of room is asked for less, by bisection, before the
-    call fails as a whole.
+    token). Where the tokens are equal, the sequences count. A server that refuses its share for lack of room is asked
+    for less, by bisection, before the call fails as a whole.
+
+    `placed` [address] counts those opened less those closed since `infos` were taken; it is the client's, and kept up
+    to date here.
     """
 
     def __init__(self, infos: SequenceOf[ServerInfo], placed: dict[str, int], count: int) -> None:
@@ -127,14 +153,16 @@ class Opening:
         sequences = sum(info.sequences for info in self._infos)
         weight = max(1.0, sum(info.tokens for info in self._infos) / sequences if sequences else 1.0)
         load = {info.address: info.tokens + weight * self._placed.get(info.address, 0) for info in self._infos}
+        held = {info.address: info.sequences + self._placed.get(info.address, 0) for info in self._infos}
         shares = dict.fromkeys(load, 0)
         for _ in range(self.remaining):
             roomy = [address for address in load if shares[address] < self._most(address)]
             if not roomy:
                 break
-            target = min(roomy, key=load.__getitem__)
+            target = min(roomy, key=lambda address: (load[address], held[address]))
             shares[target] += 1
             load[target] += weight
+            held[target] += 1
         return {address: share for address, share in shares.items() if share}
 
     def _most(self, address: str) -> int:

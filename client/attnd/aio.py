@@ -53,6 +53,7 @@ class _Server:
         self.metadata = metadata
         self.info: ServerInfo | None = None
         self.info_at = float("-inf")
+        self.failed_at = float("-inf")
         self._credentials = credentials
         self._idle: deque[Any] = deque()
 
@@ -463,7 +464,8 @@ class AsyncClient:
     async def info(self, server: str | None = None) -> ServerInfo:
         """Geometry, ranks with their load, and limits of a server (None: the first), asked for now."""
         chosen = self._server(server or next(iter(self._servers)))
-        return await self._ask(chosen)
+        response = await chosen.call_with_retry("GetServerInfo", pb.GetServerInfoRequest(), self._timeout)
+        return self._learn(chosen, response)
 
     async def geometry(self) -> Geometry:
         """Layers, heads, dimensions and dtype; the same for all servers. Asked for once."""
@@ -479,8 +481,7 @@ class AsyncClient:
         assert self._limits is not None
         return self._limits
 
-    async def _ask(self, server: _Server) -> ServerInfo:
-        response = await server.call_with_retry("GetServerInfo", pb.GetServerInfoRequest(), self._timeout)
+    def _learn(self, server: _Server, response: pb.GetServerInfoResponse) -> ServerInfo:
         info = server_info_of(server.address, response)
         self._geometry = _core.check_geometry(self._geometry, info)
         self._limits = _core.narrow(self._limits, info.limits)
@@ -490,22 +491,31 @@ class AsyncClient:
 
     async def _fresh_infos(self, servers: Iterable[_Server]) -> list[ServerInfo]:
         """Infos at most INFO_MAX_AGE old of the servers that answer. Raises if none does."""
+        deadline = time.monotonic() + self._timeout
+        attempt = 0
+        while True:
+            asked, limit = _core.worth_asking(servers, self._timeout)
+            answers = await asyncio.gather(*(self._fresh_info(server, limit) for server in asked))
+            infos = [answer for answer in answers if isinstance(answer, ServerInfo)]
+            if infos:
+                return infos
+            failure = next(answer for answer in answers if isinstance(answer, AttndError))
+            delay = _core.retry_delay(failure, attempt, read_only=True)
+            if delay is None or time.monotonic() + delay >= deadline:
+                raise failure
+            await asyncio.sleep(delay)
+            attempt += 1
 
-        async def fresh(server: _Server) -> ServerInfo | AttndError:
-            if server.info is not None and time.monotonic() - server.info_at <= _core.INFO_MAX_AGE:
-                return server.info
-            try:
-                return await self._ask(server)
-            except InvalidArgument:
-                raise
-            except AttndError as error:
-                return error
-
-        answers = await asyncio.gather(*(fresh(server) for server in servers))
-        infos = [answer for answer in answers if isinstance(answer, ServerInfo)]
-        if not infos:
-            raise next(answer for answer in answers if isinstance(answer, AttndError))
-        return infos
+    async def _fresh_info(self, server: _Server, timeout: float) -> ServerInfo | AttndError:
+        if server.info is not None and time.monotonic() - server.info_at <= _core.INFO_MAX_AGE:
+            return server.info
+        try:
+            return self._learn(server, await server.call("GetServerInfo", pb.GetServerInfoRequest(), timeout))
+        except InvalidArgument:
+            raise
+        except AttndError as error:
+            server.failed_at = time.monotonic()
+            return error
 
     def _server(self, address: str) -> _Server:
         try:

@@ -471,17 +471,18 @@ class Client:
             failure: AttndError | None = None
             infos = []
             calls = []
-            for server in servers:
+            asked, limit = _core.worth_asking(servers, self._timeout)
+            for server in asked:
                 stale = server.info is None or time.monotonic() - server.info_at > _core.INFO_MAX_AGE
                 request = pb.GetServerInfoRequest()
-                calls.append((server, server.start("GetServerInfo", request, self._timeout) if stale else None))
+                calls.append((server, server.start("GetServerInfo", request, limit) if stale else None))
             for server, call in calls:
                 try:
                     infos.append(server.info if call is None else self._learn(server, server.result(call)))
                 except InvalidArgument:
                     raise
                 except AttndError as error:
-                    failure = error
+                    failure, server.failed_at = error, time.monotonic()
             known = [info for info in infos if info is not None]
             if known:
                 return known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -73,6 +74,19 @@ def test_full_and_draining_and_absent_servers_are_passed_over() -> None:
             assert where == {good.address: 10} or where == {full.address: 2, good.address: 8}
             client.open(10)
             assert not draining.sequences and len(good.sequences) >= 18
+
+
+def test_a_server_that_does_not_answer_is_waited_for_once(
+    servers: list[FakeServer], client: attnd.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_core, "INFO_TIMEOUT", 0.3)
+    monkeypatch.setattr(_core, "INFO_MAX_AGE", 0.0)
+    servers[0].fail("GetServerInfo", Status.OK, delay=1.5, times=100)
+    started = time.monotonic()
+    where = Counter(client.open()[0].server for _ in range(6))
+    assert time.monotonic() - started < 1.2
+    assert where == {servers[1].address: 3, servers[2].address: 3}
+    assert servers[0].calls.count("GetServerInfo") == 1
 
 
 def test_opening_is_all_or_none_over_the_servers(servers: list[FakeServer], client: attnd.Client) -> None:
