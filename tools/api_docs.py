@@ -8,15 +8,15 @@ With --check nothing is written: the exit status is 1 if OUTPUT is not what PROT
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Dict, Iterable, Sequence, Tuple
 
 from google.protobuf import descriptor_pb2
 from grpc_tools import protoc
 
 Field = descriptor_pb2.FieldDescriptorProto
 SCALARS = {number: name[len("TYPE_"):].lower() for name, number in Field.Type.items()}
-LocationPath = Tuple[int, ...]
+LocationPath = tuple[int, ...]
 
 # Field numbers of descriptor.proto that a source location's path is made of.
 MESSAGES, ENUMS, SERVICES, SYNTAX = 4, 5, 6, 12
@@ -33,7 +33,7 @@ def load(proto: Path) -> descriptor_pb2.FileDescriptorProto:
         return descriptor_pb2.FileDescriptorSet.FromString(Path(output.name).read_bytes()).file[0]
 
 
-def comments_of(file: descriptor_pb2.FileDescriptorProto) -> Dict[LocationPath, str]:
+def comments_of(file: descriptor_pb2.FileDescriptorProto) -> dict[LocationPath, str]:
     """The comment of each element: the one above it and the one behind it, joined."""
     comments = {}
     for location in file.source_code_info.location:
@@ -55,6 +55,11 @@ def type_name(field: Field, package: str) -> str:
     return f"repeated {name}" if field.label == Field.LABEL_REPEATED else name
 
 
+def message_link(name: str, streaming: bool) -> str:
+    short = name.rsplit(".", 1)[-1]
+    return f"{'stream of ' if streaming else ''}[{short}](#{short.lower()})"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     lines += ["| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|") for cell in row) + " |" for row in rows]
@@ -69,12 +74,9 @@ def render(file: descriptor_pb2.FileDescriptorProto) -> str:
     for s, service in enumerate(file.service):
         parts.append(f"## Service {service.name}\n")
         for m, method in enumerate(service.method):
-            def end(name: str, streaming: bool) -> str:
-                short = name.rsplit(".", 1)[-1]
-                return f"{'stream of ' if streaming else ''}[{short}](#{short.lower()})"
             parts.append(f"### {method.name}\n")
-            parts.append(f"{end(method.input_type, method.client_streaming)} → "
-                         f"{end(method.output_type, method.server_streaming)}\n")
+            parts.append(f"{message_link(method.input_type, method.client_streaming)} → "
+                         f"{message_link(method.output_type, method.server_streaming)}\n")
             parts.append(comments.get((SERVICES, s, MEMBERS, m), "") + "\n")
     parts.append("## Messages\n")
     for i, message in enumerate(file.message_type):

@@ -19,7 +19,6 @@ import time
 import xml.etree.ElementTree
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / ".build" / "test-results"
@@ -31,7 +30,7 @@ class Tally:
     passed: int = 0
     failed: int = 0
     skipped: int = 0
-    failures: List[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     def fail(self, name: str) -> None:
         self.failed += 1
@@ -82,7 +81,7 @@ def run_cmocka(tally: Tally, config: str, *filters: str) -> None:
         tally.fail(f"no unit test ran, {config or 'plain'} build")
 
 
-def run_pytest(tally: Tally, name: str, paths: List[str], config: str, *options: str) -> None:
+def run_pytest(tally: Tally, name: str, paths: list[str], config: str, *options: str) -> None:
     """Runs pytest against the server of one Bazel configuration and counts its cases."""
     say(f"{name}, {config or 'plain'} build")
     if bazel("build", config, SERVER) != 0:
@@ -91,12 +90,12 @@ def run_pytest(tally: Tally, name: str, paths: List[str], config: str, *options:
     RESULTS.mkdir(parents=True, exist_ok=True)
     report = RESULTS / f"{name}-{config or 'plain'}.xml"
     report.unlink(missing_ok=True)
-    environment: Dict[str, str] = dict(os.environ)
+    environment: dict[str, str] = dict(os.environ)
     environment["ATTND_BINARY"] = str(symlink(config, "bin") / "service" / "attnd")
     environment["ATTND_BUILD"] = config or "plain"
     present = [path for path in paths if (ROOT / path).exists()]
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "--no-header", "--durations=5", f"--junitxml={report}", *options,
-                    *present], cwd=ROOT, env=environment, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--durations=5", f"--junitxml={report}"]
+    subprocess.run([*command, *options, *present], cwd=ROOT, env=environment, check=False)
     if not report.exists():
         tally.fail(f"{name}: pytest gave no report ({config or 'plain'})")
         return
