@@ -6,30 +6,28 @@
 #include "base/status.h"
 
 /* The best first: what "auto" takes. */
-static const attn_backend_ops *const registry[] = {&attn_cpu_backend_ops, &attn_reference_backend_ops};
+enum { REGISTERED = 2 };
+static const attn_backend_ops *const registry[REGISTERED] = {&attn_cpu_backend_ops, &attn_reference_backend_ops};
 
-enum { REGISTERED = sizeof registry / sizeof *registry };
-
-static attn_status find_kind(const char *kind, const attn_backend_ops **ops) {
-    if (!kind || strcmp(kind, "auto") == 0) {
-        *ops = registry[0];
-        return attn_ok();
-    }
+/* NULL: there is none. */
+static const attn_backend_ops *find_kind(const char *kind) {
+    if (!kind || strcmp(kind, "auto") == 0) return registry[0];
     for (size_t n = 0; n < REGISTERED; n++) {
-        if (strcmp(kind, registry[n]->kind) == 0) {
-            *ops = registry[n];
-            return attn_ok();
-        }
+        if (strcmp(kind, registry[n]->kind) == 0) return registry[n];
     }
+    return NULL;
+}
+
+static attn_status refuse_kind(const char *kind) {
     if (strcmp(kind, "cuda") == 0) return attn_error(ATTN_UNAVAILABLE, "this build has no cuda backend");
     return attn_error(ATTN_INVALID_ARGUMENT,
                       "no backend \"%s\": there are \"auto\", \"cpu\", \"reference\" and \"cuda\"", kind);
 }
 
 attn_status attn_backend_create(const attn_backend_config *config, attn_backend **backend) {
-    const attn_backend_ops *ops = NULL;
+    const attn_backend_ops *ops = find_kind(config->kind);
     *backend = NULL;
-    ATTN_TRY(find_kind(config->kind, &ops));
+    if (!ops) return refuse_kind(config->kind);
     ATTN_TRY(attn_geometry_check(&config->geometry));
     if (config->pages == 0) return attn_error(ATTN_INVALID_ARGUMENT, "a backend needs at least one page");
     return ops->create(config, backend);

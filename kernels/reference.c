@@ -130,14 +130,13 @@ static double score_tokens(reference_backend *self, row_name row, uint64_t begin
 
 /*
  * Attends to pool-local tokens begin .. end - 1 and to `sink`, if that is not NULL.
- * Writes out[head_dim_v] and returns the LSE.
+ * Writes out[head_dim_v], which must be zero, and returns the LSE.
  */
 static double attend(reference_backend *self, row_name row, uint64_t begin, uint64_t end, const float *sink,
                      double *out) {
     const attn_geometry *g = &self->base.geometry;
     const uint32_t *pages = row.batch->pages + row.batch->page_offsets[row.sequence];
     float value[MAX_HEAD_DIM];
-    memset(out, 0, g->head_dim_v * sizeof *out);
     double largest = score_tokens(self, row, begin, end);
     if (sink) largest = fmax(largest, *sink);
     if (largest == -INFINITY) return -INFINITY;
@@ -161,7 +160,7 @@ static double attend(reference_backend *self, row_name row, uint64_t begin, uint
 
 static float attend_to_floats(reference_backend *self, row_name row, uint64_t begin, uint64_t end, const float *sink,
                               float *out) {
-    double exact[MAX_HEAD_DIM];
+    double exact[MAX_HEAD_DIM] = {0};
     double lse = attend(self, row, begin, end, sink, exact);
     for (uint32_t e = 0; e < self->base.geometry.head_dim_v; e++) {
         out[e] = (float)exact[e];

@@ -146,6 +146,7 @@ static attn_plan_start locate_tile(const attn_line *line, uint64_t line_tile) {
     attn_plan_start start = {.sequence = sequence_of_tile(line, line_tile), .line_tile = line_tile};
     uint64_t per_head = head_tiles(line, start.sequence);
     uint64_t offset = line_tile - line->starts[start.sequence];
+    assert(per_head > 0); /* a unit has at least one tile */
     start.head = (uint32_t)(offset / per_head);
     start.tile = offset % per_head;
     for (uint64_t tiles; start.tile >= (tiles = block_extent(line, start.sequence, start.block).tiles); start.block++) {

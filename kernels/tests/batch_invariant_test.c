@@ -129,7 +129,7 @@ static uint32_t pick_batch(crowd *self, test_random *random, test_sequence **bat
 
 static void check_any_batch_and_workers(const backend_row *row, const attn_geometry *geometry,
                                         const decode_options *options, uint32_t count, uint32_t batches) {
-    kept_output expected[SEQUENCES];
+    kept_output expected[SEQUENCES] = {{0}};
     test_random random = {5};
     for (uint32_t workers = 1; workers <= MAX_WORKERS; workers++) {
         open_crowd(&the_crowd, row, geometry, workers, count);
@@ -301,7 +301,7 @@ static void default_mode_repeats_bit_for_bit(void **state) {
     const backend_row *row = *state;
     uint32_t repeats = strcmp(row->kind, "reference") == 0 ? 3 : FIXTURE_SANITIZED ? 10 : 100;
     decode_options options = {.scale = 0.125f, .softcap = 30, .sinks = sinks};
-    kept_output expected[SEQUENCES];
+    kept_output expected[SEQUENCES] = {{0}};
     test_sequence *batch[SEQUENCES];
     uint32_t count = sequences_for(row) < SHORT_ROWS ? sequences_for(row) : SHORT_ROWS;
     open_crowd(&the_crowd, row, &plain_geometry, MAX_WORKERS, count);
@@ -315,7 +315,7 @@ static void default_mode_repeats_bit_for_bit(void **state) {
             assert_output_is(batch[i], &expected[i]);
         }
     }
-    for (uint32_t i = 0; i < the_crowd.count; i++) {
+    for (uint32_t i = 0; i < SEQUENCES; i++) {
         free_output(&expected[i]);
     }
     close_crowd(&the_crowd);
