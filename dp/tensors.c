@@ -19,7 +19,8 @@ attn_status dp_tensor_check(const dp_tensor_view *view, const char *field, size_
 }
 
 void dp_tensor_reader_init(dp_tensor_reader *reader, const dp_tensor_view *view) {
-    *reader = (dp_tensor_reader){.span = view->spans, .end = view->spans + view->count};
+    /* An empty view has no spans, and nothing may be added to NULL. */
+    *reader = (dp_tensor_reader){.span = view->spans, .end = view->count > 0 ? view->spans + view->count : view->spans};
 }
 
 const void *dp_tensor_reader_seek(dp_tensor_reader *reader, size_t offset, size_t *available) {
