@@ -23,7 +23,17 @@ import sys
 import tempfile
 import time
 
-HEADER = ["plane", "mode", "payload", "in_flight", "echo_calls_s", "attnd_calls_s", "ratio", "echo_p50_us", "attnd_p50_us"]
+HEADER = [
+    "plane",
+    "mode",
+    "payload",
+    "in_flight",
+    "echo_calls_s",
+    "attnd_calls_s",
+    "ratio",
+    "echo_p50_us",
+    "attnd_p50_us",
+]
 PLANES = ["tcp", "unix"]
 MODES = ["unary", "stream"]
 PAYLOADS = [16 << 10, 256 << 10, 2 << 20]
@@ -47,7 +57,9 @@ ATTND_FLAGS = {
 
 
 def arguments():
-    parser = argparse.ArgumentParser(prog="./dev bench front", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="./dev bench front", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--bin", type=pathlib.Path, required=True, help=argparse.SUPPRESS)  # given by ./dev
     parser.add_argument("--seconds", type=float, default=0.5, metavar="S", help="of one slice [0.5]")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="slices of each server for a row [7]")
@@ -57,7 +69,9 @@ def arguments():
     parser.add_argument("--in-flight", type=int, action="append", metavar="N", help="only these [1, 8]")
     parser.add_argument("--csv", type=pathlib.Path, metavar="FILE", help="write the CSV there as well")
     parser.add_argument("--check", action="store_true", help="fail if a row is out of bounds")
-    parser.add_argument("--attnd", action="append", default=[], metavar="FLAG=VALUE", help="a flag for attnd, e.g. threads=2")
+    parser.add_argument(
+        "--attnd", action="append", default=[], metavar="FLAG=VALUE", help="a flag for attnd, e.g. threads=2"
+    )
     return parser.parse_args()
 
 
@@ -114,7 +128,10 @@ def measure(clients, mode, payload, in_flight, options):
         # Who goes first alternates, so that neither always follows the other's heat.
         for server in SERVERS if number % 2 == 0 else SERVERS[::-1]:
             slices[server].append(clients[server].slice(mode, payload, in_flight, options.seconds))
-    return {server: tuple(statistics.median(column) for column in zip(*rows, strict=True)) for server, rows in slices.items()}
+    return {
+        server: tuple(statistics.median(column) for column in zip(*rows, strict=True))
+        for server, rows in slices.items()
+    }
 
 
 def within_bounds(in_flight, ratio, echo_p50, attnd_p50):
@@ -136,7 +153,17 @@ def rows(options, folder, stack):
                 for in_flight in options.in_flight or IN_FLIGHT:
                     found = measure(clients, mode, payload, in_flight, options)
                     (echo_calls, echo_p50), (attnd_calls, attnd_p50) = found["echo"], found["attnd"]
-                    yield plane, mode, payload, in_flight, echo_calls, attnd_calls, attnd_calls / echo_calls, echo_p50, attnd_p50
+                    yield (
+                        plane,
+                        mode,
+                        payload,
+                        in_flight,
+                        echo_calls,
+                        attnd_calls,
+                        attnd_calls / echo_calls,
+                        echo_p50,
+                        attnd_p50,
+                    )
 
 
 def main():

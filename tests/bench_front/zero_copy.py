@@ -37,7 +37,9 @@ COLUMNS = {
 def read_counters(path):
     names = ("allocations", "allocated", "copies", "copied")
     values = struct.unpack("<8Q", path.read_bytes())
-    return {f"{who}_{name}": values[4 * i + j] for i, who in enumerate(("attnd", "grpc")) for j, name in enumerate(names)}
+    return {
+        f"{who}_{name}": values[4 * i + j] for i, who in enumerate(("attnd", "grpc")) for j, name in enumerate(names)
+    }
 
 
 def read_metrics(port):
@@ -55,7 +57,15 @@ def start_attnd(binaries, folder, stack):
     """The socket's address, the metrics' port and the file of the counters."""
     ready, counters = folder / "ready", folder / "counters"
     library = binaries.resolve() / "tests/bench_front/libcount_allocations.so"
-    command = [binaries / "service/attnd", "--listen", f"unix:{folder}/sock", "--metrics-port", "0", "--ready-file", ready]
+    command = [
+        binaries / "service/attnd",
+        "--listen",
+        f"unix:{folder}/sock",
+        "--metrics-port",
+        "0",
+        "--ready-file",
+        ready,
+    ]
     for name, value in ATTND_FLAGS.items():
         command += [f"--{name}", str(value)]
     environment = {"LD_PRELOAD": str(library), "ATTND_COUNTERS": str(counters)}
@@ -97,7 +107,10 @@ def main():
         for mode in ("unary", "stream"):
             for payload in (16 << 10, 256 << 10, 2 << 20):
                 call = measure(client, port, counters, mode, payload, options.seconds)
-                print(f"{mode},{payload}," + ",".join(f"{call[name]:.{digits}f}" for name, digits in COLUMNS.items()), flush=True)
+                print(
+                    f"{mode},{payload}," + ",".join(f"{call[name]:.{digits}f}" for name, digits in COLUMNS.items()),
+                    flush=True,
+                )
                 good &= holds(call, payload)
     print("zero copy: " + ("holds" if good else "DOES NOT HOLD"), file=sys.stderr)
     return 0 if good else 1

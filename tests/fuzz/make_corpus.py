@@ -83,6 +83,93 @@ def wire_input(kind, message, cuts=()):
     return bytes([kind, len(cuts)]) + b"".join(struct.pack("<H", cut) for cut in cuts) + message
 
 
+# The methods and flags of fuzz_calls.c, in its order. Small handles stand for sequences that are open.
+(M_DECODE, M_STREAM, M_APPEND, M_OPEN, M_FORK, M_TRUNCATE, M_CLOSE, M_DESCRIBE, M_INFO, M_HEALTH) = range(10)
+KNOWN, FIT, NEW_STREAM, CANCEL, SHORT_DEADLINE = 1, 2, 4, 8, 16
+
+
+def record(method, message, flags=KNOWN | FIT):
+    packed = message if isinstance(message, bytes) else message.SerializeToString()
+    return struct.pack("<BBH", method, flags, len(packed)) + packed
+
+
+def calls():
+    """(name, records): sessions as clients have them."""
+    opened = record(M_OPEN, pb.OpenSequencesRequest(count=3))
+    spread = record(M_OPEN, pb.OpenSequencesRequest(count=1, placement=pb.PLACEMENT_SPREAD))
+
+    def layer(number, **more):
+        return pb.DecodeRequest(step=number, layer=number, q=b"q", k=b"k", v=b"v", **more)
+
+    first = record(M_DECODE, layer(0, sequences=[0, 1]))
+    yield "step", [opened, first, record(M_DECODE, layer(1)), record(M_INFO, b"")]
+    yield (
+        "step_of_many_rows",
+        [opened, record(M_DECODE, layer(0, sequences=[0, 1], query_lengths=[17, 3])), record(M_DECODE, layer(1))],
+    )
+    yield "step_aborted", [opened, first, record(M_DECODE, pb.DecodeRequest(step=1, abort=True))]
+    yield "step_left_open", [opened, first]
+    yield (
+        "read",
+        [opened, first, record(M_DECODE, layer(1)), record(M_DECODE, pb.DecodeRequest(sequences=[0, 1, 2], q=b"q"))],
+    )
+    yield "same_twice", [opened, record(M_DECODE, layer(0, sequences=[1, 1]))]
+    yield "wrong_size", [opened, record(M_DECODE, layer(0, sequences=[0]), KNOWN)]
+    yield "foreign_handle", [record(M_DECODE, layer(0, sequences=[5]), FIT)]
+    yield (
+        "options",
+        [
+            opened,
+            record(M_DECODE, layer(0, sequences=[0], options=options(softcap=3, sliding_window=2, return_timing=True))),
+        ],
+    )
+    begin = pb.StepBegin(sequences=[0, 1, 2], query_lengths=[1, 2, 3])
+
+    def stream(number, **more):
+        return record(M_STREAM, pb.DecodeStreamRequest(layer=number, q=b"q", k=b"k", v=b"v", **more))
+
+    yield "stream", [opened, stream(0, begin=begin), stream(1), stream(0, begin=begin), stream(1)]
+    yield "stream_cancelled", [opened, stream(0, begin=begin), record(M_INFO, b"", CANCEL)]
+    yield "stream_aborted", [opened, stream(0, begin=begin), record(M_STREAM, pb.DecodeStreamRequest(abort=True))]
+    yield "stream_wrong_layer", [opened, stream(0, begin=begin), stream(0)]
+    yield (
+        "stream_out_of_pages",
+        [opened, stream(0, begin=pb.StepBegin(sequences=[0, 1, 2], query_lengths=[100, 100, 100]))],
+    )
+    begun = pb.AppendKvBegin(sequence=0, tokens=20)
+    upload = [
+        record(M_APPEND, pb.AppendKvRequest(begin=begun, tokens=20, k=b"k", v=b"v")),
+        record(M_APPEND, pb.AppendKvRequest(layer=1, tokens=20, k=b"k", v=b"v")),
+    ]
+    ended = record(M_STREAM, pb.DecodeStreamRequest(abort=True))
+    yield "upload", [opened, *upload]
+    yield "upload_cut", [opened, upload[0]]
+    fork = record(M_FORK, pb.ForkSequenceRequest(sequence=0, length=17))
+    truncate = record(M_TRUNCATE, pb.TruncateSequenceRequest(sequence=0, length=5))
+    yield (
+        "fork",
+        [opened, *upload, ended, fork, record(M_DECODE, layer(0, sequences=[0, 3])), record(M_DECODE, layer(1))],
+    )
+    yield (
+        "truncate",
+        [opened, *upload, ended, truncate, record(M_DESCRIBE, pb.DescribeSequencesRequest(sequences=[0, 1, 2]))],
+    )
+    yield "spread", [spread, *upload, ended, record(M_DECODE, layer(0, sequences=[0])), record(M_DECODE, layer(1))]
+    yield (
+        "close",
+        [
+            opened,
+            record(M_CLOSE, pb.CloseSequencesRequest(sequences=[0, 2])),
+            record(M_DECODE, layer(0, sequences=[0])),
+        ],
+    )
+    yield (
+        "explicit_rank",
+        [record(M_OPEN, pb.OpenSequencesRequest(count=2, placement=pb.PLACEMENT_EXPLICIT, dp_rank=1))],
+    )
+    yield "others", [record(M_INFO, b"", SHORT_DEADLINE), record(M_HEALTH, b"\x0a\x12attnd.v1.Attention")]
+
+
 CONFIGS = {
     "empty": "",
     "everything": """\
@@ -95,7 +182,13 @@ auth: {tenants: [{name: a, token: 0123456789abcdef, max_pages: 1, max_sequences:
 metrics: {port: 15, address: "::1"}
 log: {level: error}
 """,
-    "tenants": "auth:\n  tenants:\n    - name: a\n      token: 0123456789abcdef\n    - {name: b, token: 'fedcba9876543210'}\n",
+    "tenants": """\
+auth:
+  tenants:
+    - name: a
+      token: 0123456789abcdef
+    - {name: b, token: 'fedcba9876543210'}
+""",
     "unknown_key": "geometry:\n  hed_dim: 64\n",
     "twice": "ranks: {count: 1, count: 2}\n",
     "alias": "ranks: {count: &a 1, pages: *a}\n",
@@ -133,10 +226,13 @@ def main():
             write("wire", name + "_cut", wire_input(kind, packed, [1, len(packed) // 2, len(packed) - 1]))
     for name, kind, raw in raw_messages():
         write("wire", name, wire_input(kind, raw, [2]))
+    for name, records in calls():
+        write("calls", name, b"".join(records))
     for name, text in CONFIGS.items():
         write("config", name, text.encode())
     example = FOLDER.parent.parent / "service" / "config" / "attnd.example.yaml"
-    without_comments = [line.split(" #")[0] for line in example.read_text().splitlines() if not line.lstrip().startswith("#")]
+    lines = example.read_text().splitlines()
+    without_comments = [line.split(" #")[0] for line in lines if not line.lstrip().startswith("#")]
     write("config", "example", "\n".join(without_comments).encode())
     for name, text in TEXTS.items():
         write("text", name, text)
