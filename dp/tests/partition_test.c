@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SEQUENCES = 10, MAX_ROWS = SEQUENCES * ATTN_MAX_QUERY_LENGTH, MIXED = -1 };
+enum { SEQUENCES = 8, MAX_ROWS = SEQUENCES * ATTN_MAX_QUERY_LENGTH, MIXED = -1 };
 
 /* One of several engines that are driven by the same script. */
 typedef struct {
@@ -77,7 +77,7 @@ static script_step roll_step(dice *dice, const attn_geometry *geometry, bool bat
         order[other] = order[i];
         step.sequences[i] = picked;
         uint32_t kind = dice_below(dice, 8);
-        step.query_lengths[i] = kind < 5 ? 1 : kind < 7 ? 1 + dice_below(dice, 8) : 1 + dice_below(dice, 40);
+        step.query_lengths[i] = kind < 5 ? 1 : kind < 7 ? 1 + dice_below(dice, 8) : 1 + dice_below(dice, 16);
         step.rows += step.query_lengths[i];
     }
     step.options.return_lse = true;
@@ -170,7 +170,7 @@ static void assert_same_bits(const machine *left, const machine *right, uint32_t
 /* Lengths where something begins or ends: pages, chunks, turns of the stripes. */
 static uint32_t roll_length(dice *dice, uint32_t i) {
     static const uint32_t edges[] = {0, 1, 15, 16, 17, 511, 512, 513, 1023, 1025};
-    return dice_below(dice, 2) == 0 ? edges[(i + dice_below(dice, 10)) % 10] : dice_below(dice, 1800);
+    return dice_below(dice, 3) > 0 ? edges[(i + dice_below(dice, 10)) % 10] : dice_below(dice, 1400);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -199,28 +199,28 @@ static void check_against_oracle(const char *backend, uint32_t ranks, int placem
 static void outputs_are_those_of_one_rank_wherever_sequences_live(void **state) {
     (void)state;
     for (uint32_t ranks = 1; ranks <= 4; ranks++) {
-        check_against_oracle("reference", ranks, DP_LEAST_TOKENS, 3);
-        check_against_oracle("reference", ranks, DP_ROUND_ROBIN, 3);
-        check_against_oracle("reference", ranks, DP_EXPLICIT, 3);
+        check_against_oracle("reference", ranks, DP_LEAST_TOKENS, 2);
+        check_against_oracle("reference", ranks, DP_ROUND_ROBIN, 2);
+        check_against_oracle("reference", ranks, DP_EXPLICIT, 2);
     }
 }
 
 static void outputs_of_spread_sequences_are_those_of_whole_ones(void **state) {
     (void)state;
     for (uint32_t ranks = 1; ranks <= 4; ranks++)
-        check_against_oracle("reference", ranks, DP_SPREAD, 6);
+        check_against_oracle("reference", ranks, DP_SPREAD, 3);
 }
 
 static void steps_may_mix_whole_and_spread_sequences(void **state) {
     (void)state;
     for (uint32_t ranks = 2; ranks <= 4; ranks++)
-        check_against_oracle("reference", ranks, MIXED, 8);
+        check_against_oracle("reference", ranks, MIXED, 4);
 }
 
 static void cpu_backend_gives_the_reference_outputs(void **state) {
     (void)state;
     for (uint32_t ranks = 1; ranks <= 4; ranks++)
-        check_against_oracle("cpu", ranks, MIXED, 10);
+        check_against_oracle("cpu", ranks, MIXED, 5);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -265,7 +265,7 @@ static void batch_invariant_bits_do_not_depend_on_batch_ranks_or_spreading(void 
 
 static void batch_invariant_bits_of_the_reference_do_not_either(void **state) {
     (void)state;
-    check_batch_invariance("reference", 4);
+    check_batch_invariance("reference", 1);
 }
 
 int main(void) {
