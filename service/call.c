@@ -48,10 +48,15 @@ static void start_batch(call *call, const grpc_op *ops, size_t count, uint32_t e
     call_tag_completed(tag, false);
 }
 
+static void add_close(call *call, grpc_op *op) {
+    *op = (grpc_op){.op = GRPC_OP_RECV_CLOSE_ON_SERVER};
+    op->data.recv_close_on_server.cancelled = &call->cancel_flag;
+}
+
 void call_watch(call *call) {
     call->watched = true;
-    grpc_op op = {.op = GRPC_OP_RECV_CLOSE_ON_SERVER};
-    op.data.recv_close_on_server.cancelled = &call->cancel_flag;
+    grpc_op op;
+    add_close(call, &op);
     start_batch(call, &op, 1, CALL_CLOSED);
 }
 
@@ -166,10 +171,7 @@ void call_finish(call *call, attn_status status, grpc_slice *slices, size_t coun
         end->data.send_status_from_server.trailing_metadata_count = error_trailers(call, status.code, trailers);
         end->data.send_status_from_server.trailing_metadata = trailers;
     }
-    if (!call->watched) {
-        ops[used] = (grpc_op){.op = GRPC_OP_RECV_CLOSE_ON_SERVER};
-        ops[used++].data.recv_close_on_server.cancelled = &call->cancel_flag;
-    }
+    if (!call->watched) add_close(call, &ops[used++]);
     start_batch(call, ops, used, CALL_FINISHED);
     grpc_slice_unref(details);
 }
@@ -205,7 +207,7 @@ attn_status call_read(call *call, grpc_byte_buffer *buffer, wire_message *messag
     }
     size_t count = buffer->data.raw.slice_buffer.count;
     dp_span *pieces = wire_reader_pieces(&call->reader, count);
-    attn_status status = attn_ok();
+    attn_status status;
     if (pieces != NULL) {
         grpc_slice *slice;
         for (size_t i = 0; i < count && grpc_byte_buffer_reader_peek(&slices, &slice); i++) {
@@ -272,7 +274,7 @@ call *call_acquire(server *server, uint32_t rpc_index, server_queue *queue) {
     }
     call->queue = queue;
     atomic_store_explicit(&call->outstanding, 1, memory_order_relaxed); /* CALL_NEW */
-    atomic_store_explicit(&call->events, 0, memory_order_release);       /* whoever takes the event sees all this */
+    atomic_store_explicit(&call->events, 0, memory_order_release);      /* whoever takes the event sees all this */
     return call;
 }
 
@@ -321,7 +323,8 @@ static attn_code code_of_cancelled(const call *call, int64_t now) {
 /* The call has ended: back to the free list. */
 static void recycle(call *call) {
     int64_t now = attn_now_ns();
-    if (call->cancelled && (call->code == ATTN_OK || call->code == ATTN_CANCELLED)) call->code = code_of_cancelled(call, now);
+    if (call->cancelled && (call->code == ATTN_OK || call->code == ATTN_CANCELLED))
+        call->code = code_of_cancelled(call, now);
     attn_metrics_call_finished(server_get_parts(call->server)->metrics, call->rpc->method, call->code,
                                now - call->started_ns);
     log_end(call, now - call->started_ns);

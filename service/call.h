@@ -58,13 +58,13 @@ typedef struct {
     const char *path; /* "/attnd.v1.Attention/Decode" */
     attn_method method;
     const ProtobufCMessageDescriptor *request; /* NULL: the call is never read */
-    bool stream_in;  /* messages come by call_receive; else the message comes with the call */
-    bool listed;     /* gets CALL_NOTICE */
-    bool open_to_all;      /* no credentials asked for */
-    bool while_draining;   /* served while the server is draining */
-    bool background; /* a drain does not wait for it */
-    uint32_t slots;        /* calls kept armed on each queue */
-    size_t state_bytes;    /* of call.state */
+    bool stream_in;                            /* messages come by call_receive; else the message comes with the call */
+    bool listed;                               /* gets CALL_NOTICE */
+    bool open_to_all;                          /* no credentials asked for */
+    bool while_draining;                       /* served while the server is draining */
+    bool background;                           /* a drain does not wait for it */
+    uint32_t slots;                            /* calls kept armed on each queue */
+    size_t state_bytes;                        /* of call.state */
     /* Unary and immediate: answers with call_respond, or fails. */
     attn_status (*answer)(call *call, const wire_message *request);
     /* Everything else: `start` once, `run` for every set of events after it. They end with call_finish. */
@@ -95,14 +95,14 @@ struct call {
     int64_t deadline_ns; /* in attn_now_ns(); INT64_MAX: none */
     attn_code code;      /* of the answer */
 
-    bool cancelled;  /* the client is gone: nothing that is sent will arrive */
-    bool closed;     /* CALL_CLOSED has come */
-    bool sent_ok;    /* the last call_send succeeded */
+    bool cancelled;   /* the client is gone: nothing that is sent will arrive */
+    bool closed;      /* CALL_CLOSED has come */
+    bool sent_ok;     /* the last call_send succeeded */
     bool received_ok; /* the last call_receive did not fail; at the end it brings no message */
-    bool finished;   /* call_finish was called */
-    bool watched;    /* RECV_CLOSE is started */
-    bool greeted;    /* the initial metadata is sent */
-    int cancel_flag; /* written by gRPC before CALL_CLOSED */
+    bool finished;    /* call_finish was called */
+    bool watched;     /* RECV_CLOSE is started */
+    bool greeted;     /* the initial metadata is sent */
+    int cancel_flag;  /* written by gRPC before CALL_CLOSED */
 
     grpc_byte_buffer *sending;
     bool sends_with_receive; /* `sending` goes out with the receive under way */

@@ -4,7 +4,7 @@ set -eu
 echo '#include "service/descriptors.h"'
 number=0
 for file; do
-    echo "static const uint8_t set_$number[] = {"
+    echo "static const uint8_t set_${number}[] = {"
     od -An -v -tu1 "$file" | sed 's/  */,/g; s/^,//; s/$/,/'
     echo "};"
     number=$((number + 1))

@@ -15,9 +15,7 @@ typedef Grpc__Health__V1__HealthCheckResponse__ServingStatus health;
 
 #define HEALTH(name) GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__##name
 
-static bool is_served(const char *service) {
-    return service[0] == '\0' || strcmp(service, "attnd.v1.Attention") == 0;
-}
+static bool is_served(const char *service) { return service[0] == '\0' || strcmp(service, "attnd.v1.Attention") == 0; }
 
 static health health_now(const call *call) {
     return server_healthy(call->server) ? HEALTH(SERVING) : HEALTH(NOT_SERVING);

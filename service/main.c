@@ -352,7 +352,8 @@ static attn_status start(void) {
     ATTN_TRY(server_create(&parts, &attnd.server));
     ATTN_TRY(server_start(attnd.server));
     if (config->metrics) {
-        ATTN_TRY(attn_metrics_listen(attnd.metrics, config->metrics_address, config->metrics_port, &attnd.metrics_port));
+        ATTN_TRY(
+            attn_metrics_listen(attnd.metrics, config->metrics_address, config->metrics_port, &attnd.metrics_port));
     }
     return config->ready_file != NULL ? write_ready_file(config->ready_file) : attn_ok();
 }
@@ -371,7 +372,8 @@ static int serve(void) {
         server_drain(attnd.server, attnd.config.grace_ms, wait_in_drain);
         attn_log_event(ATTN_LOG_INFO, "drained", 0);
     }
-    /* Calls count in the metrics until the server has stopped, and their HTTP thread asks the server until it is gone. */
+    /* Calls count in the metrics until the server has stopped, and their HTTP thread asks the server until it is gone.
+     */
     server_stop(attnd.server);
     attn_metrics_destroy(attnd.metrics);
     server_destroy(attnd.server);

@@ -72,18 +72,20 @@ static bool file_defines(const Attnd__Descriptor__File *file, const char *symbol
            enums_define(file->enum_type, file->n_enum_type, file->package, symbol);
 }
 
-static bool file_is_named(const Attnd__Descriptor__File *file, const char *name) { return strcmp(file->name, name) == 0; }
+static bool file_is_named(const Attnd__Descriptor__File *file, const char *name) {
+    return strcmp(file->name, name) == 0;
+}
 
 /* Visits the files until `visit` returns true; whether it did. */
-static bool visit_files(bool (*visit)(const Attnd__Descriptor__File *file, const ProtobufCBinaryData *bytes, void *context),
+static bool visit_files(bool (*visit)(const Attnd__Descriptor__File *file, const ProtobufCBinaryData *bytes,
+                                      void *context),
                         void *context) {
     bool done = false;
     for (size_t i = 0; i < descriptor_set_count && !done; i++) {
         Attnd__Descriptor__FileSet *set =
             attnd__descriptor__file_set__unpack(NULL, descriptor_sets[i].size, descriptor_sets[i].bytes);
         for (size_t j = 0; set != NULL && j < set->n_file && !done; j++) {
-            Attnd__Descriptor__File *file =
-                attnd__descriptor__file__unpack(NULL, set->file[j].len, set->file[j].data);
+            Attnd__Descriptor__File *file = attnd__descriptor__file__unpack(NULL, set->file[j].len, set->file[j].data);
             if (file != NULL) done = visit(file, &set->file[j], context);
             attnd__descriptor__file__free_unpacked(file, NULL);
         }
@@ -102,6 +104,7 @@ typedef struct {
     bool (*matches)(const Attnd__Descriptor__File *file, const char *wanted);
     const char *wanted;
     /* what is listed */
+    Grpc__Reflection__V1__ListServiceResponse list;
     Grpc__Reflection__V1__ServiceResponse services[MAX_SERVICES];
     Grpc__Reflection__V1__ServiceResponse *service_list[MAX_SERVICES];
     char names[MAX_SERVICES][MAX_NAME];
@@ -119,6 +122,7 @@ static bool pack_if_match(const Attnd__Descriptor__File *file, const ProtobufCBi
         GRPC__REFLECTION__V1__SERVER_REFLECTION_RESPONSE__MESSAGE_RESPONSE_FILE_DESCRIPTOR_RESPONSE;
     answer->response->file_descriptor_response = &files;
     answer->packed = call_pack(&answer->response->base);
+    answer->response->file_descriptor_response = NULL;
     return true;
 }
 
@@ -130,6 +134,7 @@ static void answer_not_found(answer *answer) {
         GRPC__REFLECTION__V1__SERVER_REFLECTION_RESPONSE__MESSAGE_RESPONSE_ERROR_RESPONSE;
     answer->response->error_response = &error;
     answer->packed = call_pack(&answer->response->base);
+    answer->response->error_response = NULL;
 }
 
 static void answer_file(answer *answer, bool (*matches)(const Attnd__Descriptor__File *file, const char *wanted),
@@ -153,13 +158,13 @@ static bool list_services(const Attnd__Descriptor__File *file, const ProtobufCBi
 }
 
 static void answer_services(answer *answer) {
-    Grpc__Reflection__V1__ListServiceResponse list = GRPC__REFLECTION__V1__LIST_SERVICE_RESPONSE__INIT;
     visit_files(list_services, answer);
-    list.n_service = answer->service_count;
-    list.service = answer->service_list;
+    grpc__reflection__v1__list_service_response__init(&answer->list);
+    answer->list.n_service = answer->service_count;
+    answer->list.service = answer->service_list;
     answer->response->message_response_case =
         GRPC__REFLECTION__V1__SERVER_REFLECTION_RESPONSE__MESSAGE_RESPONSE_LIST_SERVICES_RESPONSE;
-    answer->response->list_services_response = &list;
+    answer->response->list_services_response = &answer->list;
     answer->packed = call_pack(&answer->response->base);
 }
 
@@ -175,7 +180,9 @@ static grpc_slice answer_request(request_message *request) {
     case GRPC__REFLECTION__V1__SERVER_REFLECTION_REQUEST__MESSAGE_REQUEST_FILE_CONTAINING_SYMBOL:
         answer_file(&answer, file_defines, request->file_containing_symbol);
         break;
-    case GRPC__REFLECTION__V1__SERVER_REFLECTION_REQUEST__MESSAGE_REQUEST_LIST_SERVICES: answer_services(&answer); break;
+    case GRPC__REFLECTION__V1__SERVER_REFLECTION_REQUEST__MESSAGE_REQUEST_LIST_SERVICES:
+        answer_services(&answer);
+        break;
     default: answer_not_found(&answer); /* proto3 has no extensions */
     }
     return answer.packed;

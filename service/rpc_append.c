@@ -41,7 +41,8 @@ static void finish(call *call, attn_status status) {
 
 static attn_status begin_upload(call *call, const Attnd__V1__AppendKvBegin *begin) {
     append_state *state = call->state;
-    if (state->upload != NULL) return attn_error(ATTN_INVALID_ARGUMENT, "begin: given again; it belongs in the first message");
+    if (state->upload != NULL)
+        return attn_error(ATTN_INVALID_ARGUMENT, "begin: given again; it belongs in the first message");
     ATTN_TRY(layer_check_dtype(call, begin->dtype, "begin.dtype"));
     return dp_upload_begin(server_get_parts(call->server)->engine, call->tenant, begin->sequence, begin->tokens,
                            &state->upload);

@@ -47,8 +47,8 @@ static attn_status take_step(call *call, const Attnd__V1__DecodeRequest *request
     decode_state *state = call->state;
     ATTN_TRY(dp_step_take(engine_of(call), call->tenant, request->step, &state->step));
     if (request->n_sequences == 0) return attn_ok();
-    attn_status status = dp_step_matches(state->step, request->sequences, query_lengths_of(request),
-                                         (uint32_t)request->n_sequences);
+    attn_status status =
+        dp_step_matches(state->step, request->sequences, query_lengths_of(request), (uint32_t)request->n_sequences);
     if (attn_failed(status)) dp_step_put(state->step);
     return status;
 }

@@ -57,13 +57,13 @@ static attn_status answer_get_server_info(call *call, const wire_message *messag
         dp_engine_rank_info(parts->engine, i, &infos[i]);
         fill_rank(i, &infos[i], &ranks[i]);
         rank_list[i] = &ranks[i];
+        if (i == 0) response.backend_detail = ranks[i].device;
     }
     fill_geometry(&parts->config->geometry, &geometry);
     fill_limits(parts->config, &limits);
     response.version = SERVER_VERSION;
     response.instance = (char *)(uintptr_t)parts->instance;
     response.backend = (char *)(uintptr_t)parts->backend;
-    response.backend_detail = ranks[0].device;
     response.geometry = &geometry;
     response.limits = &limits;
     response.uptime_ms = (uint64_t)((attn_now_ns() - server_started_ns(call->server)) / 1000000);

@@ -88,7 +88,7 @@ static attn_status answer_describe(call *call, const wire_message *message) {
     attn_status status;
     dp_sequence_info *infos = calloc(count + 1, sizeof *infos);
     Attnd__V1__SequenceInfo *messages = calloc(count + 1, sizeof *messages);
-    response.sequences = calloc(count + 1, sizeof *response.sequences);
+    response.sequences = calloc(count + 1, sizeof(Attnd__V1__SequenceInfo *));
     if (infos == NULL || messages == NULL || response.sequences == NULL) {
         status = attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for %zu descriptions", count);
         goto cleanup;

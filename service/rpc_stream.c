@@ -59,7 +59,7 @@ static attn_status keep_options(stream_state *state, const Attnd__V1__AttentionO
     state->options = layer_options(options);
     state->return_timing = options != NULL && options->return_timing;
     size_t count = state->options.sink_count;
-    if (count == 0) return attn_ok();
+    if (options == NULL || count == 0) return attn_ok();
     if (count > state->sink_capacity) {
         float *sinks = realloc(state->sinks, count * sizeof *sinks);
         if (sinks == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for %zu sinks", count);

@@ -260,11 +260,9 @@ attn_status server_create(const server_parts *parts, server **created) {
     }
     server->grpc = create_grpc_server(parts->config);
     for (size_t i = 0; i < RPC_UNKNOWN; i++) {
-        server->registered[i] =
-            grpc_server_register_method(server->grpc, RPC_OF(i)->path, NULL,
-                                        RPC_OF(i)->stream_in ? GRPC_SRM_PAYLOAD_NONE
-                                                             : GRPC_SRM_PAYLOAD_READ_INITIAL_BYTE_BUFFER,
-                                        0);
+        server->registered[i] = grpc_server_register_method(
+            server->grpc, RPC_OF(i)->path, NULL,
+            RPC_OF(i)->stream_in ? GRPC_SRM_PAYLOAD_NONE : GRPC_SRM_PAYLOAD_READ_INITIAL_BYTE_BUFFER, 0);
     }
     for (uint32_t i = 0; i < queues; i++) {
         server->queues[i].cq = grpc_completion_queue_create_for_next(NULL);
@@ -278,7 +276,7 @@ attn_status server_create(const server_parts *parts, server **created) {
 static bool unix_socket_in_use(const char *path) {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof address.sun_path) return false;
-    strcpy(address.sun_path, path);
+    memcpy(address.sun_path, path, strlen(path) + 1);
     int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (probe < 0) return false;
     bool in_use = connect(probe, (struct sockaddr *)&address, sizeof address) == 0;
@@ -303,8 +301,8 @@ static attn_status bind_address(server *server, const char *listen) {
     int port = grpc_server_add_http2_port(server->grpc, listen, credentials);
     grpc_server_credentials_release(credentials);
     if (port == 0) {
-        return attn_error(ATTN_UNAVAILABLE, "server.listen: %s cannot be bound: in use, or not an address of this machine",
-                          listen);
+        return attn_error(ATTN_UNAVAILABLE,
+                          "server.listen: %s cannot be bound: in use, or not an address of this machine", listen);
     }
     char *address = bound_address(listen, port);
     if (address == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an address");

@@ -30,7 +30,9 @@ static void put_varint(buffer *to, uint64_t value) {
     to->bytes[to->size++] = (uint8_t)value;
 }
 
-static void put_tag(buffer *to, uint32_t field, uint32_t wire_type) { put_varint(to, (uint64_t)field << 3 | wire_type); }
+static void put_tag(buffer *to, uint32_t field, uint32_t wire_type) {
+    put_varint(to, (uint64_t)field << 3 | wire_type);
+}
 
 static void put_bytes(buffer *to, uint32_t field, const void *bytes, size_t size) {
     put_tag(to, field, 2);
