@@ -86,7 +86,16 @@ static inline vector_pairs vector_set_pairs(uint32_t pair) { return _mm512_set1_
 
 /* sum + a.odd * b.odd + a.even * b.even, by lane; each step rounded to float32 (VDPBF16PS). */
 static inline vector vector_dot_pairs(vector_pairs a, vector_pairs b, vector sum) {
+#ifdef VECTOR_DOT_BF16_EMULATED /* for tests where the instruction is absent */
+    const __m512i odd = _mm512_set1_epi32((int32_t)0xffff0000);
+    vector a_odd = _mm512_castsi512_ps(_mm512_and_si512(a, odd)),
+           a_even = _mm512_castsi512_ps(_mm512_slli_epi32(a, 16));
+    vector b_odd = _mm512_castsi512_ps(_mm512_and_si512(b, odd)),
+           b_even = _mm512_castsi512_ps(_mm512_slli_epi32(b, 16));
+    return _mm512_fmadd_ps(a_even, b_even, _mm512_fmadd_ps(a_odd, b_odd, sum));
+#else
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#endif
 }
 #endif
 
