@@ -239,29 +239,31 @@ static void merged_calls_of_spread_sequences_do_too(void **state) {
 
 static void calls_that_differ_are_not_merged(void **state) {
     (void)state;
-    enum { KINDS = 7 };
+    enum { KINDS = 9 };
     dp_config config = small_config();
     dp_engine *engine = create_queueing_engine(&config);
     uint64_t handles[KINDS], held = open_sequence(engine, DP_LEAST_TOKENS, 0);
     float sinks[4] = {1, 2, 3, 4}, same_sinks[4] = {1, 2, 3, 4};
-    dp_options options[KINDS] = {{.window = 5},
-                                 {.softcap = 2},
-                                 {.scale = 0.5f},
-                                 {.batch_invariant = true},
-                                 {.sinks = sinks, .sink_count = 4},
-                                 {.sinks = same_sinks, .sink_count = 4}, /* this one may join */
-                                 {.window = 5}};                         /* a read */
+    /* Each differs from the first in one thing; but the sinks' values are the same. */
+    static const uint32_t first_with_sinks = 5, first_read = 7;
+    dp_options options[KINDS] = {[1] = {.window = 5},
+                                 [2] = {.softcap = 2},
+                                 [3] = {.scale = 0.5f},
+                                 [4] = {.batch_invariant = true},
+                                 [5] = {.sinks = sinks, .sink_count = 4},
+                                 [6] = {.sinks = same_sinks, .sink_count = 4}};
     flight flights[KINDS], blocker;
     hold_rank(&blocker, engine, held);
-    for (int i = 0; i < KINDS; i++) {
+    for (uint32_t i = 0; i < KINDS; i++) {
         handles[i] = open_sequence(engine, DP_LEAST_TOKENS, 0);
-        board(&flights[i], engine, &handles[i], 1, i == KINDS - 1, 1);
-        assert_ok(try_start(&flights[i], 0, &options[i]));
+        board(&flights[i], engine, &handles[i], 1, i >= first_read, 1);
+        assert_ok(try_start(&flights[i], i == KINDS - 1 ? 1 : 0, &options[i]));
     }
     release_rank(&blocker);
-    for (int i = 0; i < KINDS; i++) {
+    for (uint32_t i = 0; i < KINDS; i++) {
         assert_ok(wait_for_call(&flights[i].call));
-        assert_int_equal(i == 4 || i == 5 ? 2 : 1, flights[i].call.call.timing[0].merged_calls);
+        bool joined = i == first_with_sinks || i == first_with_sinks + 1;
+        assert_int_equal(joined ? 2 : 1, flights[i].call.call.timing[0].merged_calls);
         land(&flights[i]);
     }
     assert_ok(dp_sequences_close(engine, TENANT, handles, KINDS));

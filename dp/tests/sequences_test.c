@@ -362,6 +362,50 @@ static void writing_to_a_fork_leaves_its_relatives_as_they_were(void **state) {
     destroy_engine(engine);
 }
 
+/* 1000 tokens, cut to 501 and grown by two steps: in a sequence of its own, or in a fork whose pages are shared. */
+static uint64_t make_cut_and_grown(dp_engine *engine, const dp_config *config, dp_placement placement, bool forked) {
+    const attn_geometry *geometry = &config->geometry;
+    dice contents = any_dice(7), cuts = any_dice(8);
+    uint64_t handle = open_sequence(engine, placement, 0);
+    assert_ok(try_upload(engine, geometry, &contents, &cuts, handle, 1000));
+    *parent = handle;
+    if (forked)
+        handle = fork_sequence(engine, handle, 501);
+    else
+        assert_ok(dp_sequence_truncate(engine, TENANT, handle, 501));
+    uint32_t rows = 3;
+    grow_by_step(engine, geometry, &contents, &handle, &rows, 1);
+    if (forked) {
+        /* And a fork of the fork that grows by an upload, which has to copy too. */
+        handle = fork_sequence(engine, handle, 504);
+    }
+    assert_ok(try_upload(engine, geometry, &contents, &cuts, handle, 20));
+    return handle;
+}
+
+static void fork_that_grew_reads_like_a_sequence_of_its_own(void **state) {
+    (void)state;
+    dp_config config = small_config();
+    config.ranks = 2;
+    for (int spread = 0; spread < 2; spread++) {
+        dp_engine *engine = create_engine(&config);
+        dp_placement placement = spread ? DP_SPREAD : DP_LEAST_TOKENS;
+        float own[4 * 40], forked[4 * 40];
+        dice dice = any_dice(9);
+        layer_rows query = random_rows(&dice, &config.geometry, 1, true);
+        uint64_t handle = make_cut_and_grown(engine, &config, placement, false);
+        read_one(engine, &config, handle, &query, own);
+        close_sequence(engine, handle);
+        handle = make_cut_and_grown(engine, &config, placement, true);
+        assert_int_equal(524, describe(engine, handle).length);
+        assert_true(describe(engine, handle).shared_pages > 0);
+        read_one(engine, &config, handle, &query, forked);
+        assert_memory_equal(own, forked, sizeof own);
+        free_rows(&query);
+        dp_engine_destroy(engine);
+    }
+}
+
 static void open_read_sees_what_was_there_when_it_began(void **state) {
     (void)state;
     dp_config config = small_config();
@@ -555,6 +599,7 @@ int main(void) {
         cmocka_unit_test(spread_sequences_take_pages_where_their_chunks_are),
         cmocka_unit_test(random_operations_lose_no_page),
         cmocka_unit_test(writing_to_a_fork_leaves_its_relatives_as_they_were),
+        cmocka_unit_test(fork_that_grew_reads_like_a_sequence_of_its_own),
         cmocka_unit_test(open_read_sees_what_was_there_when_it_began),
         cmocka_unit_test(quotas_bind_their_tenant_only),
         cmocka_unit_test(table_and_length_have_limits),
