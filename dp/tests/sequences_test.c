@@ -368,7 +368,6 @@ static uint64_t make_cut_and_grown(dp_engine *engine, const dp_config *config, d
     dice contents = any_dice(7), cuts = any_dice(8);
     uint64_t handle = open_sequence(engine, placement, 0);
     assert_ok(try_upload(engine, geometry, &contents, &cuts, handle, 1000));
-    *parent = handle;
     if (forked)
         handle = fork_sequence(engine, handle, 501);
     else
