@@ -1,7 +1,8 @@
 /*
  * One warp of a block is its producer: it walks the block's share of the line and keeps a ring of 32 KB stages filled
- * with bulk copies. Four warps consume: each takes 16 of a stage's 64 tokens and keeps its own maximum, sum and
- * output (m, l, O), so that no barrier is needed per tile. With a token's keys as the rows of the matrix product,
+ * with bulk copies. Four warps, a group, consume: each takes 16 of a stage's 64 tokens and keeps its own maximum, sum
+ * and output (m, l, O), so that no barrier is needed per tile. With two groups, they take turns run by run: while
+ * one ends its run, the other has its queries and consumes. With a token's keys as the rows of the matrix product,
  *     S^T [16 tokens x 8 queries] = K Q^T        O^T [128 x 8 queries] += V^T P^T
  * only the query rows are padded, to 8, 16 or 32. At the end of a run (the block's tiles of one unit) the
  * four states are merged through shared memory. A run that is a whole unit is written out; any other is a partial, of
@@ -20,9 +21,8 @@ constexpr uint32_t TILE_TOKENS = ATTN_HOPPER_TILE_TOKENS;
 constexpr uint32_t ROW_BYTES = HEAD_DIM * 2;
 constexpr uint32_t HALF_STAGE_BYTES = TILE_TOKENS * ROW_BYTES; /* keys; the values follow */
 constexpr uint32_t STAGE_BYTES = 2 * HALF_STAGE_BYTES;
-constexpr uint32_t CONSUMER_WARPS = TILE_TOKENS / 16;
+constexpr uint32_t CONSUMER_WARPS = TILE_TOKENS / 16; /* of a group */
 constexpr uint32_t CONSUMERS = CONSUMER_WARPS * 32;
-constexpr uint32_t THREADS = CONSUMERS + 32;
 constexpr uint32_t OUT_STRIDE = HEAD_DIM + 4; /* floats: keeps the four states' rows off each other's banks */
 constexpr uint32_t ALL_LANES = 0xffffffffu;
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -32,13 +32,18 @@ constexpr float LN_2 = 0.6931471805599453f;
 /* Memory */
 
 /* What a block keeps in shared memory, behind the ring. */
-template <uint32_t ROWS, uint32_t STAGES> struct block_memory {
+template <uint32_t ROWS> struct group_memory {
     float out[CONSUMER_WARPS][ROWS][OUT_STRIDE];
     float maximum[CONSUMER_WARPS][ROWS]; /* of the scores, in units of log2 */
     float sum[CONSUMER_WARPS][ROWS];
+    uint64_t turn; /* the group has consumed its run: the next one's begins */
+    uint32_t last_arriver;
+};
+
+template <uint32_t ROWS, uint32_t STAGES, uint32_t GROUPS> struct block_memory {
+    group_memory<ROWS> group[GROUPS];
     uint64_t full[STAGES];
     uint64_t empty[STAGES];
-    uint32_t last_arriver;
 };
 
 /* The workspace: a status word, a ticket a worker, two partials a worker. */
@@ -82,11 +87,11 @@ struct share {
 };
 
 /*
- * Tiles a worker: an equal share, or where all units are alike a share up to `percent` larger that cuts none or cuts
- * each into equal parts.
+ * Tiles a worker: an equal share, or where all units are alike a share up to `align_tiles` larger that cuts none or
+ * cuts each into equal parts.
  */
 __device__ inline uint32_t choose_share(uint32_t total, uint32_t workers, uint32_t least, uint32_t most,
-                                        uint32_t percent) {
+                                        uint32_t align_tiles) {
     uint32_t equal = (total + workers - 1) / workers;
     if (least != most) return equal;
     uint32_t unit = most;
@@ -97,12 +102,12 @@ __device__ inline uint32_t choose_share(uint32_t total, uint32_t workers, uint32
         uint32_t parts = unit / equal;
         aligned = (unit + parts - 1) / parts;
     }
-    return (uint64_t)aligned * 100 <= (uint64_t)equal * (100 + percent) ? aligned : equal;
+    return aligned <= equal + align_tiles ? aligned : equal;
 }
 
 /* Finds a worker's share of the line. By a whole warp: a lane sums a stretch of sequences, the lanes' sums are scanned. */
 __device__ inline share find_share(const attn_hopper_decode &decode, uint32_t workers, uint32_t worker,
-                                   uint32_t align_percent, uint32_t lane) {
+                                   uint32_t align_tiles, uint32_t lane) {
     uint32_t stretch = (decode.batch + 31) / 32;
     uint32_t first = lane * stretch;
     uint32_t sum = 0, least = UINT32_MAX, most = 0;
@@ -122,7 +127,7 @@ __device__ inline share find_share(const attn_hopper_decode &decode, uint32_t wo
     most = __reduce_max_sync(ALL_LANES, most);
 
     share mine;
-    mine.tiles_a_worker = choose_share(total, workers, least, most, align_percent);
+    mine.tiles_a_worker = choose_share(total, workers, least, most, align_tiles);
     uint64_t begin = (uint64_t)worker * mine.tiles_a_worker;
     mine.begin = begin < total ? (uint32_t)begin : total;
     mine.end = min(total, mine.begin + mine.tiles_a_worker);
@@ -389,8 +394,8 @@ __device__ inline void attend(warp_state<BLOCKS> &state, const uint32_t (&querie
 }
 
 /* Lays a warp's state down in shared memory, the maximum in units of log2. */
-template <uint32_t BLOCKS, typename MEMORY>
-__device__ inline void store_state(MEMORY &memory, const warp_state<BLOCKS> &state, float scale_log2, uint32_t warp,
+template <uint32_t BLOCKS>
+__device__ inline void store_state(group_memory<BLOCKS * 8> &memory, const warp_state<BLOCKS> &state, float scale_log2, uint32_t warp,
                                    uint32_t lane) {
 #pragma unroll
     for (uint32_t b = 0; b < BLOCKS; b++) {
@@ -447,32 +452,80 @@ struct run {
     uint32_t begin, end;             /* of the run, in the line */
 };
 
-/* Merges a cut unit's partials in the order of the line. By all consumers. */
+/* Adds `factor` of a partial's four columns. */
+__device__ inline void add_scaled(float4 &sum, const float4 &out, float factor) {
+    sum.x += out.x * factor;
+    sum.y += out.y * factor;
+    sum.z += out.z * factor;
+    sum.w += out.w * factor;
+}
+
+/*
+ * Merges a cut unit's partials in the order of the line, a row a warp. By all consumers of a group. The first partials are
+ * asked for before their states are known, since what this takes is latency.
+ */
 template <uint32_t ROWS>
 __device__ inline void merge_partials(const attn_hopper_decode &decode, const workspace_view &workspace,
                                       const run &current, uint32_t tiles_a_worker, uint32_t warp, uint32_t lane) {
+    constexpr uint32_t EARLY = 8;
     uint32_t first = current.unit_begin / tiles_a_worker;
     uint32_t last = (current.unit_begin + current.unit_tiles - 1) / tiles_a_worker;
+    uint32_t count = last - first + 1;
     size_t first_row = ((size_t)current.sequence * decode.heads_kv + current.head) * decode.group;
+    /* Partial i of the unit is slot 2 * (first + i), but the first lies in its worker's tail slot. */
     for (uint32_t row = warp; row < decode.group; row += CONSUMER_WARPS) {
+        const float4 *outs = (const float4 *)workspace.out + ((size_t)2 * first * ROWS + row) * (HEAD_DIM / 4) + lane;
+        const float2 *states = workspace.state + (size_t)2 * first * ROWS + row;
+        constexpr size_t OUT_STEP = 2 * ROWS * (HEAD_DIM / 4), STATE_STEP = 2 * ROWS;
+        float4 early[EARLY];
+#pragma unroll
+        for (uint32_t i = 0; i < EARLY; i++) {
+            if (i < count) early[i] = __ldcg(outs + (i == 0 ? OUT_STEP / 2 : i * OUT_STEP));
+        }
+        float maximum = -INFINITY;
+        for (uint32_t i = lane; i < count; i += 32) {
+            maximum = fmaxf(maximum, __ldcg(states + (i == 0 ? STATE_STEP / 2 : i * STATE_STEP)).x);
+        }
+        for (uint32_t step = 16; step > 0; step /= 2) {
+            maximum = fmaxf(maximum, __shfl_xor_sync(ALL_LANES, maximum, step));
+        }
         row_state merged = empty_row();
+        merged.maximum = maximum;
+        for (uint32_t base = 0; base < count; base += 32) {
+            float factor = 0.0f;
+            if (base + lane < count) {
+                float2 state = __ldcg(states + (base + lane == 0 ? STATE_STEP / 2 : (base + lane) * STATE_STEP));
+                factor = state.x == -INFINITY ? 0.0f : hopper::exp2_fast(state.x - maximum);
+                merged.sum += state.y * factor;
+            }
+            uint32_t begin = 0, end = min(32u, count - base);
+            if (base == 0) {
+#pragma unroll
+                for (uint32_t i = 0; i < EARLY; i++) {
+                    float early_factor = __shfl_sync(ALL_LANES, factor, i);
+                    if (i < count) add_scaled(merged.out, early[i], early_factor);
+                }
+                begin = EARLY;
+            }
 #pragma unroll 8
-        for (uint32_t worker = first; worker <= last; worker++) {
-            size_t slot = 2 * worker + (worker == first);
-            float2 state = __ldcg(&workspace.state[slot * ROWS + row]);
-            float4 out = __ldcg((const float4 *)workspace.out + (slot * ROWS + row) * (HEAD_DIM / 4) + lane);
-            merge_row(merged, out, state.x, state.y);
+            for (uint32_t i = begin; i < end; i++) {
+                float4 out = __ldcg(outs + (base + i) * OUT_STEP);
+                add_scaled(merged.out, out, __shfl_sync(ALL_LANES, factor, i));
+            }
+        }
+        for (uint32_t step = 16; step > 0; step /= 2) {
+            merged.sum += __shfl_xor_sync(ALL_LANES, merged.sum, step);
         }
         write_row(decode, first_row + row, merged, lane);
     }
 }
 
 /* Ends a run: merges the warps' states, and writes the unit out or leaves a partial and takes a ticket. */
-template <uint32_t ROWS, typename MEMORY>
-__device__ inline void finish_run(const attn_hopper_decode &decode, const workspace_view &workspace, MEMORY &memory,
-                                  const run &current, uint32_t tiles_a_worker, uint32_t worker, uint32_t warp,
-                                  uint32_t lane) {
-    hopper::named_barrier<CONSUMERS>();
+template <uint32_t ROWS>
+__device__ inline void finish_run(const attn_hopper_decode &decode, const workspace_view &workspace,
+                                  group_memory<ROWS> &memory, const run &current, uint32_t tiles_a_worker,
+                                  uint32_t worker, uint32_t group, uint32_t warp, uint32_t lane) {
+    hopper::named_barrier<CONSUMERS>(group);
     bool whole = current.end - current.begin == current.unit_tiles;
     size_t first_row = ((size_t)current.sequence * decode.heads_kv + current.head) * decode.group;
     size_t slot = 2 * worker + (current.begin == current.unit_begin);
@@ -490,28 +543,29 @@ __device__ inline void finish_run(const attn_hopper_decode &decode, const worksp
             if (lane == 0) workspace.state[slot * ROWS + row] = make_float2(merged.maximum, merged.sum);
         }
     }
-    hopper::named_barrier<CONSUMERS>(); /* the states may be overwritten; the partial is written */
+    hopper::named_barrier<CONSUMERS>(group); /* the states may be overwritten; the partial is written */
     if (whole) return;
 
     if (warp == 0 && lane == 0) {
         uint32_t *ticket = &workspace.tickets[current.unit_begin / tiles_a_worker];
         uint32_t tiles = current.end - current.begin;
-        __threadfence();
-        bool last = atomicAdd(ticket, tiles) + tiles == current.unit_tiles;
-        if (last) *ticket = 0; /* for the next launch */
-        __threadfence();
+        bool last = hopper::atomic_add_acquire_release(ticket, tiles) + tiles == current.unit_tiles;
         memory.last_arriver = last;
+        if (last) *ticket = 0; /* for the next launch */
     }
-    hopper::named_barrier<CONSUMERS>();
-    if (memory.last_arriver)
-        merge_partials<ROWS>(decode, workspace, current, tiles_a_worker, warp, lane);
+    hopper::named_barrier<CONSUMERS>(group);
+    if (memory.last_arriver) merge_partials<ROWS>(decode, workspace, current, tiles_a_worker, warp, lane);
 }
 
-/* A consumer warp: its part of all the worker's tiles. */
-template <uint32_t BLOCKS, uint32_t STAGES, typename MEMORY>
+/* A consumer warp: its part of the worker's runs, every GROUPS-th of them. */
+template <uint32_t BLOCKS, uint32_t STAGES, uint32_t GROUPS>
 __device__ inline void consume(const attn_hopper_decode &decode, const share &mine, const workspace_view &workspace,
-                               MEMORY &memory, uint32_t ring, uint32_t full, uint32_t empty, uint32_t worker,
-                               uint32_t warp, uint32_t lane) {
+                               block_memory<BLOCKS * 8, STAGES, GROUPS> &memory, uint32_t ring, uint32_t worker,
+                               uint32_t group, uint32_t warp, uint32_t lane) {
+    group_memory<BLOCKS * 8> &own = memory.group[group];
+    uint32_t full = hopper::shared_address(memory.full), empty = hopper::shared_address(memory.empty);
+    uint32_t own_turn = hopper::shared_address(&own.turn);
+    uint32_t turn_before = hopper::shared_address(&memory.group[(group + GROUPS - 1) % GROUPS].turn);
     float scale_log2 = decode.scale * LOG2_E;
     uint32_t length = __ldg(&decode.lengths[mine.sequence]);
     uint32_t tiles = sequence_tiles(length);
@@ -520,36 +574,41 @@ __device__ inline void consume(const attn_hopper_decode &decode, const share &mi
     current.head = (mine.begin - mine.sequence_begin) / tiles;
     current.unit_begin = mine.sequence_begin + current.head * tiles;
 
-    uint32_t stage = 0, parity = 0;
-    bool first_run = true;
-    for (current.begin = mine.begin; current.begin < mine.end; current.begin = current.end) {
+    uint32_t run_number = 0;
+    for (current.begin = mine.begin; current.begin < mine.end; current.begin = current.end, run_number++) {
         current.unit_tiles = tiles;
         current.end = min(mine.end, current.unit_begin + tiles);
-        uint32_t queries[BLOCKS][HEAD_DIM / 8];
-        load_queries<BLOCKS>(queries, decode, current.sequence, current.head, lane);
-        warp_state<BLOCKS> state;
-        clear_state(state);
-        for (uint32_t tile = current.begin; tile < current.end; tile++) {
-            uint32_t passed = (tile - current.unit_begin) * TILE_TOKENS + warp * 16;
-            uint32_t keys = ring + stage * STAGE_BYTES + warp * 16 * ROW_BYTES;
-            hopper::barrier_wait(full + stage * 8, parity);
-            if (passed + 16 <= length) {
-                attend<BLOCKS, false>(state, queries, keys, 16, scale_log2, lane);
-            } else if (passed < length) {
-                attend<BLOCKS, true>(state, queries, keys, length - passed, scale_log2, lane);
+        if (run_number % GROUPS == group) {
+            uint32_t queries[BLOCKS][HEAD_DIM / 8];
+            load_queries<BLOCKS>(queries, decode, current.sequence, current.head, lane);
+            warp_state<BLOCKS> state;
+            clear_state(state);
+            uint32_t place = current.begin - mine.begin;
+            uint32_t stage = place % STAGES, parity = place / STAGES % 2;
+            /* A stage's barrier tells only the last two fillings apart: those before this run's must be over. */
+            if (GROUPS > 1 && run_number > 0) hopper::barrier_wait(turn_before, (run_number - 1) / GROUPS % 2);
+            for (uint32_t tile = current.begin; tile < current.end; tile++) {
+                uint32_t passed = (tile - current.unit_begin) * TILE_TOKENS + warp * 16;
+                uint32_t keys = ring + stage * STAGE_BYTES + warp * 16 * ROW_BYTES;
+                hopper::barrier_wait(full + stage * 8, parity);
+                if (passed + 16 <= length) {
+                    attend<BLOCKS, false>(state, queries, keys, 16, scale_log2, lane);
+                } else if (passed < length) {
+                    attend<BLOCKS, true>(state, queries, keys, length - passed, scale_log2, lane);
+                }
+                __syncwarp();
+                if (lane == 0) hopper::barrier_arrive(empty + stage * 8);
+                if (++stage == STAGES) {
+                    stage = 0;
+                    parity ^= 1;
+                }
             }
-            __syncwarp();
-            if (lane == 0) hopper::barrier_arrive(empty + stage * 8);
-            if (++stage == STAGES) {
-                stage = 0;
-                parity ^= 1;
-            }
+            if (GROUPS > 1 && lane == 0) hopper::barrier_arrive(own_turn);
+            store_state<BLOCKS>(own, state, scale_log2, warp, lane);
+            /* The launch before may still read what is written from here on. */
+            if (run_number < GROUPS) hopper::wait_for_previous_launch();
+            finish_run<BLOCKS * 8>(decode, workspace, own, current, mine.tiles_a_worker, worker, group, warp, lane);
         }
-        store_state<BLOCKS>(memory, state, scale_log2, warp, lane);
-        if (first_run) hopper::wait_for_previous_launch(); /* it may still read what is written from here on */
-        first_run = false;
-        finish_run<BLOCKS * 8>(decode, workspace, memory, current, mine.tiles_a_worker, worker, warp, lane);
-
         current.unit_begin += tiles;
         if (++current.head == decode.heads_kv && current.end < mine.end) {
             current.head = 0;
@@ -559,36 +618,52 @@ __device__ inline void consume(const attn_hopper_decode &decode, const share &mi
     }
 }
 
+/*
+ * Brings a small page table into the L2 cache while the lengths, which say where in it to look, are still on their way: a line a
+ * block.
+ */
+__device__ inline void prefetch_page_table(const attn_hopper_decode &decode) {
+    constexpr uint32_t LINE_ENTRIES = 32;
+    size_t entry = (size_t)blockIdx.x * LINE_ENTRIES;
+    if (entry < (size_t)decode.batch * decode.page_table_stride) hopper::prefetch_l2(decode.page_table + entry);
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* The kernel */
 
-template <uint32_t BLOCKS, uint32_t PAGES, uint32_t STAGES, uint32_t BLOCKS_PER_SM>
-__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
-    decode_kernel(const __grid_constant__ attn_hopper_decode decode, uint32_t align_percent) {
+/* How a kernel is built: 8-row blocks of queries, pages a tile, stages of the ring, groups of consumers. */
+template <uint32_t BLOCKS, uint32_t PAGES, uint32_t STAGES, uint32_t GROUPS, uint32_t BLOCKS_PER_SM>
+__global__ void __launch_bounds__(GROUPS *CONSUMERS + 32, BLOCKS_PER_SM)
+    decode_kernel(const __grid_constant__ attn_hopper_decode decode, uint32_t align_tiles) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    using memory_type = block_memory<BLOCKS * 8, STAGES>;
+    using memory_type = block_memory<BLOCKS * 8, STAGES, GROUPS>;
     extern __shared__ __align__(128) char shared[];
     memory_type &memory = *(memory_type *)(shared + STAGES * STAGE_BYTES);
     uint32_t ring = hopper::shared_address(shared);
     uint32_t full = hopper::shared_address(memory.full);
     uint32_t empty = hopper::shared_address(memory.empty);
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (threadIdx.x == CONSUMERS) {
+    if (threadIdx.x == GROUPS * CONSUMERS) {
+        prefetch_page_table(decode);
         for (uint32_t stage = 0; stage < STAGES; stage++) {
             hopper::barrier_init(full + stage * 8, 1);
             hopper::barrier_init(empty + stage * 8, CONSUMER_WARPS);
         }
+        for (uint32_t group = 0; group < GROUPS; group++) {
+            hopper::barrier_init(hopper::shared_address(&memory.group[group].turn), CONSUMER_WARPS);
+        }
         hopper::barrier_init_fence();
     }
     hopper::launch_dependents();
-    share mine = find_share(decode, gridDim.x, blockIdx.x, align_percent, lane);
+    share mine = find_share(decode, gridDim.x, blockIdx.x, align_tiles, lane);
     __syncthreads();
     if (mine.begin == mine.end) return;
     workspace_view workspace = view_workspace(decode.workspace, gridDim.x, BLOCKS * 8);
-    if (warp == CONSUMER_WARPS) {
+    if (warp == GROUPS * CONSUMER_WARPS) {
         produce<PAGES, STAGES>(decode, mine, ring, full, empty, workspace.status, lane);
     } else {
-        consume<BLOCKS, STAGES>(decode, mine, workspace, memory, ring, full, empty, blockIdx.x, warp, lane);
+        consume<BLOCKS, STAGES, GROUPS>(decode, mine, workspace, memory, ring, blockIdx.x, warp / CONSUMER_WARPS,
+                                        warp % CONSUMER_WARPS, lane);
     }
 #endif
 }
@@ -596,11 +671,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 /* ------------------------------------------------------------------------------------------- */
 /* Launching */
 
-template <uint32_t BLOCKS, uint32_t PAGES, uint32_t STAGES, uint32_t BLOCKS_PER_SM>
+template <uint32_t BLOCKS, uint32_t PAGES, uint32_t STAGES, uint32_t GROUPS, uint32_t BLOCKS_PER_SM>
 cudaError_t launch(const attn_hopper_decode &decode, const attn_hopper_tuning &tuning, cudaStream_t stream) {
-    constexpr size_t BYTES = STAGES * STAGE_BYTES + sizeof(block_memory<BLOCKS * 8, STAGES>);
+    constexpr size_t BYTES = STAGES * STAGE_BYTES + sizeof(block_memory<BLOCKS * 8, STAGES, GROUPS>);
     static_assert(BYTES * BLOCKS_PER_SM <= 227 * 1024 - (BLOCKS_PER_SM - 1) * 1024, "more than a multiprocessor has");
-    auto *kernel = decode_kernel<BLOCKS, PAGES, STAGES, BLOCKS_PER_SM>;
+    auto *kernel = decode_kernel<BLOCKS, PAGES, STAGES, GROUPS, BLOCKS_PER_SM>;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)BYTES);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute attribute;
@@ -608,20 +683,20 @@ cudaError_t launch(const attn_hopper_decode &decode, const attn_hopper_tuning &t
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(tuning.workers);
-    config.blockDim = dim3(THREADS);
+    config.blockDim = dim3(GROUPS * CONSUMERS + 32);
     config.dynamicSmemBytes = BYTES;
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = tuning.overlap_launches ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, decode, tuning.align_percent);
+    return cudaLaunchKernelEx(&config, kernel, decode, tuning.align_tiles);
 }
 
-template <uint32_t BLOCKS, uint32_t STAGES, uint32_t BLOCKS_PER_SM>
+template <uint32_t BLOCKS, uint32_t STAGES, uint32_t GROUPS, uint32_t BLOCKS_PER_SM>
 cudaError_t launch_page_size(const attn_hopper_decode &decode, const attn_hopper_tuning &tuning, cudaStream_t stream) {
     switch (decode.page_size) {
-    case 16: return launch<BLOCKS, 4, STAGES, BLOCKS_PER_SM>(decode, tuning, stream);
-    case 32: return launch<BLOCKS, 2, STAGES, BLOCKS_PER_SM>(decode, tuning, stream);
-    case 64: return launch<BLOCKS, 1, STAGES, BLOCKS_PER_SM>(decode, tuning, stream);
+    case 16: return launch<BLOCKS, 4, STAGES, GROUPS, BLOCKS_PER_SM>(decode, tuning, stream);
+    case 32: return launch<BLOCKS, 2, STAGES, GROUPS, BLOCKS_PER_SM>(decode, tuning, stream);
+    case 64: return launch<BLOCKS, 1, STAGES, GROUPS, BLOCKS_PER_SM>(decode, tuning, stream);
     default: return cudaErrorInvalidValue;
     }
 }
@@ -642,8 +717,9 @@ extern "C" int attn_hopper_decode_launch(const attn_hopper_decode *decode, const
     cudaStream_t on = (cudaStream_t)stream;
     uint32_t rows = padded_rows(decode->group);
     if (tuning->blocks_per_sm == 2)
-        return rows == 8 ? launch_page_size<1, 3, 2>(*decode, *tuning, on) : (int)cudaErrorInvalidValue;
-    if (rows == 8) return launch_page_size<1, 6, 1>(*decode, *tuning, on);
-    if (rows == 16) return launch_page_size<2, 6, 1>(*decode, *tuning, on);
-    return launch_page_size<4, 4, 1>(*decode, *tuning, on);
+        return rows == 8 ? launch_page_size<1, 3, 1, 2>(*decode, *tuning, on) : cudaErrorInvalidValue;
+    if (rows == 32) return launch_page_size<4, 4, 1, 1>(*decode, *tuning, on);
+    if (rows == 16) return launch_page_size<2, 6, 1, 1>(*decode, *tuning, on);
+    if (tuning->consumer_groups == 2) return launch_page_size<1, 6, 2, 1>(*decode, *tuning, on);
+    return launch_page_size<1, 6, 1, 1>(*decode, *tuning, on);
 }

@@ -56,10 +56,25 @@ __device__ inline uint64_t evict_first_policy() {
     return policy;
 }
 
-/* A barrier of the first `threads` threads of the block that name it. */
-template <int THREADS> __device__ inline void named_barrier() {
-    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+/* A barrier of a group of threads; __syncthreads has number 0. */
+template <int THREADS> __device__ inline void named_barrier(uint32_t group) {
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
 }
+
+/* ------------------------------------------------------------------------------------------- */
+/* Global memory */
+
+/*
+ * Adds, after all that this thread, and threads it has met at a barrier, wrote; what others wrote before they added is
+ * visible afterwards, also to threads met at a later barrier. Returns the value before.
+ */
+__device__ inline uint32_t atomic_add_acquire_release(uint32_t *word, uint32_t number) {
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(number) : "memory");
+    return before;
+}
+
+__device__ inline void prefetch_l2(const void *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 /* ------------------------------------------------------------------------------------------- */
 /* Programmatic dependent launch: both are no-ops in an ordinary launch */

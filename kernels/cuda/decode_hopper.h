@@ -10,7 +10,7 @@
  *
  * THE CUT. All tiles of 64 tokens of a batch are one line (sequence, KV head, tile); the blocks cut it into equal shares
  * that they derive from the live lengths. Nothing but `lengths` says how much there is to do. Where all sequences
- * have as many tiles and the share can be rounded up, by at most `align_percent`, to a whole number of units
+ * have as many tiles and the share can be rounded up, by at most `align_tiles`, to a whole number of units
  * (sequence, KV head) or to a whole fraction of one, it is: fewer cuts, fewer partials.
  *
  * Threads: stateless; calls on different streams need different workspaces.
@@ -33,10 +33,11 @@ enum {
 
 /* How a launch is shaped. */
 typedef struct {
-    uint32_t workers;       /* thread blocks: the grid, constant for a device */
-    uint32_t blocks_per_sm; /* 1: six stages of 32 KB; 2: three */
-    uint32_t align_percent; /* 0: equal shares, cut anywhere */
-    int overlap_launches;   /* programmatic dependent launch */
+    uint32_t workers;         /* thread blocks: the grid, constant for a device */
+    uint32_t blocks_per_sm;   /* 1: six stages of 32 KB; 2: three */
+    uint32_t consumer_groups; /* 1 or 2; only groups of up to 8 query heads on one block an SM have 2 */
+    uint32_t align_tiles;     /* 0: equal shares, cut anywhere */
+    int overlap_launches;     /* programmatic dependent launch: the pool, tables and queries must not be the last launch's */
 } attn_hopper_tuning;
 
 /* One layer's decode. All pointers are device memory, borrowed until the launch has run. */
