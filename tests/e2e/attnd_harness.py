@@ -17,8 +17,10 @@ import os
 import pathlib
 import queue
 import re
+import select
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import threading
@@ -459,62 +461,66 @@ class Stream:
 
 
 class Proxy:
-    """A TCP relay to `address` whose connections can be cut with a reset, or stalled."""
+    """A TCP relay to `address` whose connections can be cut with a reset, as if a host had vanished."""
 
     def __init__(self, address):
         host, port = address.rsplit(":", 1)
         self.target = (host, int(port))
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
-        self.lock = threading.Lock()
-        self.sockets = []
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.wake, self.woken = socket.socketpair()
+        self.thread = threading.Thread(target=self._relay, daemon=True)
+        self.thread.start()
 
-    def _accept(self):
+    def _relay(self):
+        """The one thread that touches the sockets, and closes them."""
+        peers = {}
         while True:
-            try:
-                near, _ = self.listener.accept()
-            except OSError:
-                return
-            try:
-                far = socket.create_connection(self.target)
-            except OSError:
-                near.close()
+            ready, _, _ = select.select([self.woken, self.listener, *peers], [], [])
+            if self.woken in ready:
+                command = self.woken.recv(1)
+                for end in peers:
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    end.close()
+                peers.clear()
+                self.woken.send(command)
+                if command == b"q":
+                    return
                 continue
-            with self.lock:
-                self.sockets += [near, far]
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._relay, args=(source, sink), daemon=True).start()
+            for end in ready:
+                if end is self.listener:
+                    near, _ = end.accept()
+                    far = socket.create_connection(self.target)
+                    peers.update({near: far, far: near})
+                elif end in peers:
+                    self._forward(end, peers)
 
     @staticmethod
-    def _relay(source, sink):
+    def _forward(end, peers):
         try:
-            while data := source.recv(65536):
-                sink.sendall(data)
+            data = end.recv(65536)
+            peers[end].sendall(data)
         except OSError:
-            pass
-        for end in (source, sink):
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
+            data = b""
+        if not data:
+            other = peers.pop(end)
+            peers.pop(other)
+            end.close()
+            other.close()
+
+    def _command(self, letter):
+        self.wake.send(letter)
+        self.wake.recv(1)
 
     def cut(self):
-        """Resets every connection, as a host that vanished and came back would."""
-        linger = b"\x01\x00\x00\x00\x00\x00\x00\x00"
-        with self.lock:
-            for end in self.sockets:
-                try:
-                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                    end.shutdown(socket.SHUT_RDWR)
-                    end.close()
-                except OSError:
-                    pass
-            self.sockets.clear()
+        """Resets every connection; new ones are relayed again."""
+        self._command(b"c")
 
     def close(self):
-        self.listener.close()
-        self.cut()
+        self._command(b"q")
+        self.thread.join()
+        for end in (self.listener, self.wake, self.woken):
+            end.close()
 
 
 class RawCall:

@@ -78,7 +78,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_step_changes_nothing(shared_ser
 def first_messages_then_wait(messages, sent, until):
     yield from messages
     sent.set()
-    until.wait()
+    until.wait(TIMEOUT_S)
 
 
 def test_a_client_that_vanishes_during_an_upload_changes_nothing(server, model):
@@ -94,7 +94,7 @@ def test_a_client_that_vanishes_during_an_upload_changes_nothing(server, model):
             busy = threading.Event()
 
             call = visitor.future("AppendKv", first_messages_then_wait(messages[:sent], busy, gone))
-            busy.wait()
+            assert busy.wait(TIMEOUT_S), "the call did not begin"
             if how == "cancel":
                 call.cancel()
             else:
@@ -417,7 +417,7 @@ def test_two_clients_interleave_steps_over_the_same_ranks(shared_server):
                 via = ("stream", "unary")[(step + seed) % 2]
                 model.step(handles, [1 + (step + i) % 3 for i in range(6)], via=via)
             model.check_lengths()
-        except BaseException as failure:  # noqa: BLE001 - handed to the main thread
+        except BaseException as failure:
             failures.append(failure)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
@@ -455,7 +455,7 @@ def test_many_clients_open_step_fork_and_close_at_random(shared_server):
                     some = chance.sample(handles, chance.randint(1, len(handles)))
                     model.step(some, [chance.choice([1, 1, 2, 9]) for _ in some], via=chance.choice(["unary", "stream"]))
             model.check_lengths()
-        except BaseException as failure:  # noqa: BLE001 - handed to the main thread
+        except BaseException as failure:
             failures.append(failure)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
