@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "service/handover.h"
 #include "service/log/log.h"
 #include "service/server.h"
 
@@ -36,6 +37,7 @@ static call_tag *tag_of(call *call, uint32_t event) { return &call->tags[__built
 static void start_batch(call *call, const grpc_op *ops, size_t count, uint32_t event) {
     call_tag *tag = tag_of(call, event);
     atomic_fetch_add_explicit(&call->outstanding, 1, memory_order_relaxed);
+    handover_give(tag);
     grpc_call_error error = grpc_call_start_batch(call->grpc, ops, count, tag, NULL);
     if (error == GRPC_CALL_OK) return;
     /* No tag will come: what was asked for has failed. */
@@ -230,6 +232,7 @@ void call_engine_begins(call *call) { atomic_fetch_add_explicit(&call->outstandi
 void call_engine_refused(call *call) { atomic_fetch_sub_explicit(&call->outstanding, 1, memory_order_relaxed); }
 
 void call_post_from_engine(call *call, size_t bytes_to_send) {
+    handover_give(tag_of(call, CALL_DONE));
     if (bytes_to_send > DIRECT_REPLY_BYTES &&
         grpc_call_start_batch(call->grpc, NULL, 0, tag_of(call, CALL_DONE), NULL) == GRPC_CALL_OK) {
         return;
@@ -244,6 +247,7 @@ bool call_has_news(const call *call) {
 void call_post_notice(call *call) {
     atomic_fetch_add_explicit(&call->outstanding, 1, memory_order_relaxed);
     call_tag *tag = tag_of(call, CALL_NOTICE);
+    handover_give(tag);
     if (grpc_call_start_batch(call->grpc, NULL, 0, tag, NULL) != GRPC_CALL_OK) {
         atomic_fetch_sub_explicit(&call->outstanding, 1, memory_order_relaxed);
     }
@@ -449,6 +453,7 @@ void call_post(call *call, uint32_t events) {
 }
 
 void call_tag_completed(call_tag *tag, bool ok) {
+    handover_take(tag);
     tag->ok = ok;
     call_post(tag->call, tag->event);
 }

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "base/clock.h"
+#include "service/handover.h"
 #include "service/server.h"
 
 /* The proto's element types are the engine's, number for number. */
@@ -82,7 +83,10 @@ attn_status layer_start(layer *layer, call *call, dp_step *step, uint32_t number
 /* ------------------------------------------------------------------------------------------- */
 /* Responses */
 
-static void release_result(void *result) { dp_result_release(result); }
+static void release_result(void *result) {
+    handover_take(result);
+    dp_result_release(result);
+}
 
 /* A result that two slices share: out and lse. */
 typedef struct {
@@ -92,6 +96,7 @@ typedef struct {
 
 static void release_shared(void *context) {
     shared_result *shared = context;
+    handover_take(shared);
     if (atomic_fetch_sub_explicit(&shared->slices, 1, memory_order_acq_rel) > 1) return;
     dp_result_release(shared->result);
     free(shared);
@@ -145,10 +150,12 @@ size_t layer_response(layer *layer, uint64_t step, grpc_slice slices[LAYER_SLICE
     layer->engine.result = NULL;
     shared_result *shared = result->lse != NULL ? malloc(sizeof *shared) : NULL;
     if (shared == NULL) {
+        handover_give(result);
         slices[1] = grpc_slice_new_with_user_data(result->out, result->out_size, release_result, result);
         return 2;
     }
     *shared = (shared_result){.result = result, .slices = 2};
+    handover_give(shared);
     uint8_t tag[WIRE_LENGTH_BYTES];
     slices[1] = grpc_slice_new_with_user_data(result->out, result->out_size, release_shared, shared);
     slices[2] = grpc_slice_from_copied_buffer((const char *)tag, wire_put_length(tag, 17, result->lse_size));

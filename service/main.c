@@ -51,6 +51,12 @@ static daemon_state attnd;
 /* ------------------------------------------------------------------------------------------- */
 /* The process */
 
+#if defined(__SANITIZE_THREAD__)
+/* gRPC's libraries are not instrumented; see handover.h. */
+const char *__tsan_default_options(void);
+const char *__tsan_default_options(void) { return "ignore_noninstrumented_modules=1"; }
+#endif
+
 /*
  * gRPC receives into slices of up to 64 KiB and frees them call by call. glibc would give that memory
  * back to the kernel and fault it in again for every large message.

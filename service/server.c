@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "service/handover.h"
 #include "service/log/log.h"
 #include "service/rpcs.h"
 
@@ -126,6 +127,7 @@ void server_arm(server *server, uint32_t rpc_index, server_queue *queue) {
         return;
     }
     void *tag = &call->tags[__builtin_ctz(CALL_NEW)];
+    handover_give(tag);
     grpc_call_error error;
     if (rpc_index == RPC_UNKNOWN) {
         error = grpc_server_request_call(server->grpc, &call->grpc, &call->details, &call->metadata, queue->cq,
