@@ -33,13 +33,16 @@ def attend(q, k, v, scale, softcap=0.0, window=0, sinks=None, read_only=False):
     length, heads_kv, _ = k.shape
     group = heads_q // heads_kv
     positions = np.full(rows, length - 1) if read_only else np.arange(length - rows, length)
-    scores = np.einsum("rgjd,tgd->rgjt", q.reshape(rows, heads_kv, group, -1), k) * scale
+    # One matrix product a KV head: [rows * group, d] with [d, tokens], and back with [tokens, e].
+    by_head = q.reshape(rows, heads_kv, group, -1).transpose(1, 0, 2, 3).reshape(heads_kv, rows * group, -1)
+    scores = by_head @ k.transpose(1, 2, 0) * scale
     if softcap > 0:
         scores = softcap * np.tanh(scores / softcap)
     tokens = np.arange(length)
     visible = tokens[None, :] <= positions[:, None]
     if window:
         visible &= tokens[None, :] > positions[:, None] - window
+    scores = scores.reshape(heads_kv, rows, group, length).transpose(1, 0, 2, 3)
     scores = np.where(visible[:, None, None, :], scores, -np.inf).reshape(rows, heads_q, length)
     if sinks is not None:
         column = np.broadcast_to(np.asarray(sinks, dtype=np.float64)[None, :, None], (rows, heads_q, 1))
@@ -48,8 +51,9 @@ def attend(q, k, v, scale, softcap=0.0, window=0, sinks=None, read_only=False):
         lse = _log_sum_exp(scores)
     with np.errstate(invalid="ignore"):
         weights = np.where(np.isneginf(scores), 0.0, np.exp(scores - lse[:, :, None]))
-    out = np.einsum("rgjt,tge->rgje", weights.reshape(rows, heads_kv, group, length), v)
-    return out.reshape(rows, heads_q, -1), lse
+    by_head = weights.reshape(rows, heads_kv, group, length).transpose(1, 0, 2, 3).reshape(heads_kv, -1, length)
+    out = (by_head @ v.transpose(1, 0, 2)).reshape(heads_kv, rows, group, v.shape[2]).transpose(1, 0, 2, 3)
+    return out.reshape(rows, heads_q, v.shape[2]), lse
 
 
 def _log_sum_exp(scores):
@@ -120,7 +124,11 @@ class Model:
         return self.tensor(tokens, self.geometry.heads_kv, self.geometry.head_dim_v)
 
     def layer(self, tokens, read_only=False):
-        return Layer(self.queries(tokens)) if read_only else Layer(self.queries(tokens), self.keys(tokens), self.values(tokens))
+        return (
+            Layer(self.queries(tokens))
+            if read_only
+            else Layer(self.queries(tokens), self.keys(tokens), self.values(tokens))
+        )
 
     def layers(self, tokens):
         return [self.layer(tokens) for _ in range(self.geometry.layers)]
@@ -136,7 +144,7 @@ class Model:
     def open_filled(self, lengths, placement=0, dp_rank=0):
         """Sequences of the given lengths, filled by AppendKv."""
         handles = self.open(len(lengths), placement, dp_rank)
-        for handle, length in zip(handles, lengths):
+        for handle, length in zip(handles, lengths, strict=True):
             if length:
                 self.append(handle, length)
         return handles
@@ -168,7 +176,8 @@ class Model:
     def grow(self, handle, rows):
         """Mirrors what a committed step or upload added: rows [(k, v)] a layer."""
         self.stored[handle] = [
-            (np.concatenate([k, new_k]), np.concatenate([v, new_v])) for (k, v), (new_k, new_v) in zip(self.stored[handle], rows)
+            (np.concatenate([k, new_k]), np.concatenate([v, new_v]))
+            for (k, v), (new_k, new_v) in zip(self.stored[handle], rows, strict=True)
         ]
 
     # Uploads
@@ -182,7 +191,11 @@ class Model:
             for start in range(0, tokens, chunk):
                 stop = min(start + chunk, tokens)
                 yield pb.AppendKvRequest(
-                    layer=layer, token_offset=start, tokens=stop - start, k=k[start:stop].tobytes(), v=v[start:stop].tobytes()
+                    layer=layer,
+                    token_offset=start,
+                    tokens=stop - start,
+                    k=k[start:stop].tobytes(),
+                    v=v[start:stop].tobytes(),
                 )
 
     def rows(self, tokens):
@@ -207,7 +220,7 @@ class Model:
             piece = slice(borders[i], borders[i + 1])
             self.grow(handle, [(layer.k[piece], layer.v[piece]) for layer in layers])
         if check:
-            for number, (layer, answer) in enumerate(zip(layers, answers)):
+            for number, (layer, answer) in enumerate(zip(layers, answers, strict=True)):
                 self.check(handles, lengths, number, layer, answer, opts)
         return answers
 
@@ -235,7 +248,9 @@ class Model:
         return [Answer(self, response, lengths) for response in responses]
 
     def step_begin(self, handles, lengths=None, opts=None, **more):
-        return pb.StepBegin(sequences=handles, query_lengths=lengths or [], options=opts, dtype=self.geometry.dtype, **more)
+        return pb.StepBegin(
+            sequences=handles, query_lengths=lengths or [], options=opts, dtype=self.geometry.dtype, **more
+        )
 
     def _step_by_unary_calls(self, handles, lengths, layers, opts):
         responses = []
@@ -247,7 +262,12 @@ class Model:
 
     def decode_request(self, handles, lengths, layer, number=0, opts=None):
         return pb.DecodeRequest(
-            layer=number, sequences=handles, query_lengths=lengths or [], options=opts, dtype=self.geometry.dtype, **layer.fields()
+            layer=number,
+            sequences=handles,
+            query_lengths=lengths or [],
+            options=opts,
+            dtype=self.geometry.dtype,
+            **layer.fields(),
         )
 
     def read(self, handles, query_lengths=None, number=0, via="unary", opts=None, layer=None, check=True):

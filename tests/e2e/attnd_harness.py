@@ -69,7 +69,13 @@ def _load_messages():
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "attnd.pb")
         failed = protoc.main(
-            ["protoc", f"-I{ROOT / 'proto'}", f"-I{grpc_tools.__path__[0]}/_proto", f"--descriptor_set_out={out}", "attnd.proto"]
+            [
+                "protoc",
+                f"-I{ROOT / 'proto'}",
+                f"-I{grpc_tools.__path__[0]}/_proto",
+                f"--descriptor_set_out={out}",
+                "attnd.proto",
+            ]
         )
         if failed:
             raise RuntimeError("proto/attnd.proto does not compile")
@@ -80,7 +86,9 @@ def _load_messages():
     names = {}
     for file in files.file:
         for message in file.message_type:
-            names[message.name] = message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{file.package}.{message.name}"))
+            names[message.name] = message_factory.GetMessageClass(
+                pool.FindMessageTypeByName(f"{file.package}.{message.name}")
+            )
         for enum in file.enum_type:
             for value in enum.value:
                 names[value.name] = value.number
@@ -260,7 +268,7 @@ class Server:
 
     def check_log(self):
         report = SANITIZER_REPORT.search(self.log())
-        assert not report, f"sanitizer report:\n{self.log()[max(0, report.start() - 200):][:16000]}"
+        assert not report, f"sanitizer report:\n{self.log()[max(0, report.start() - 200) :][:16000]}"
 
     def check_alive(self):
         assert self.process.poll() is None, f"attnd ended with {self.process.returncode}:\n{self.log()[-8000:]}"
@@ -335,7 +343,11 @@ class Api:
         return self.call("GetServerInfo")
 
     def open(self, count=1, placement=0, dp_rank=0):
-        return list(self.call("OpenSequences", pb.OpenSequencesRequest(count=count, placement=placement, dp_rank=dp_rank)).sequences)
+        return list(
+            self.call(
+                "OpenSequences", pb.OpenSequencesRequest(count=count, placement=placement, dp_rank=dp_rank)
+            ).sequences
+        )
 
     def fork(self, sequence, length):
         return self.call("ForkSequence", pb.ForkSequenceRequest(sequence=sequence, length=length)).sequence
@@ -400,9 +412,20 @@ class Api:
             for rank in self.info().ranks:
                 if rank.state == pb.RANK_STATE_LOST:
                     continue
-                held = (rank.pages_total - rank.pages_free, rank.sequences, rank.tokens, rank.tokens_in_flight, rank.queue_depth)
+                held = (
+                    rank.pages_total - rank.pages_free,
+                    rank.sequences,
+                    rank.tokens,
+                    rank.tokens_in_flight,
+                    rank.queue_depth,
+                )
                 if any(held):
-                    found.append((rank.rank, dict(zip(("pages", "sequences", "tokens", "in_flight", "queue"), held))))
+                    found.append(
+                        (
+                            rank.rank,
+                            dict(zip(("pages", "sequences", "tokens", "in_flight", "queue"), held, strict=True)),
+                        )
+                    )
             return found
 
         deadline = time.monotonic() + timeout_s
@@ -554,7 +577,9 @@ class RawCall:
         """As far as the server's window lets it; returns the bytes sent."""
         sent = 0
         while sent < len(data):
-            room = min(self.h2.local_flow_control_window(self.stream), self.h2.max_outbound_frame_size, len(data) - sent)
+            room = min(
+                self.h2.local_flow_control_window(self.stream), self.h2.max_outbound_frame_size, len(data) - sent
+            )
             if room == 0:
                 break
             self.h2.send_data(self.stream, data[sent : sent + room])

@@ -24,10 +24,12 @@ class Twins:
     def _upload(model, placement):
         handles = model.open(len(LENGTHS), placement)
         random = np.random.default_rng(99)
-        for handle, length in zip(handles, LENGTHS):
+        for handle, length in zip(handles, LENGTHS, strict=True):
             rows = [
                 tuple(
-                    random.uniform(-2, 2, (length, model.geometry.heads_kv, width)).astype(np.float32).astype(model.dtype)
+                    random.uniform(-2, 2, (length, model.geometry.heads_kv, width))
+                    .astype(np.float32)
+                    .astype(model.dtype)
                     for width in (model.geometry.head_dim, model.geometry.head_dim_v)
                 )
                 for _ in range(model.geometry.layers)
@@ -55,12 +57,14 @@ def test_200_random_batches_are_bitwise_the_same_alone_and_in_the_batch_on_1_to_
     for batch in range(200):
         members = random.permutation(len(LENGTHS))[: random.integers(1, len(LENGTHS) + 1)]
         rows = [int(random.choice([1, 1, 1, 2, 5, 8])) for _ in members]
-        layer = Layer(np.concatenate([queries[i][:n] for i, n in zip(members, rows)]))
+        layer = Layer(np.concatenate([queries[i][:n] for i, n in zip(members, rows, strict=True)]))
         model, handles = twins.models[batch % len(twins.models)]
         answer = model.read([handles[i] for i in members], rows, opts=INVARIANT, layer=layer, check=batch % 20 == 0)
-        for place, (i, n) in enumerate(zip(members, rows)):
+        for place, (i, n) in enumerate(zip(members, rows, strict=True)):
             got = (answer.outs[place].tobytes(), answer.lses[place].tobytes())
-            assert got == output_alone(i, n), f"batch {batch}, sequence of {LENGTHS[i]}, {n} rows, place {place} of {len(members)}"
+            assert got == output_alone(i, n), (
+                f"batch {batch}, sequence of {LENGTHS[i]}, {n} rows, place {place} of {len(members)}"
+            )
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -83,7 +87,10 @@ def test_steps_are_bitwise_the_same_alone_and_in_the_batch_on_1_to_4_ranks(share
                             [rows[i]],
                             opts=INVARIANT,
                             check=False,
-                            layers=[Layer(*(x[borders[i] : borders[i + 1]] for x in (one.q, one.k, one.v))) for one in layers],
+                            layers=[
+                                Layer(*(x[borders[i] : borders[i + 1]] for x in (one.q, one.k, one.v)))
+                                for one in layers
+                            ],
                         )
                     )
                     for i, handle in enumerate(handles)

@@ -57,7 +57,13 @@ OPTIONS = {
     "window_longer_than_a_chunk": {"sliding_window": 600},
     "sinks": {"sinks": [0.5, -3.0, 8.0, 0.0]},
     "batch_invariant": {"batch_invariant": True},
-    "all_together": {"softmax_scale": 0.2, "softcap": 5.0, "sliding_window": 70, "sinks": [1.0, 2.0, -1.0, 3.0], "batch_invariant": True},
+    "all_together": {
+        "softmax_scale": 0.2,
+        "softcap": 5.0,
+        "sliding_window": 70,
+        "sinks": [1.0, 2.0, -1.0, 3.0],
+        "batch_invariant": True,
+    },
 }
 
 
@@ -104,7 +110,9 @@ def test_outputs_come_in_request_order_whatever_the_ranks(shared_server):
     straight = model.read(handles, layer=layer, opts=options(batch_invariant=True))
     for _ in range(5):
         order = model.random.permutation(16)
-        shuffled = model.read([handles[i] for i in order], layer=Layer(layer.q[order]), opts=options(batch_invariant=True))
+        shuffled = model.read(
+            [handles[i] for i in order], layer=Layer(layer.q[order]), opts=options(batch_invariant=True)
+        )
         for place, i in enumerate(order):
             assert shuffled.outs[place].tobytes() == straight.outs[i].tobytes()
 
@@ -127,7 +135,7 @@ def test_a_unary_read_has_no_step(model):
 def test_a_read_of_an_empty_sequence_is_zero_with_lse_minus_infinity(model):
     handles = model.open(2)
     answer = model.read(handles, [1, 3], opts=options(return_lse=True))
-    for out, lse in zip(answer.outs, answer.lses):
+    for out, lse in zip(answer.outs, answer.lses, strict=True):
         assert (out == 0).all()
         assert np.isneginf(lse).all()
 
@@ -176,7 +184,9 @@ def test_a_layers_own_options_replace_those_of_the_step(model):
     own = options(sliding_window=4, return_lse=True)
     with model.api.stream() as stream:
         first = stream.ask(
-            pb.DecodeStreamRequest(begin=model.step_begin([handle], opts=options(softcap=2.0)), layer=0, **layers[0].fields())
+            pb.DecodeStreamRequest(
+                begin=model.step_begin([handle], opts=options(softcap=2.0)), layer=0, **layers[0].fields()
+            )
         )
         second = stream.ask(pb.DecodeStreamRequest(layer=1, options=own, **layers[1].fields()))
         stream.end()
@@ -201,7 +211,7 @@ def test_an_aborted_step_on_a_stream_leaves_the_stream_usable(model):
         stream.end()
     for i, handle in enumerate(handles):
         model.grow(handle, [(layer.k[i : i + 1], layer.v[i : i + 1]) for layer in layers])
-    for number, (layer, answer) in enumerate(zip(layers, answers)):
+    for number, (layer, answer) in enumerate(zip(layers, answers, strict=True)):
         model.check(handles, [1, 1], number, layer, answer)
 
 
@@ -256,7 +266,7 @@ def test_1024_sequences_in_one_step(shared_server):
     layers = model.layers(1024)
     answers = model.step(handles, layers=layers, check=False)
     for i in (0, 1, 511, 512, 1022, 1023):
-        for number, (layer, answer) in enumerate(zip(layers, answers)):
+        for number, (layer, answer) in enumerate(zip(layers, answers, strict=True)):
             wanted, _ = model.expected(handles[i], number, layer.q[i : i + 1])
             assert np.linalg.norm(answer.outs[i] - wanted) <= 1e-5 * np.linalg.norm(wanted)
     model.check_lengths()
@@ -271,7 +281,7 @@ def test_a_long_stream_of_steps(model):
             for i, handle in enumerate(handles):
                 model.grow(handle, [(layer.k[i : i + 1], layer.v[i : i + 1]) for layer in layers])
             if step % 20 == 19:
-                for number, (layer, answer) in enumerate(zip(layers, answers)):
+                for number, (layer, answer) in enumerate(zip(layers, answers, strict=True)):
                     model.check(handles, [1, 1, 1], number, layer, answer)
         stream.end()
     model.check_lengths()
@@ -293,7 +303,7 @@ def test_steps_pipelined_on_one_stream_before_any_answer_is_read(model):
             answers = model._answers([stream.receive() for _ in layers], [1, 1])
             for i, handle in enumerate(handles):
                 model.grow(handle, [(layer.k[i : i + 1], layer.v[i : i + 1]) for layer in layers])
-            for number, (layer, answer) in enumerate(zip(layers, answers)):
+            for number, (layer, answer) in enumerate(zip(layers, answers, strict=True)):
                 model.check(handles, [1, 1], number, layer, answer)
         stream.end()
     model.check_lengths()

@@ -77,7 +77,9 @@ def test_a_tensor_of_the_wrong_size_is_named(model, filled, call, tensor, change
     request = step_request(model, filled)
     good = getattr(request, tensor)
     row = len(good) // 3
-    bad = {-1: good[:-1], +1: good + b"\0", "row less": good[:-row], "row more": good + good[:row], "empty": b""}[change]
+    bad = {-1: good[:-1], +1: good + b"\0", "row less": good[:-row], "row more": good + good[:row], "empty": b""}[
+        change
+    ]
     setattr(request, tensor, bad)
     expect(call.error(model, request), CODE.INVALID_ARGUMENT, tensor + ":")
 
@@ -294,7 +296,10 @@ def every_use_of(model, handle, good):
     yield model.api.error("TruncateSequence", pb.TruncateSequenceRequest(sequence=handle)), "sequence"
     yield model.api.error("AppendKv", [begin(handle), chunk(model)]), "sequence"
     yield model.api.error("Decode", model.decode_request([good, handle], None, layer)), "sequences[1]"
-    yield model.api.error("Decode", model.decode_request([good, handle], None, model.layer(2, read_only=True))), "sequences[1]"
+    yield (
+        model.api.error("Decode", model.decode_request([good, handle], None, model.layer(2, read_only=True))),
+        "sequences[1]",
+    )
     with model.api.stream() as stream:
         stream.send(pb.DecodeStreamRequest(begin=model.step_begin([good, handle]), **layer.fields()))
         yield stream.error(), "sequences[1]"
@@ -493,7 +498,9 @@ def test_too_many_sequences_are_refused_all_or_none(start_server):
     assert api.info().ranks[0].sequences == 7
     api.open(3)
     expect_exhausted(api.error("OpenSequences", pb.OpenSequencesRequest(count=1)), "sequences")
-    expect_exhausted(api.error("ForkSequence", pb.ForkSequenceRequest(sequence=next(iter(api.open_handles)))), "sequences")
+    expect_exhausted(
+        api.error("ForkSequence", pb.ForkSequenceRequest(sequence=next(iter(api.open_handles)))), "sequences"
+    )
 
 
 @pytest.mark.parametrize("count", [2**20, 2**31, 2**32 - 1])
@@ -527,7 +534,9 @@ def test_a_message_over_the_limit_is_refused(start_server):
     with model.api.stream() as stream:
         stream.send(pb.DecodeStreamRequest(begin=model.step_begin([handle]), q=b"\0" * (2 << 20)))
         expect(stream.error(), CODE.RESOURCE_EXHAUSTED)
-    expect(model.api.error("AppendKv", [begin(handle), pb.AppendKvRequest(k=b"\0" * (2 << 20))]), CODE.RESOURCE_EXHAUSTED)
+    expect(
+        model.api.error("AppendKv", [begin(handle), pb.AppendKvRequest(k=b"\0" * (2 << 20))]), CODE.RESOURCE_EXHAUSTED
+    )
     model.check_lengths()
     model.step([handle])
 
@@ -569,7 +578,12 @@ def tenants(start_server, tmp_path):
 
 def test_calls_without_credentials_are_unauthenticated(tenants):
     server, _, _ = tenants
-    for metadata in ([], [("authorization", "")], [("authorization", "Basic abc")], [("authorization", "alice-token-0123456789")]):
+    for metadata in (
+        [],
+        [("authorization", "")],
+        [("authorization", "Basic abc")],
+        [("authorization", "alice-token-0123456789")],
+    ):
         api = server.api(metadata=metadata)
         for name in ("GetServerInfo", "OpenSequences", "Decode", "DescribeSequences"):
             expect(api.error(name, b""), CODE.UNAUTHENTICATED)
@@ -605,7 +619,11 @@ def test_a_foreign_step_is_not_found(tenants):
     (handle,) = alice.open_filled([10])
     layers = alice.layers(1)
     first = alice.api.call("Decode", alice.decode_request([handle], None, layers[0]))
-    expect(bob.api.error("Decode", pb.DecodeRequest(step=first.step, layer=1, **layers[1].fields())), CODE.NOT_FOUND, "step")
+    expect(
+        bob.api.error("Decode", pb.DecodeRequest(step=first.step, layer=1, **layers[1].fields())),
+        CODE.NOT_FOUND,
+        "step",
+    )
     expect(bob.api.error("Decode", pb.DecodeRequest(step=first.step, abort=True)), CODE.NOT_FOUND, "step")
     second = alice.api.call("Decode", pb.DecodeRequest(step=first.step, layer=1, **layers[1].fields()))
     assert second.committed

@@ -29,7 +29,16 @@ def run(*arguments, timeout=TIMEOUT_S):
 def test_help_lists_every_flag_and_ends_well():
     result = run("--help")
     assert result.returncode == 0
-    for flag in (*Server.DEFAULTS, "config", "isa", "step_idle_ms", "sequence_idle_ms", "max_message_mb", "max_queue", "ready_file"):
+    for flag in (
+        *Server.DEFAULTS,
+        "config",
+        "isa",
+        "step_idle_ms",
+        "sequence_idle_ms",
+        "max_message_mb",
+        "max_queue",
+        "ready_file",
+    ):
         assert "--" + flag.replace("_", "-") in result.stdout
 
 
@@ -242,11 +251,15 @@ def test_the_file_that_reflection_gives_can_be_had_by_its_name(api):
     )
     raw = answer.file_descriptor_response.file_descriptor_proto
     name = descriptor_pb2.FileDescriptorProto.FromString(raw[0]).name
-    (again,) = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(file_by_filename=name)]), timeout=TIMEOUT_S)
+    (again,) = stub.ServerReflectionInfo(
+        iter([reflection_pb2.ServerReflectionRequest(file_by_filename=name)]), timeout=TIMEOUT_S
+    )
     assert next(iter(again.file_descriptor_response.file_descriptor_proto)) == raw[0]
 
 
-@pytest.mark.parametrize("path", ["/attnd.v1.Attention/Nothing", "/nothing/Nothing", "/x", "/attnd.v1.Attention/decode"])
+@pytest.mark.parametrize(
+    "path", ["/attnd.v1.Attention/Nothing", "/nothing/Nothing", "/x", "/attnd.v1.Attention/decode"]
+)
 def test_an_unknown_method_is_unimplemented(api, path):
     call = api.channel.unary_unary(path, request_serializer=bytes, response_deserializer=bytes)
     for _ in range(20):
@@ -288,7 +301,9 @@ def test_sigterm_of_an_idle_server_ends_it_at_once(start_server):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_drain_finishes_calls_in_flight_and_refuses_new_ones(start_server, number):
-    server = start_server(backend="reference", ranks=1, layers=1, heads_q=8, heads_kv=1, head_dim=128, head_dim_v=128, grace_ms=30000)
+    server = start_server(
+        backend="reference", ranks=1, layers=1, heads_q=8, heads_kv=1, head_dim=128, head_dim_v=128, grace_ms=30000
+    )
     model = Model(server.api())
     (handle,) = model.open_filled([2000])
     layer = model.layer(32, read_only=True)

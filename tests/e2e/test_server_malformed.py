@@ -27,7 +27,9 @@ BLAMES_THE_REQUEST = {
 @pytest.fixture
 def small(shared_server):
     """Tensors of 64 bytes a row, so that every byte of a message can be spoilt in turn."""
-    server = shared_server(ranks=2, layers=2, heads_q=1, heads_kv=1, head_dim=32, head_dim_v=32, dtype="fp16", max_sequences=64)
+    server = shared_server(
+        ranks=2, layers=2, heads_q=1, heads_kv=1, head_dim=32, head_dim_v=32, dtype="fp16", max_sequences=64
+    )
     return Model(server.api())
 
 
@@ -38,7 +40,13 @@ def samples(model, name):
     tensors = layer.fields()
     fp16 = pb.DTYPE_FP16
     everything = options(
-        softmax_scale=0.5, softcap=2.0, sliding_window=9, sinks=[1.0], return_lse=True, batch_invariant=True, return_timing=True
+        softmax_scale=0.5,
+        softcap=2.0,
+        sliding_window=9,
+        sinks=[1.0],
+        return_lse=True,
+        batch_invariant=True,
+        return_timing=True,
     )
     rows = [(model.keys(2), model.values(2)) for _ in range(2)]
     return {
@@ -272,7 +280,11 @@ def test_a_compressed_message_is_refused_or_unpacked(server):
 
 def test_what_is_not_http_2_is_hung_up_on(server, api):
     host, port = server.address.rsplit(":", 1)
-    for garbage in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", bytes(range(256)) * 10, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 100):
+    for garbage in (
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        bytes(range(256)) * 10,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 100,
+    ):
         connection = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
         connection.sendall(garbage)
         try:

@@ -19,7 +19,11 @@ def test_server_info_tells_the_geometry_the_ranks_and_the_limits(server, api):
     info = api.info()
     flags = server.flags
     geometry = info.geometry
-    assert (geometry.layers, geometry.heads_q, geometry.heads_kv) == (flags["layers"], flags["heads_q"], flags["heads_kv"])
+    assert (geometry.layers, geometry.heads_q, geometry.heads_kv) == (
+        flags["layers"],
+        flags["heads_q"],
+        flags["heads_kv"],
+    )
     assert (geometry.head_dim, geometry.head_dim_v) == (flags["head_dim"], flags["head_dim_v"])
     assert geometry.dtype == pb.DTYPE_FP32 and geometry.page_size == flags["page_size"]
     assert [rank.rank for rank in info.ranks] == list(range(flags["ranks"]))
@@ -90,7 +94,9 @@ def test_a_spread_sequence_has_its_tokens_on_every_rank(shared_server):
 
 def test_describe_counts_pages_and_length(model):
     handles = model.open_filled([0, 1, 16, 17])
-    assert [(info.length, info.pages, info.shared_pages, info.busy, info.spread) for info in model.api.describe(handles)] == [
+    assert [
+        (info.length, info.pages, info.shared_pages, info.busy, info.spread) for info in model.api.describe(handles)
+    ] == [
         (0, 0, 0, False, False),
         (1, 1, 0, False, False),
         (16, 1, 0, False, False),
@@ -223,7 +229,7 @@ def test_speculative_decoding_by_steps_and_truncation(model):
     for accepted in (1, 4, 2, 3):
         before = [model.length(handle) for handle in handles]
         model.step(handles, [4, 4])
-        for handle, length in zip(handles, before):
+        for handle, length in zip(handles, before, strict=True):
             model.truncate(handle, length + accepted)
     model.read(handles)
     model.check_lengths()
@@ -307,15 +313,19 @@ def test_an_incomplete_upload_is_refused_and_changes_nothing(model):
 def test_uploads_of_several_sequences_run_at_the_same_time(model):
     handles = model.open(8)
     rows = {handle: model.rows(333) for handle in handles}
-    calls = [model.api.future("AppendKv", list(model.append_messages(handle, rows[handle], chunk=50))) for handle in handles]
-    for handle, call in zip(handles, calls):
+    calls = [
+        model.api.future("AppendKv", list(model.append_messages(handle, rows[handle], chunk=50))) for handle in handles
+    ]
+    for handle, call in zip(handles, calls, strict=True):
         assert pb.AppendKvResponse.FromString(call.result()).length == 333
         model.grow(handle, rows[handle])
     model.step(handles)
 
 
 def test_a_large_upload_in_one_message(shared_server):
-    model = Model(shared_server(ranks=1, layers=1, heads_q=8, heads_kv=8, head_dim=128, head_dim_v=128, pages=256).api())
+    model = Model(
+        shared_server(ranks=1, layers=1, heads_q=8, heads_kv=8, head_dim=128, head_dim_v=128, pages=256).api()
+    )
     (handle,) = model.open()
     model.append(handle, 2000)  # 8 MiB of k, 8 MiB of v
     answer = model.read([handle], [64])
