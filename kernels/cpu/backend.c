@@ -383,6 +383,41 @@ static void deliver_chunk(cpu_backend *self, const piece *piece, worker_memory *
     merge_partials(self, run, memory, (uint32_t)run->unit_tiles);
 }
 
+/*
+ * Does every row of the run see one and the same token, with nothing else in the softmax and no LSE
+ * wanted? Then its probability is 1, whatever the query: the output is that token's value. The first
+ * token of a sequence is such a case; to score it would read 16 tokens' lines of keys.
+ */
+static bool output_is_a_value(const cpu_backend *self, const attn_run *run) {
+    const attn_batch *batch = self->base.line.batch;
+    if (run->unit_end - run->unit_begin != 1 || batch->sinks != NULL || batch->batch_invariant) return false;
+    if (batch->lses != NULL || attn_batch_part(batch, run->sequence) != NULL) return false;
+    for (uint32_t q = 0; q < run->queries; q++) {
+        uint64_t begin, end;
+        attn_row_visible(batch, run->sequence, run->query_first + q, &begin, &end);
+        if (begin != run->unit_begin || end != run->unit_end) return false;
+    }
+    return true;
+}
+
+static bool write_value(const cpu_backend *self, const piece *piece) {
+    const attn_geometry *geometry = &self->base.geometry;
+    const attn_run *run = &piece->run;
+    uint64_t token = run->unit_begin;
+    size_t bytes = attn_value_row_bytes(geometry) / geometry->heads_kv;
+    char value[MAX_HEAD_DIM * sizeof(float)];
+    uint32_t page = piece->span.pages[token / geometry->page_size];
+    if (page >= self->pool.pages) return false;
+    attn_cpu_pool_read_value(&self->pool, piece->span.layer, page, (uint32_t)(token % geometry->page_size),
+                             piece->span.head, value);
+    for (uint32_t q = 0; q < run->queries; q++) {
+        char *out = find_destination(self, run, q * self->group).out;
+        for (uint32_t j = 0; j < self->group; j++)
+            memcpy(out + j * bytes, value, bytes);
+    }
+    return true;
+}
+
 /* A worker's share of the line, or of a wave of it. */
 static void attend_share(void *context, uint32_t worker) {
     cpu_backend *self = context;
@@ -395,6 +430,11 @@ static void attend_share(void *context, uint32_t worker) {
     while (more) {
         next = now;
         more = next_piece(self, &walk, &next, false);
+        if (output_is_a_value(self, &now.run)) {
+            if (!write_value(self, &now)) memory->failed = true;
+            now = next;
+            continue;
+        }
         if (now.tile == now.run.tile_begin) load_queries(self, &now.run, memory);
         if (!attend_piece(self, &now, more ? &next.span : NULL, memory)) memory->failed = true;
         if (batch_invariant) {

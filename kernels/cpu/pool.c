@@ -52,7 +52,7 @@ void attn_cpu_pool_fini(attn_cpu_pool *pool) {
 /* ------------------------------------------------------------------------------------------- */
 /* Places of elements */
 
-static char *head_memory(attn_cpu_pool *pool, uint32_t layer, uint32_t page, uint32_t head) {
+static char *head_memory(const attn_cpu_pool *pool, uint32_t layer, uint32_t page, uint32_t head) {
     return pool->memory + page * pool->page_bytes + layer * pool->layer_bytes + head * pool->head_bytes;
 }
 
@@ -112,6 +112,32 @@ void attn_cpu_pool_write(attn_cpu_pool *pool, uint32_t layer, uint32_t page, uin
         write_key_fp32(lane, key, geometry->head_dim);
         memcpy(row, value, (size_t)geometry->head_dim_v * 4);
         break;
+    }
+}
+
+/* The other way round, a granule at a time: its low halves, then its high ones. */
+static void read_value_bf16(const char *row, char *value, uint32_t head_dim_v) {
+    for (uint32_t first = 0; first < head_dim_v; first += ATTN_CPU_GRANULE) {
+        uint32_t pairs[16];
+        uint16_t columns[ATTN_CPU_GRANULE];
+        memcpy(pairs, row + (size_t)first * 2, sizeof pairs);
+        for (uint32_t c = 0; c < 16; c++) {
+            columns[c] = (uint16_t)pairs[c];
+            columns[16 + c] = (uint16_t)(pairs[c] >> 16);
+        }
+        uint32_t count = head_dim_v - first < ATTN_CPU_GRANULE ? head_dim_v - first : ATTN_CPU_GRANULE;
+        memcpy(value + (size_t)first * 2, columns, (size_t)count * 2);
+    }
+}
+
+void attn_cpu_pool_read_value(const attn_cpu_pool *pool, uint32_t layer, uint32_t page, uint32_t slot, uint32_t head,
+                              void *value) {
+    const attn_geometry *geometry = &pool->geometry;
+    const char *row = value_row(pool, head_memory(pool, layer, page, head), slot);
+    if (geometry->dtype == ATTN_BF16) {
+        read_value_bf16(row, value, geometry->head_dim_v);
+    } else {
+        memcpy(value, row, geometry->head_dim_v * attn_dtype_bytes(geometry->dtype));
     }
 }
 

@@ -69,6 +69,10 @@ static inline const char *attn_cpu_pool_head(const attn_cpu_pool *pool, uint32_t
 void attn_cpu_pool_write(attn_cpu_pool *pool, uint32_t layer, uint32_t page, uint32_t slot, uint32_t head,
                          const void *key, const void *value);
 
+/* Reads one token's value row back, as it was written: head_dim_v elements, of any alignment. */
+void attn_cpu_pool_read_value(const attn_cpu_pool *pool, uint32_t layer, uint32_t page, uint32_t slot, uint32_t head,
+                              void *value);
+
 /* Copies all layers of a page. Both are in the pool. */
 void attn_cpu_pool_copy_page(attn_cpu_pool *pool, uint32_t from, uint32_t to);
 

@@ -142,6 +142,41 @@ static void an_empty_range_gives_zero_and_minus_infinity(void **state) {
     }
 }
 
+/* Row `row` of the last decode is the value row of `token`, head by head and bit by bit. */
+static void assert_row_is_value(const test_sequence *sequence, const attn_geometry *g, uint32_t row, uint32_t token) {
+    size_t bytes = g->head_dim_v * attn_dtype_bytes(g->dtype);
+    for (uint32_t head = 0; head < g->heads_q; head++) {
+        const unsigned char *value = sequence->values + token * attn_value_row_bytes(g);
+        assert_memory_equal(sequence->out + row * attn_out_row_bytes(g) + head * bytes,
+                            value + head / (g->heads_q / g->heads_kv) * bytes, bytes);
+    }
+}
+
+/* Whether the scores are needed, for the LSE, or not. */
+static void a_row_that_sees_one_token_is_its_value(void **state) {
+    for (uint32_t variant = 0; variant < 12; variant++) {
+        attn_geometry geometry = plain_geometry;
+        geometry.dtype = (attn_dtype)(ATTN_BF16 + variant % 3);
+        geometry.head_dim_v = variant / 3 % 2 ? 40 : 64;
+        decode_options options = {.scale = 0.125f, .window = 1, .no_lse = variant / 6};
+        test_pool pool;
+        test_sequence first, read, windowed, *sequences[] = {&first, &read, &windowed};
+        pool_open(&pool, *state, &geometry, 40, 2, variant);
+        sequence_init(&first, &pool, (sequence_spec){.stored = 0, .query_length = 1});
+        sequence_init(&read, &pool, (sequence_spec){.stored = 1, .query_length = 5, .read = true});
+        sequence_init(&windowed, &pool, (sequence_spec){.stored = 200, .query_length = 3});
+        decode_sequences(&pool, sequences, 3, &options);
+        assert_row_is_value(&first, &geometry, 0, 0);
+        for (uint32_t row = 0; row < 5; row++)
+            assert_row_is_value(&read, &geometry, row, 0);
+        for (uint32_t row = 0; row < 3; row++)
+            assert_row_is_value(&windowed, &geometry, row, 200 + row);
+        for (uint32_t i = 0; i < 3; i++)
+            sequence_fini(sequences[i]);
+        pool_close(&pool);
+    }
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* The pool */
 
@@ -416,6 +451,7 @@ int main(void) {
         ON_EVERY_BACKEND(a_backend_tells_its_geometry_and_itself),
         ON_EVERY_BACKEND(an_empty_batch_does_nothing),
         ON_EVERY_BACKEND(an_empty_range_gives_zero_and_minus_infinity),
+        ON_EVERY_BACKEND(a_row_that_sees_one_token_is_its_value),
         ON_EVERY_BACKEND(an_append_across_pages_is_what_is_attended_to),
         ON_EVERY_BACKEND(appending_nothing_is_fine),
         ON_EVERY_BACKEND(poison_within_the_length_is_seen),
