@@ -94,15 +94,21 @@ static const peer *find_peer(const peer_list *peers, const char *name) {
 typedef struct {
     const char *name;
     uint32_t blocks_per_sm;
-    uint32_t consumer_groups;
-    uint32_t align_tiles;
+    uint32_t stages;
+    uint32_t align_tiles, whole_workers, whole_tiles;
     int overlap_launches;
 } tuning_row;
 
 static const tuning_row TUNINGS[] = {
-    {"equal", 1, 1, 0, 0},      {"aligned", 1, 1, 4, 0},           {"turns_equal", 1, 2, 0, 0},
-    {"turns", 1, 2, 4, 0},      {"two_blocks", 2, 1, 4, 0},        {"turns_overlap", 1, 2, 4, 1},
-    {"two_blocks_overlap", 2, 1, 4, 1},
+    {"equal", 1, 6, 0, UINT32_MAX, 0, 0},
+    {"aligned", 1, 6, 4, UINT32_MAX, 0, 0},
+    {"whole_60", 1, 6, 4, 60, 8, 0},
+    {"whole_30", 1, 6, 4, 30, 16, 0},
+    {"stages_4", 1, 4, 4, 60, 8, 0},
+    {"stages_3", 1, 3, 4, 60, 8, 0},
+    {"two_blocks", 2, 3, 4, 120, 4, 0},
+    {"overlap", 1, 6, 4, 60, 8, 1},
+    {"two_blocks_overlap", 2, 3, 4, 120, 4, 1},
 };
 enum { TUNING_COUNT = sizeof TUNINGS / sizeof TUNINGS[0] };
 
@@ -464,7 +470,8 @@ static bool bench_shape(const options *chosen, device_state *device, const peer_
             if (chosen->only_tuning != NULL && strcmp(chosen->only_tuning, row->name) != 0) continue;
             if (row->blocks_per_sm == 2 && loaded.decode.group > 8) continue;
             attn_hopper_tuning tuning = {device->multiprocessors * row->blocks_per_sm, row->blocks_per_sm,
-                                         row->consumer_groups, row->align_tiles, row->overlap_launches};
+                                         row->stages, row->align_tiles, row->whole_workers, row->whole_tiles,
+                                         row->overlap_launches};
             attn_hopper_decode decode = loaded.decode;
             size_t workspace_bytes = attn_hopper_workspace_bytes(tuning.workers, decode.group);
             decode.workspace = device_allocate(workspace_bytes);

@@ -1,8 +1,9 @@
 /*
  * One warp of a block is its producer: it walks the block's share of the line and keeps a ring of 32 KB stages filled
  * with bulk copies. Four warps, a group, consume: each takes 16 of a stage's 64 tokens and keeps its own maximum, sum
- * and output (m, l, O), so that no barrier is needed per tile. With two groups, they take turns run by run: while
- * one ends its run, the other has its queries and consumes. With a token's keys as the rows of the matrix product,
+ * and output (m, l, O), so that no barrier is needed per tile. There are two groups. Up to 8 query heads a KV head
+ * they take turns run by run: while one ends its run, the other has its queries and consumes. Of more query heads,
+ * each group has half, and both go over every tile. With a token's keys as the rows of the matrix product,
  *     S^T [16 tokens x 8 queries] = K Q^T        O^T [128 x 8 queries] += V^T P^T
  * only the query rows are padded, to 8, 16 or 32. At the end of a run (the block's tiles of one unit) the
  * four states are merged through shared memory. A run that is a whole unit is written out; any other is a partial, of
@@ -25,6 +26,9 @@ constexpr uint32_t CONSUMER_WARPS = TILE_TOKENS / 16; /* of a group */
 constexpr uint32_t CONSUMERS = CONSUMER_WARPS * 32;
 constexpr uint32_t OUT_STRIDE = HEAD_DIM + 4; /* floats: keeps the four states' rows off each other's banks */
 constexpr uint32_t ALL_LANES = 0xffffffffu;
+
+/* What the groups of consumers divide among them: the block's runs, or the query heads. */
+enum class division { RUNS, HEADS };
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
@@ -51,14 +55,14 @@ constexpr uint32_t WORKSPACE_HEADER_BYTES = 128;
 
 struct workspace_view {
     uint32_t *status;
-    uint32_t *tickets; /* [workers] tiles done of the cut unit that the worker starts */
+    uint32_t *tickets; /* [workers, 2] tiles done of the cut unit that the worker starts; a ticket a group */
     float *out;        /* [2 * workers, rows, HEAD_DIM] not normalised */
     float2 *state;     /* [2 * workers, rows] maximum and sum */
 };
 
 __host__ __device__ constexpr uint32_t padded_rows(uint32_t group) { return group <= 8 ? 8 : group <= 16 ? 16 : 32; }
 
-__host__ __device__ constexpr size_t tickets_bytes(uint32_t workers) { return ((size_t)workers * 4 + 127) / 128 * 128; }
+__host__ __device__ constexpr size_t tickets_bytes(uint32_t workers) { return ((size_t)workers * 8 + 127) / 128 * 128; }
 
 __device__ inline workspace_view view_workspace(void *workspace, uint32_t workers, uint32_t rows) {
     char *bytes = (char *)workspace;
@@ -86,28 +90,29 @@ struct share {
     uint32_t sequence_begin; /* that sequence's first tile in the line */
 };
 
-/*
- * Tiles a worker: an equal share, or where all units are alike a share up to `align_tiles` larger that cuts none or
- * cuts each into equal parts.
- */
+/* When an equal share is rounded up; attn_hopper_tuning says what the fields mean. */
+struct share_policy {
+    uint32_t align_tiles, whole_workers, whole_tiles;
+};
+
+/* Tiles a worker: an equal share, or where all units are alike maybe a larger one that cuts none, or all into equal parts. */
 __device__ inline uint32_t choose_share(uint32_t total, uint32_t workers, uint32_t least, uint32_t most,
-                                        uint32_t align_tiles) {
+                                        const share_policy &policy) {
     uint32_t equal = (total + workers - 1) / workers;
     if (least != most) return equal;
     uint32_t unit = most;
-    uint32_t aligned;
-    if (equal >= unit) {
-        aligned = (equal + unit - 1) / unit * unit;
-    } else {
-        uint32_t parts = unit / equal;
-        aligned = (unit + parts - 1) / parts;
-    }
-    return aligned <= equal + align_tiles ? aligned : equal;
+    uint32_t whole = (equal + unit - 1) / unit * unit;
+    if (whole <= equal + policy.align_tiles || total / whole >= policy.whole_workers || whole <= policy.whole_tiles)
+        return whole;
+    uint32_t parts = unit / equal;
+    if (parts < 2) return equal;
+    uint32_t aligned = (unit + parts - 1) / parts;
+    return aligned <= equal + policy.align_tiles ? aligned : equal;
 }
 
 /* Finds a worker's share of the line. By a whole warp: a lane sums a stretch of sequences, the lanes' sums are scanned. */
 __device__ inline share find_share(const attn_hopper_decode &decode, uint32_t workers, uint32_t worker,
-                                   uint32_t align_tiles, uint32_t lane) {
+                                   const share_policy &policy, uint32_t lane) {
     uint32_t stretch = (decode.batch + 31) / 32;
     uint32_t first = lane * stretch;
     uint32_t sum = 0, least = UINT32_MAX, most = 0;
@@ -127,7 +132,7 @@ __device__ inline share find_share(const attn_hopper_decode &decode, uint32_t wo
     most = __reduce_max_sync(ALL_LANES, most);
 
     share mine;
-    mine.tiles_a_worker = choose_share(total, workers, least, most, align_tiles);
+    mine.tiles_a_worker = choose_share(total, workers, least, most, policy);
     uint64_t begin = (uint64_t)worker * mine.tiles_a_worker;
     mine.begin = begin < total ? (uint32_t)begin : total;
     mine.end = min(total, mine.begin + mine.tiles_a_worker);
@@ -300,14 +305,14 @@ template <uint32_t BLOCKS> __device__ inline void clear_state(warp_state<BLOCKS>
     }
 }
 
-/* The queries of one (sequence, KV head) as the right-hand matrix of S^T = K Q^T; rows beyond the group are 0. */
+/* Query heads `skip` and on of one (sequence, KV head) as the right-hand matrix of S^T = K Q^T; 0 where there are no more. */
 template <uint32_t BLOCKS>
 __device__ inline void load_queries(uint32_t (&queries)[BLOCKS][HEAD_DIM / 8], const attn_hopper_decode &decode,
-                                    uint32_t sequence, uint32_t head, uint32_t lane) {
+                                    uint32_t sequence, uint32_t head, uint32_t skip, uint32_t lane) {
     size_t first_row = ((size_t)sequence * decode.heads_kv + head) * decode.group;
 #pragma unroll
     for (uint32_t b = 0; b < BLOCKS; b++) {
-        uint32_t row = b * 8 + lane / 4;
+        uint32_t row = skip + b * 8 + lane / 4;
         const uint32_t *pairs = (const uint32_t *)decode.queries + (first_row + row) * (HEAD_DIM / 2) + lane % 4;
 #pragma unroll
         for (uint32_t d = 0; d < HEAD_DIM / 8; d++) {
@@ -452,6 +457,11 @@ struct run {
     uint32_t begin, end;             /* of the run, in the line */
 };
 
+/* The query heads, of those of a KV head, that a group of consumers has. */
+struct head_range {
+    uint32_t begin, end;
+};
+
 /* Adds `factor` of a partial's four columns. */
 __device__ inline void add_scaled(float4 &sum, const float4 &out, float factor) {
     sum.x += out.x * factor;
@@ -466,14 +476,15 @@ __device__ inline void add_scaled(float4 &sum, const float4 &out, float factor) 
  */
 template <uint32_t ROWS>
 __device__ inline void merge_partials(const attn_hopper_decode &decode, const workspace_view &workspace,
-                                      const run &current, uint32_t tiles_a_worker, uint32_t warp, uint32_t lane) {
+                                      const run &current, uint32_t tiles_a_worker, head_range heads, uint32_t warp,
+                                      uint32_t lane) {
     constexpr uint32_t EARLY = 8;
     uint32_t first = current.unit_begin / tiles_a_worker;
     uint32_t last = (current.unit_begin + current.unit_tiles - 1) / tiles_a_worker;
     uint32_t count = last - first + 1;
     size_t first_row = ((size_t)current.sequence * decode.heads_kv + current.head) * decode.group;
     /* Partial i of the unit is slot 2 * (first + i), but the first lies in its worker's tail slot. */
-    for (uint32_t row = warp; row < decode.group; row += CONSUMER_WARPS) {
+    for (uint32_t row = heads.begin + warp; row < heads.end; row += CONSUMER_WARPS) {
         const float4 *outs = (const float4 *)workspace.out + ((size_t)2 * first * ROWS + row) * (HEAD_DIM / 4) + lane;
         const float2 *states = workspace.state + (size_t)2 * first * ROWS + row;
         constexpr size_t OUT_STEP = 2 * ROWS * (HEAD_DIM / 4), STATE_STEP = 2 * ROWS;
@@ -521,20 +532,21 @@ __device__ inline void merge_partials(const attn_hopper_decode &decode, const wo
 }
 
 /* Ends a run: merges the warps' states, and writes the unit out or leaves a partial and takes a ticket. */
-template <uint32_t ROWS>
+template <uint32_t ROWS, uint32_t GROUP_ROWS>
 __device__ inline void finish_run(const attn_hopper_decode &decode, const workspace_view &workspace,
-                                  group_memory<ROWS> &memory, const run &current, uint32_t tiles_a_worker,
-                                  uint32_t worker, uint32_t group, uint32_t warp, uint32_t lane) {
+                                  group_memory<GROUP_ROWS> &memory, const run &current, uint32_t tiles_a_worker,
+                                  head_range heads, uint32_t worker, uint32_t group, uint32_t warp, uint32_t lane) {
     hopper::named_barrier<CONSUMERS>(group);
     bool whole = current.end - current.begin == current.unit_tiles;
     size_t first_row = ((size_t)current.sequence * decode.heads_kv + current.head) * decode.group;
     size_t slot = 2 * worker + (current.begin == current.unit_begin);
-    for (uint32_t row = warp; row < decode.group; row += CONSUMER_WARPS) {
+    for (uint32_t row = heads.begin + warp; row < heads.end; row += CONSUMER_WARPS) {
+        uint32_t own_row = row - heads.begin;
         row_state merged = empty_row();
 #pragma unroll
         for (uint32_t w = 0; w < CONSUMER_WARPS; w++) {
-            merge_row(merged, *(const float4 *)&memory.out[w][row][lane * 4], memory.maximum[w][row],
-                      memory.sum[w][row]);
+            merge_row(merged, *(const float4 *)&memory.out[w][own_row][lane * 4], memory.maximum[w][own_row],
+                      memory.sum[w][own_row]);
         }
         if (whole) {
             write_row(decode, first_row + row, merged, lane);
@@ -547,21 +559,28 @@ __device__ inline void finish_run(const attn_hopper_decode &decode, const worksp
     if (whole) return;
 
     if (warp == 0 && lane == 0) {
-        uint32_t *ticket = &workspace.tickets[current.unit_begin / tiles_a_worker];
+        uint32_t *ticket = &workspace.tickets[current.unit_begin / tiles_a_worker * 2 + (heads.begin > 0)];
         uint32_t tiles = current.end - current.begin;
         bool last = hopper::atomic_add_acquire_release(ticket, tiles) + tiles == current.unit_tiles;
         memory.last_arriver = last;
         if (last) *ticket = 0; /* for the next launch */
     }
     hopper::named_barrier<CONSUMERS>(group);
-    if (memory.last_arriver) merge_partials<ROWS>(decode, workspace, current, tiles_a_worker, warp, lane);
+    if (memory.last_arriver) merge_partials<ROWS>(decode, workspace, current, tiles_a_worker, heads, warp, lane);
 }
 
-/* A consumer warp: its part of the worker's runs, every GROUPS-th of them. */
-template <uint32_t BLOCKS, uint32_t STAGES, uint32_t GROUPS>
+/* A consumer warp: its part of the worker's runs, every GROUPS-th of them if the runs are divided. */
+template <uint32_t BLOCKS, uint32_t STAGES, uint32_t GROUPS, division DIVIDED>
 __device__ inline void consume(const attn_hopper_decode &decode, const share &mine, const workspace_view &workspace,
                                block_memory<BLOCKS * 8, STAGES, GROUPS> &memory, uint32_t ring, uint32_t worker,
                                uint32_t group, uint32_t warp, uint32_t lane) {
+    constexpr uint32_t ROWS = BLOCKS * 8 * (DIVIDED == division::HEADS ? GROUPS : 1);
+    constexpr bool TURNS = DIVIDED == division::RUNS && GROUPS > 1;
+    head_range heads = {0, decode.group};
+    if (DIVIDED == division::HEADS) {
+        heads.begin = min(group * BLOCKS * 8, decode.group);
+        heads.end = min(heads.begin + BLOCKS * 8, decode.group);
+    }
     group_memory<BLOCKS * 8> &own = memory.group[group];
     uint32_t full = hopper::shared_address(memory.full), empty = hopper::shared_address(memory.empty);
     uint32_t own_turn = hopper::shared_address(&own.turn);
@@ -578,15 +597,15 @@ __device__ inline void consume(const attn_hopper_decode &decode, const share &mi
     for (current.begin = mine.begin; current.begin < mine.end; current.begin = current.end, run_number++) {
         current.unit_tiles = tiles;
         current.end = min(mine.end, current.unit_begin + tiles);
-        if (run_number % GROUPS == group) {
+        if (!TURNS || run_number % GROUPS == group) {
             uint32_t queries[BLOCKS][HEAD_DIM / 8];
-            load_queries<BLOCKS>(queries, decode, current.sequence, current.head, lane);
+            load_queries<BLOCKS>(queries, decode, current.sequence, current.head, heads.begin, lane);
             warp_state<BLOCKS> state;
             clear_state(state);
             uint32_t place = current.begin - mine.begin;
             uint32_t stage = place % STAGES, parity = place / STAGES % 2;
             /* A stage's barrier tells only the last two fillings apart: those before this run's must be over. */
-            if (GROUPS > 1 && run_number > 0) hopper::barrier_wait(turn_before, (run_number - 1) / GROUPS % 2);
+            if (TURNS && run_number > 0) hopper::barrier_wait(turn_before, (run_number - 1) / GROUPS % 2);
             for (uint32_t tile = current.begin; tile < current.end; tile++) {
                 uint32_t passed = (tile - current.unit_begin) * TILE_TOKENS + warp * 16;
                 uint32_t keys = ring + stage * STAGE_BYTES + warp * 16 * ROW_BYTES;
@@ -603,11 +622,11 @@ __device__ inline void consume(const attn_hopper_decode &decode, const share &mi
                     parity ^= 1;
                 }
             }
-            if (GROUPS > 1 && lane == 0) hopper::barrier_arrive(own_turn);
+            if (TURNS && lane == 0) hopper::barrier_arrive(own_turn);
             store_state<BLOCKS>(own, state, scale_log2, warp, lane);
             /* The launch before may still read what is written from here on. */
             if (run_number < GROUPS) hopper::wait_for_previous_launch();
-            finish_run<BLOCKS * 8>(decode, workspace, own, current, mine.tiles_a_worker, worker, group, warp, lane);
+            finish_run<ROWS>(decode, workspace, own, current, mine.tiles_a_worker, heads, worker, group, warp, lane);
         }
         current.unit_begin += tiles;
         if (++current.head == decode.heads_kv && current.end < mine.end) {
@@ -631,10 +650,10 @@ __device__ inline void prefetch_page_table(const attn_hopper_decode &decode) {
 /* ------------------------------------------------------------------------------------------- */
 /* The kernel */
 
-/* How a kernel is built: 8-row blocks of queries, pages a tile, stages of the ring, groups of consumers. */
-template <uint32_t BLOCKS, uint32_t PAGES, uint32_t STAGES, uint32_t GROUPS, uint32_t BLOCKS_PER_SM>
+/* How a kernel is built: 8-row blocks of queries of a group, pages a tile, stages of the ring, groups of consumers. */
+template <uint32_t BLOCKS, uint32_t PAGES, uint32_t STAGES, uint32_t GROUPS, division DIVIDED, uint32_t BLOCKS_PER_SM>
 __global__ void __launch_bounds__(GROUPS *CONSUMERS + 32, BLOCKS_PER_SM)
-    decode_kernel(const __grid_constant__ attn_hopper_decode decode, uint32_t align_tiles) {
+    decode_kernel(const __grid_constant__ attn_hopper_decode decode, share_policy policy) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     using memory_type = block_memory<BLOCKS * 8, STAGES, GROUPS>;
     extern __shared__ __align__(128) char shared[];
@@ -647,7 +666,7 @@ __global__ void __launch_bounds__(GROUPS *CONSUMERS + 32, BLOCKS_PER_SM)
         prefetch_page_table(decode);
         for (uint32_t stage = 0; stage < STAGES; stage++) {
             hopper::barrier_init(full + stage * 8, 1);
-            hopper::barrier_init(empty + stage * 8, CONSUMER_WARPS);
+            hopper::barrier_init(empty + stage * 8, DIVIDED == division::HEADS ? GROUPS * CONSUMER_WARPS : CONSUMER_WARPS);
         }
         for (uint32_t group = 0; group < GROUPS; group++) {
             hopper::barrier_init(hopper::shared_address(&memory.group[group].turn), CONSUMER_WARPS);
@@ -655,15 +674,15 @@ __global__ void __launch_bounds__(GROUPS *CONSUMERS + 32, BLOCKS_PER_SM)
         hopper::barrier_init_fence();
     }
     hopper::launch_dependents();
-    share mine = find_share(decode, gridDim.x, blockIdx.x, align_tiles, lane);
+    share mine = find_share(decode, gridDim.x, blockIdx.x, policy, lane);
     __syncthreads();
     if (mine.begin == mine.end) return;
-    workspace_view workspace = view_workspace(decode.workspace, gridDim.x, BLOCKS * 8);
+    workspace_view workspace = view_workspace(decode.workspace, gridDim.x, BLOCKS * 8 * (DIVIDED == division::HEADS ? GROUPS : 1));
     if (warp == GROUPS * CONSUMER_WARPS) {
         produce<PAGES, STAGES>(decode, mine, ring, full, empty, workspace.status, lane);
     } else {
-        consume<BLOCKS, STAGES, GROUPS>(decode, mine, workspace, memory, ring, blockIdx.x, warp / CONSUMER_WARPS,
-                                        warp % CONSUMER_WARPS, lane);
+        consume<BLOCKS, STAGES, GROUPS, DIVIDED>(decode, mine, workspace, memory, ring, blockIdx.x,
+                                                 warp / CONSUMER_WARPS, warp % CONSUMER_WARPS, lane);
     }
 #endif
 }
@@ -671,11 +690,11 @@ __global__ void __launch_bounds__(GROUPS *CONSUMERS + 32, BLOCKS_PER_SM)
 /* ------------------------------------------------------------------------------------------- */
 /* Launching */
 
-template <uint32_t BLOCKS, uint32_t PAGES, uint32_t STAGES, uint32_t GROUPS, uint32_t BLOCKS_PER_SM>
+template <uint32_t BLOCKS, uint32_t PAGES, uint32_t STAGES, uint32_t GROUPS, division DIVIDED, uint32_t BLOCKS_PER_SM>
 cudaError_t launch(const attn_hopper_decode &decode, const attn_hopper_tuning &tuning, cudaStream_t stream) {
     constexpr size_t BYTES = STAGES * STAGE_BYTES + sizeof(block_memory<BLOCKS * 8, STAGES, GROUPS>);
     static_assert(BYTES * BLOCKS_PER_SM <= 227 * 1024 - (BLOCKS_PER_SM - 1) * 1024, "more than a multiprocessor has");
-    auto *kernel = decode_kernel<BLOCKS, PAGES, STAGES, GROUPS, BLOCKS_PER_SM>;
+    auto *kernel = decode_kernel<BLOCKS, PAGES, STAGES, GROUPS, DIVIDED, BLOCKS_PER_SM>;
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)BYTES);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute attribute;
@@ -688,15 +707,16 @@ cudaError_t launch(const attn_hopper_decode &decode, const attn_hopper_tuning &t
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = tuning.overlap_launches ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, decode, tuning.align_tiles);
+    share_policy policy = {tuning.align_tiles, tuning.whole_workers, tuning.whole_tiles};
+    return cudaLaunchKernelEx(&config, kernel, decode, policy);
 }
 
-template <uint32_t BLOCKS, uint32_t STAGES, uint32_t GROUPS, uint32_t BLOCKS_PER_SM>
+template <uint32_t BLOCKS, uint32_t STAGES, uint32_t GROUPS, division DIVIDED, uint32_t BLOCKS_PER_SM>
 cudaError_t launch_page_size(const attn_hopper_decode &decode, const attn_hopper_tuning &tuning, cudaStream_t stream) {
     switch (decode.page_size) {
-    case 16: return launch<BLOCKS, 4, STAGES, GROUPS, BLOCKS_PER_SM>(decode, tuning, stream);
-    case 32: return launch<BLOCKS, 2, STAGES, GROUPS, BLOCKS_PER_SM>(decode, tuning, stream);
-    case 64: return launch<BLOCKS, 1, STAGES, GROUPS, BLOCKS_PER_SM>(decode, tuning, stream);
+    case 16: return launch<BLOCKS, 4, STAGES, GROUPS, DIVIDED, BLOCKS_PER_SM>(decode, tuning, stream);
+    case 32: return launch<BLOCKS, 2, STAGES, GROUPS, DIVIDED, BLOCKS_PER_SM>(decode, tuning, stream);
+    case 64: return launch<BLOCKS, 1, STAGES, GROUPS, DIVIDED, BLOCKS_PER_SM>(decode, tuning, stream);
     default: return cudaErrorInvalidValue;
     }
 }
@@ -716,10 +736,10 @@ extern "C" int attn_hopper_decode_launch(const attn_hopper_decode *decode, const
     if (decode->batch == 0) return cudaSuccess;
     cudaStream_t on = (cudaStream_t)stream;
     uint32_t rows = padded_rows(decode->group);
-    if (tuning->blocks_per_sm == 2)
-        return rows == 8 ? launch_page_size<1, 3, 1, 2>(*decode, *tuning, on) : cudaErrorInvalidValue;
-    if (rows == 32) return launch_page_size<4, 4, 1, 1>(*decode, *tuning, on);
-    if (rows == 16) return launch_page_size<2, 6, 1, 1>(*decode, *tuning, on);
-    if (tuning->consumer_groups == 2) return launch_page_size<1, 6, 2, 1>(*decode, *tuning, on);
-    return launch_page_size<1, 6, 1, 1>(*decode, *tuning, on);
+    if (rows == 32) return launch_page_size<2, 4, 2, division::HEADS, 1>(*decode, *tuning, on);
+    if (rows == 16) return launch_page_size<1, 6, 2, division::HEADS, 1>(*decode, *tuning, on);
+    if (tuning->blocks_per_sm == 2) return launch_page_size<1, 3, 1, division::RUNS, 2>(*decode, *tuning, on);
+    if (tuning->stages == 3) return launch_page_size<1, 3, 2, division::RUNS, 1>(*decode, *tuning, on);
+    if (tuning->stages == 4) return launch_page_size<1, 4, 2, division::RUNS, 1>(*decode, *tuning, on);
+    return launch_page_size<1, 6, 2, division::RUNS, 1>(*decode, *tuning, on);
 }

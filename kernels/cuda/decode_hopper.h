@@ -8,10 +8,10 @@
  * them without bank conflicts: piece c of row r lies at place c ^ (r & 7). So a tile, or the live rows of the last
  * one, is a bulk copy without a tensor map.
  *
- * THE CUT. All tiles of 64 tokens of a batch are one line (sequence, KV head, tile); the blocks cut it into equal shares
- * that they derive from the live lengths. Nothing but `lengths` says how much there is to do. Where all sequences
- * have as many tiles and the share can be rounded up, by at most `align_tiles`, to a whole number of units
- * (sequence, KV head) or to a whole fraction of one, it is: fewer cuts, fewer partials.
+ * THE CUT. All tiles of 64 tokens of a batch are one line (sequence, KV head, tile); the blocks cut it into shares that
+ * they derive from the live lengths. Nothing but `lengths` says how much there is to do. A cut unit (sequence, KV head)
+ * costs about 4 us of latency for its merge, so where all units are alike, shares are rounded up to cut fewer
+ * (attn_hopper_tuning).
  *
  * Threads: stateless; calls on different streams need different workspaces.
  */
@@ -33,11 +33,14 @@ enum {
 
 /* How a launch is shaped. */
 typedef struct {
-    uint32_t workers;         /* thread blocks: the grid, constant for a device */
-    uint32_t blocks_per_sm;   /* 1: six stages of 32 KB; 2: three */
-    uint32_t consumer_groups; /* 1 or 2; only groups of up to 8 query heads on one block an SM have 2 */
-    uint32_t align_tiles;     /* 0: equal shares, cut anywhere */
-    int overlap_launches;     /* programmatic dependent launch: the pool, tables and queries must not be the last launch's */
+    uint32_t workers;       /* thread blocks: the grid, constant for a device */
+    uint32_t blocks_per_sm; /* 1, or 2 (three stages a block; groups above 8 take 1 all the same) */
+    uint32_t stages;        /* of 32 KB, of one block an SM: 3, 4 or 6; groups above 8 have their own */
+    /* Where all sequences have as many tiles, a share larger than equal is taken.. */
+    uint32_t align_tiles;   /* ..if it is larger by at most so many tiles and cuts no unit, or all into equal parts */
+    uint32_t whole_workers; /* ..or if it cuts no unit and leaves so many workers with work */
+    uint32_t whole_tiles;   /* ..or if it cuts no unit and is at most so many tiles */
+    int overlap_launches;   /* programmatic dependent launch: nothing that a decode reads may come from the launch before */
 } attn_hopper_tuning;
 
 /* One layer's decode. All pointers are device memory, borrowed until the launch has run. */
