@@ -15,7 +15,8 @@ LOAD = pathlib.Path(__file__).resolve().parents[1] / "load" / "load.py"
 
 
 def load(*arguments, **options):
-    return subprocess.run([sys.executable, LOAD, *arguments], capture_output=True, text=True, timeout=120, check=False, **options)
+    command = [sys.executable, LOAD, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
 
 
 @pytest.mark.slow
