@@ -30,12 +30,12 @@
 #include "proto/attnd.pb-c.h"
 #include "tests/bench_front/bench.h"
 
-#define HEADS_Q       32
-#define HEADS_KV      8
-#define HEAD_DIM      128
+#define HEADS_Q       16
+#define HEADS_KV      1
+#define HEAD_DIM      256
 #define ELEMENT_BYTES 2
 #define QUERY_BYTES   (HEADS_Q * HEAD_DIM * ELEMENT_BYTES)  /* a row: 8 KiB */
-#define VALUE_BYTES   (HEADS_KV * HEAD_DIM * ELEMENT_BYTES) /* a row: 2 KiB */
+#define VALUE_BYTES   (HEADS_KV * HEAD_DIM * ELEMENT_BYTES) /* a row: 512 bytes */
 #define SEQUENCES_MAX 256                                   /* 2 MiB of queries */
 #define IN_FLIGHT_MAX 64
 #define WARM_UP_NS    30000000
