@@ -51,7 +51,8 @@ def attend(q, k, v, scale, softcap=0.0, window=0, sinks=None, read_only=False):
         lse = _log_sum_exp(scores)
     with np.errstate(invalid="ignore"):
         weights = np.where(np.isneginf(scores), 0.0, np.exp(scores - lse[:, :, None]))
-    by_head = weights.reshape(rows, heads_kv, group, length).transpose(1, 0, 2, 3).reshape(heads_kv, -1, length)
+    weights = weights.reshape(rows, heads_kv, group, length).transpose(1, 0, 2, 3)
+    by_head = weights.reshape(heads_kv, rows * group, length)
     out = (by_head @ v.transpose(1, 0, 2)).reshape(heads_kv, rows, group, v.shape[2]).transpose(1, 0, 2, 3)
     return out.reshape(rows, heads_q, v.shape[2]), lse
 

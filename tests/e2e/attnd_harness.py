@@ -37,6 +37,9 @@ import h2.exceptions
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from grpc_tools import protoc
 
+# The oracle's products are small, and the cores belong to the server. numpy reads this when it is first imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SERVICE = "/attnd.v1.Attention/"
 CODE = grpc.StatusCode
@@ -170,6 +173,7 @@ class Server:
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.ready_file = self.folder / "ready"
+        self.ready_file.unlink(missing_ok=True)
         self.log_file = self.folder / "log"
         self.stopped = False
         self.expected_exit = 0
