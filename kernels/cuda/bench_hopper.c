@@ -3,13 +3,13 @@
  *
  *     bench_hopper SHAPES PEERS [--pool-mib N] [--check] [--shape NAME] [--tuning NAME]
  *
- * Measured: a CUDA graph of 10 to 64 launches, each over other pages of a pool of 12 GiB in random order, so that the L2
- * cache is cold; the median of 21 replays, divided by the launches. Bytes are the live K and V, Q and O. The
- * plain-read bandwidth is measured in the same run and all shares are of that; a peer's time counts as a share of the read
- * bandwidth of its own run, so a ratio above 1 is faster than the peer whatever the machine's memory.
+ * Measured: a CUDA graph of 10 to 64 launches, each over other pages of a pool of 12 GiB in random order, so that the
+ * L2 cache is cold; the median of 21 replays, divided by the launches. Bytes are the live K and V, Q and O. The
+ * plain-read bandwidth is measured in the same run and all shares are of that; a peer's time counts as a share of the
+ * read bandwidth of its own run, so a ratio above 1 is faster than the peer whatever the machine's memory.
  *
- * Checked, per shape and tuning: 256 output rows spread over the batch, with all rows of the last pages beyond the lengths
- * NaN and all unused page table entries 2147480000; every output row written; three runs bitwise equal.
+ * Checked, per shape and tuning: 256 output rows spread over the batch, with all rows of the last pages beyond the
+ * lengths NaN and all unused page table entries 2147480000; every output row written; three runs bitwise equal.
  * --check only does that, on a pool just as large as the shape.
  */
 #include <cuda_runtime_api.h>
@@ -100,15 +100,14 @@ typedef struct {
 } tuning_row;
 
 static const tuning_row TUNINGS[] = {
-    {"equal", 1, 6, 0, UINT32_MAX, 0, 0},
-    {"aligned", 1, 6, 4, UINT32_MAX, 0, 0},
-    {"whole_60", 1, 6, 4, 60, 8, 0},
-    {"whole_30", 1, 6, 4, 30, 16, 0},
-    {"stages_4", 1, 4, 4, 60, 8, 0},
-    {"stages_3", 1, 3, 4, 60, 8, 0},
-    {"two_blocks", 2, 3, 4, 120, 4, 0},
-    {"overlap", 1, 6, 4, 60, 8, 1},
-    {"two_blocks_overlap", 2, 3, 4, 120, 4, 1},
+    {"equal", 1, 6, 0, 0, 0, 0},
+    {"aligned", 1, 6, 4, 0, 0, 0},
+    {"aligned_stages_4", 1, 4, 4, 0, 0, 0},
+    {"aligned_stages_3", 1, 3, 4, 0, 0, 0},
+    {"whole_stages_3", 1, 3, 4, 60, 32, 0},
+    {"two_blocks", 2, 3, 4, 0, 0, 0},
+    {"overlap_stages_3", 1, 3, 4, 0, 0, 1},
+    {"two_blocks_overlap", 2, 3, 4, 0, 0, 1},
 };
 enum { TUNING_COUNT = sizeof TUNINGS / sizeof TUNINGS[0] };
 
@@ -469,8 +468,12 @@ static bool bench_shape(const options *chosen, device_state *device, const peer_
             const tuning_row *row = &TUNINGS[t];
             if (chosen->only_tuning != NULL && strcmp(chosen->only_tuning, row->name) != 0) continue;
             if (row->blocks_per_sm == 2 && loaded.decode.group > 8) continue;
-            attn_hopper_tuning tuning = {device->multiprocessors * row->blocks_per_sm, row->blocks_per_sm,
-                                         row->stages, row->align_tiles, row->whole_workers, row->whole_tiles,
+            attn_hopper_tuning tuning = {device->multiprocessors * row->blocks_per_sm,
+                                         row->blocks_per_sm,
+                                         row->stages,
+                                         row->align_tiles,
+                                         row->whole_workers,
+                                         row->whole_tiles,
                                          row->overlap_launches};
             attn_hopper_decode decode = loaded.decode;
             size_t workspace_bytes = attn_hopper_workspace_bytes(tuning.workers, decode.group);
@@ -521,8 +524,9 @@ int main(int argc, char **argv) {
     CUDA(cudaDriverGetVersion(&driver));
     printf("# %s, %u multiprocessors, CUDA driver API %d, read bandwidth %.0f GB/s, pool %zu MiB\n", properties.name,
            device.multiprocessors, driver, device.read_gbps, chosen.pool_mib);
-    printf("tuning,name,us,bytes_us,gbps,share_of_read,err,lse_err,repeats,fa3_per_layer_us,best_per_layer_us,ratio_fa3,"
-           "ratio_best\n");
+    printf(
+        "tuning,name,us,bytes_us,gbps,share_of_read,err,lse_err,repeats,fa3_per_layer_us,best_per_layer_us,ratio_fa3,"
+        "ratio_best\n");
     geometric_mean means[TUNING_COUNT] = {{0}};
     bool good = true;
     for (uint32_t i = 0; i < shapes.count; i++) {

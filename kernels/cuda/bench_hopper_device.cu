@@ -58,7 +58,8 @@ __global__ void reference_kernel(attn_hopper_decode decode, const uint32_t *rows
     const __nv_bfloat16 *pool = (const __nv_bfloat16 *)decode.pool;
     double query[4], accumulated[4] = {0.0, 0.0, 0.0, 0.0};
     for (uint32_t i = 0; i < 4; i++) {
-        query[i] = (double)__bfloat162float(((const __nv_bfloat16 *)decode.queries)[(size_t)row * HEAD_DIM + lane * 4 + i]);
+        query[i] =
+            (double)__bfloat162float(((const __nv_bfloat16 *)decode.queries)[(size_t)row * HEAD_DIM + lane * 4 + i]);
     }
     double maximum = -INFINITY, sum = 0.0;
     for (uint32_t token = warp; token < length; token += WARPS) {

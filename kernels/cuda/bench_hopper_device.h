@@ -15,8 +15,8 @@ extern "C" {
 void bench_fill(void *memory, size_t elements, uint64_t seed);
 
 /*
- * Makes the rows of each sequence's last page beyond its length NaN, or (restore) what bench_fill(pool, .., seed) put there.
- * page_size is at most ATTN_HOPPER_TILE_TOKENS.
+ * Makes the rows of each sequence's last page beyond its length NaN, or (restore) what bench_fill(pool, .., seed) put
+ * there. page_size is at most ATTN_HOPPER_TILE_TOKENS.
  */
 void bench_poison_tails(const attn_hopper_decode *decode, int restore, uint64_t seed);
 

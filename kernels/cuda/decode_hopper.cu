@@ -15,6 +15,11 @@
 
 #include "kernels/cuda/decode_hopper.cuh"
 
+/* Other architectures are compiled too, with a kernel that traps: what only its body uses is unused there. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#pragma nv_diag_suppress 177
+#endif
+
 namespace {
 
 constexpr uint32_t HEAD_DIM = ATTN_HOPPER_HEAD_DIM;
@@ -95,14 +100,15 @@ struct share_policy {
     uint32_t align_tiles, whole_workers, whole_tiles;
 };
 
-/* Tiles a worker: an equal share, or where all units are alike maybe a larger one that cuts none, or all into equal parts. */
+/* Tiles a worker: an equal share, or where all units are alike maybe a larger one that cuts none, or all into equal
+ * parts. */
 __device__ inline uint32_t choose_share(uint32_t total, uint32_t workers, uint32_t least, uint32_t most,
                                         const share_policy &policy) {
     uint32_t equal = (total + workers - 1) / workers;
     if (least != most) return equal;
     uint32_t unit = most;
     uint32_t whole = (equal + unit - 1) / unit * unit;
-    if (whole <= equal + policy.align_tiles || total / whole >= policy.whole_workers || whole <= policy.whole_tiles)
+    if (whole <= equal + policy.align_tiles || (whole <= policy.whole_tiles && total / whole >= policy.whole_workers))
         return whole;
     uint32_t parts = unit / equal;
     if (parts < 2) return equal;
@@ -110,7 +116,8 @@ __device__ inline uint32_t choose_share(uint32_t total, uint32_t workers, uint32
     return aligned <= equal + policy.align_tiles ? aligned : equal;
 }
 
-/* Finds a worker's share of the line. By a whole warp: a lane sums a stretch of sequences, the lanes' sums are scanned. */
+/* Finds a worker's share of the line. By a whole warp: a lane sums a stretch of sequences, the lanes' sums are scanned.
+ */
 __device__ inline share find_share(const attn_hopper_decode &decode, uint32_t workers, uint32_t worker,
                                    const share_policy &policy, uint32_t lane) {
     uint32_t stretch = (decode.batch + 31) / 32;
@@ -305,7 +312,8 @@ template <uint32_t BLOCKS> __device__ inline void clear_state(warp_state<BLOCKS>
     }
 }
 
-/* Query heads `skip` and on of one (sequence, KV head) as the right-hand matrix of S^T = K Q^T; 0 where there are no more. */
+/* Query heads `skip` and on of one (sequence, KV head) as the right-hand matrix of S^T = K Q^T; 0 where there are no
+ * more. */
 template <uint32_t BLOCKS>
 __device__ inline void load_queries(uint32_t (&queries)[BLOCKS][HEAD_DIM / 8], const attn_hopper_decode &decode,
                                     uint32_t sequence, uint32_t head, uint32_t skip, uint32_t lane) {
@@ -400,8 +408,8 @@ __device__ inline void attend(warp_state<BLOCKS> &state, const uint32_t (&querie
 
 /* Lays a warp's state down in shared memory, the maximum in units of log2. */
 template <uint32_t BLOCKS>
-__device__ inline void store_state(group_memory<BLOCKS * 8> &memory, const warp_state<BLOCKS> &state, float scale_log2, uint32_t warp,
-                                   uint32_t lane) {
+__device__ inline void store_state(group_memory<BLOCKS * 8> &memory, const warp_state<BLOCKS> &state, float scale_log2,
+                                   uint32_t warp, uint32_t lane) {
 #pragma unroll
     for (uint32_t b = 0; b < BLOCKS; b++) {
 #pragma unroll
@@ -471,8 +479,8 @@ __device__ inline void add_scaled(float4 &sum, const float4 &out, float factor) 
 }
 
 /*
- * Merges a cut unit's partials in the order of the line, a row a warp. By all consumers of a group. The first partials are
- * asked for before their states are known, since what this takes is latency.
+ * Merges a cut unit's partials in the order of the line, a row a warp. By all consumers of a group. The first partials
+ * are asked for before their states are known, since what this takes is latency.
  */
 template <uint32_t ROWS>
 __device__ inline void merge_partials(const attn_hopper_decode &decode, const workspace_view &workspace,
@@ -638,8 +646,8 @@ __device__ inline void consume(const attn_hopper_decode &decode, const share &mi
 }
 
 /*
- * Brings a small page table into the L2 cache while the lengths, which say where in it to look, are still on their way: a line a
- * block.
+ * Brings a small page table into the L2 cache while the lengths, which say where in it to look, are still on their way:
+ * a line a block.
  */
 __device__ inline void prefetch_page_table(const attn_hopper_decode &decode) {
     constexpr uint32_t LINE_ENTRIES = 32;
@@ -666,7 +674,8 @@ __global__ void __launch_bounds__(GROUPS *CONSUMERS + 32, BLOCKS_PER_SM)
         prefetch_page_table(decode);
         for (uint32_t stage = 0; stage < STAGES; stage++) {
             hopper::barrier_init(full + stage * 8, 1);
-            hopper::barrier_init(empty + stage * 8, DIVIDED == division::HEADS ? GROUPS * CONSUMER_WARPS : CONSUMER_WARPS);
+            hopper::barrier_init(empty + stage * 8,
+                                 DIVIDED == division::HEADS ? GROUPS * CONSUMER_WARPS : CONSUMER_WARPS);
         }
         for (uint32_t group = 0; group < GROUPS; group++) {
             hopper::barrier_init(hopper::shared_address(&memory.group[group].turn), CONSUMER_WARPS);
@@ -677,13 +686,18 @@ __global__ void __launch_bounds__(GROUPS *CONSUMERS + 32, BLOCKS_PER_SM)
     share mine = find_share(decode, gridDim.x, blockIdx.x, policy, lane);
     __syncthreads();
     if (mine.begin == mine.end) return;
-    workspace_view workspace = view_workspace(decode.workspace, gridDim.x, BLOCKS * 8 * (DIVIDED == division::HEADS ? GROUPS : 1));
+    workspace_view workspace =
+        view_workspace(decode.workspace, gridDim.x, BLOCKS * 8 * (DIVIDED == division::HEADS ? GROUPS : 1));
     if (warp == GROUPS * CONSUMER_WARPS) {
         produce<PAGES, STAGES>(decode, mine, ring, full, empty, workspace.status, lane);
     } else {
         consume<BLOCKS, STAGES, GROUPS, DIVIDED>(decode, mine, workspace, memory, ring, blockIdx.x,
                                                  warp / CONSUMER_WARPS, warp % CONSUMER_WARPS, lane);
     }
+#else
+    (void)decode;
+    (void)policy;
+    __trap();
 #endif
 }
 
@@ -732,7 +746,8 @@ extern "C" size_t attn_hopper_workspace_bytes(uint32_t workers, uint32_t group) 
 
 extern "C" int attn_hopper_decode_launch(const attn_hopper_decode *decode, const attn_hopper_tuning *tuning,
                                          void *stream) {
-    if (decode->group < 1 || decode->group > ATTN_HOPPER_MAX_GROUP || decode->heads_kv < 1) return cudaErrorInvalidValue;
+    if (decode->group < 1 || decode->group > ATTN_HOPPER_MAX_GROUP || decode->heads_kv < 1)
+        return cudaErrorInvalidValue;
     if (decode->batch == 0) return cudaSuccess;
     cudaStream_t on = (cudaStream_t)stream;
     uint32_t rows = padded_rows(decode->group);

@@ -38,9 +38,10 @@ typedef struct {
     uint32_t stages;        /* of 32 KB, of one block an SM: 3, 4 or 6; groups above 8 have their own */
     /* Where all sequences have as many tiles, a share larger than equal is taken.. */
     uint32_t align_tiles;   /* ..if it is larger by at most so many tiles and cuts no unit, or all into equal parts */
-    uint32_t whole_workers; /* ..or if it cuts no unit and leaves so many workers with work */
-    uint32_t whole_tiles;   /* ..or if it cuts no unit and is at most so many tiles */
-    int overlap_launches;   /* programmatic dependent launch: nothing that a decode reads may come from the launch before */
+    uint32_t whole_workers; /* ..or if it cuts no unit, leaves so many workers with work.. */
+    uint32_t whole_tiles;   /* ..and is at most so many tiles */
+    int overlap_launches; /* programmatic dependent launch: nothing that a decode reads may come from the launch before
+                           */
 } attn_hopper_tuning;
 
 /* One layer's decode. All pointers are device memory, borrowed until the launch has run. */
@@ -59,8 +60,8 @@ typedef struct {
     float *lse;          /* [batch, heads_kv * group] natural log; -inf (and out 0) for an empty sequence */
     float scale;         /* of q . k, > 0 */
     /*
-     * attn_hopper_workspace_bytes(), zeroed once, then kept from launch to launch. Its first word, a uint32_t, becomes 1
-     * when a page index outside the pool is met: the page is not read and the outputs are unspecified.
+     * attn_hopper_workspace_bytes(), zeroed once, then kept from launch to launch. Its first word, a uint32_t, becomes
+     * 1 when a page index outside the pool is met: the page is not read and the outputs are unspecified.
      */
     void *workspace;
 } attn_hopper_decode;
