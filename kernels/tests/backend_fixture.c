@@ -59,12 +59,21 @@ uint32_t pool_pages_for(const attn_geometry *geometry, uint64_t tokens) {
     return (uint32_t)((tokens + geometry->page_size - 1) / geometry->page_size);
 }
 
+/* Under TSan one row with workers says what the others would: they differ in arithmetic only. */
+static bool is_row_of_this_build(const backend_row *row) {
+#ifdef __SANITIZE_THREAD__
+    return row->isa && strcmp(row->isa, "portable") == 0;
+#else
+    (void)row;
+    return true;
+#endif
+}
+
 void pool_open(test_pool *pool, const backend_row *row, const attn_geometry *geometry, uint32_t pages, uint32_t workers,
                uint64_t seed) {
-    static const char *const only_isa = FIXTURE_ONLY_ISA;
     memset(pool, 0, sizeof *pool);
-    if (only_isa && (!row->isa || strcmp(row->isa, only_isa) != 0)) {
-        print_message("skipped: this build tests the workers of cpu %s only\n", only_isa);
+    if (!is_row_of_this_build(row)) {
+        print_message("skipped: this build tests the workers of cpu portable only\n");
         skip();
     }
     attn_backend_config config = {

@@ -49,13 +49,6 @@ extern const backend_row backend_rows[BACKEND_ROWS];
 #define FIXTURE_SANITIZED false
 #endif
 
-/* Under TSan one row with workers says what the others would: they differ in arithmetic only. */
-#if defined(__SANITIZE_THREAD__)
-#define FIXTURE_ONLY_ISA "portable"
-#else
-#define FIXTURE_ONLY_ISA NULL
-#endif
-
 enum { LAYERS = 2, LAYER = 1, UNUSED_PAGE_ENTRY = 2147480000 };
 
 /* bf16, two layers, 8 query heads on 2 KV heads, head_dim 64, pages of 16: for tests that are not about shapes. */
