@@ -150,6 +150,15 @@ class Model:
                 self.append(handle, length)
         return handles
 
+    def length_that_takes(self, seconds, rows):
+        """How many tokens a call of `rows` queries must attend to to take about so long, on this build and machine."""
+        probe = 512
+        handles = self.open_filled([probe])
+        answer = self.read(handles, [rows], opts=options(return_timing=True), check=False)
+        self.close(handles)
+        took = sum(rank.attention_us for rank in answer.response.timing) / 1e6
+        return int(min(max(probe, probe * seconds / took), 10000))
+
     def fork(self, handle, length):
         child = self.api.fork(handle, length)
         self.stored[child] = [(k[:length], v[:length]) for k, v in self.stored[handle]]

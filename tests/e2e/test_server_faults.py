@@ -240,6 +240,9 @@ def test_an_idle_sequence_is_closed(start_server):
 # Deadlines, cancels and queues, against a rank that is busy for long
 
 
+SLOW_ROWS = 8  # few, so that sequences are long and no call is small enough to be done at once by who brings it
+
+
 @pytest.fixture
 def slow(start_server):
     """One rank of the float64 backend, one call of which takes a while; three calls may wait."""
@@ -253,11 +256,11 @@ def slow(start_server):
         head_dim=128,
         head_dim_v=128,
         dtype="bf16",
-        pages=600,
+        pages=1000,
     )
     model = Model(server.api())
     model.server = server
-    model.long = model.open_filled([1500])[0]
+    model.long = model.open_filled([model.length_that_takes(0.4, rows=SLOW_ROWS)])[0]
     return model
 
 
@@ -265,9 +268,9 @@ def occupy(model, count=1):
     """Starts `count` slow steps; returns their futures when the first is running and the others wait."""
     calls = []
     for number in range(count):
-        child = model.api.fork(model.long, 1500)
-        calls.append(model.api.future("Decode", model.decode_request([child], [64], model.layer(64))))
-        eventually(lambda: model.api.info().ranks[0].tokens_in_flight == 64 * len(calls), what="slow step begun")
+        child = model.api.fork(model.long, model.length(model.long))
+        calls.append(model.api.future("Decode", model.decode_request([child], [SLOW_ROWS], model.layer(SLOW_ROWS))))
+        eventually(lambda: model.api.info().ranks[0].tokens_in_flight == SLOW_ROWS * len(calls), what="slow step begun")
         if number == 0:
             eventually(lambda: model.api.info().ranks[0].queue_depth == 0, what="slow step running")
     return calls

@@ -302,13 +302,21 @@ def test_sigterm_of_an_idle_server_ends_it_at_once(start_server):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_drain_finishes_calls_in_flight_and_refuses_new_ones(start_server, number):
     server = start_server(
-        backend="reference", ranks=1, layers=1, heads_q=8, heads_kv=1, head_dim=128, head_dim_v=128, grace_ms=30000
+        backend="reference",
+        ranks=1,
+        layers=1,
+        heads_q=8,
+        heads_kv=1,
+        head_dim=128,
+        head_dim_v=128,
+        pages=1000,
+        grace_ms=30000,
     )
     model = Model(server.api())
-    (handle,) = model.open_filled([2000])
-    layer = model.layer(32, read_only=True)
-    wanted = model.read([handle], [32], layer=layer)
-    request = model.decode_request([handle], [32], layer)
+    (handle,) = model.open_filled([model.length_that_takes(0.4, rows=8)])
+    layer = model.layer(8, read_only=True)
+    wanted = model.read([handle], [8], layer=layer)
+    request = model.decode_request([handle], [8], layer)
     calls = [model.api.future("Decode", request) for _ in range(3)]
     eventually(lambda: model.api.info().ranks[0].queue_depth or calls[0].done(), what="in flight")
     server.signal(number)
