@@ -448,8 +448,9 @@ def test_two_clients_interleave_steps_over_the_same_ranks(shared_server):
         raise failures[0]
 
 
-def test_many_clients_open_step_fork_and_close_at_random(shared_server):
-    server = shared_server(ranks=4)
+@pytest.mark.parametrize("cq_threads", [1, 4])
+def test_many_clients_open_step_fork_and_close_at_random(shared_server, cq_threads):
+    server = shared_server(ranks=4, cq_threads=cq_threads)
     failures = []
 
     def work(seed):

@@ -1,5 +1,6 @@
 """The process: flags, configuration, addresses, health, reflection, logs, and an orderly end."""
 
+import http.client
 import json
 import os
 import signal
@@ -386,6 +387,29 @@ def test_sigterm_under_load_ends_with_status_0(start_server):
     # An open unary step may be waited for, a call not yet begun is refused; none may hang until the grace is over.
     assert time.monotonic() - started < 9
     assert codes <= {CODE.UNAVAILABLE, CODE.CANCELLED}, codes
+
+
+def test_metrics_are_served_until_the_end(start_server):
+    for _ in range(3):
+        server = start_server(ranks=2)
+        stop = threading.Event()
+
+        def scrape(server=server, stop=stop):
+            while not stop.is_set():
+                try:
+                    assert "attnd_rank_up" in server.metrics_text()
+                except (OSError, http.client.HTTPException):
+                    return
+
+        threads = [threading.Thread(target=scrape) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        stop.set()
+        for thread in threads:
+            thread.join(TIMEOUT_S)
 
 
 def test_many_starts_and_stops(start_server):
