@@ -11,6 +11,7 @@ so that a request is either a message or any bytes at all.
     RawCall   one call below gRPC, in HTTP/2 frames
 """
 
+import functools
 import http.client
 import json
 import os
@@ -58,6 +59,7 @@ def binary():
     return str(path.resolve())
 
 
+@functools.cache
 def build_kind():
     """'asan', 'tsan' or 'plain': how the binary under test was built."""
     data = pathlib.Path(binary()).read_bytes()
@@ -228,6 +230,11 @@ class Server:
     def resident_bytes(self):
         fields = pathlib.Path(f"/proc/{self.pid}/statm").read_text().split()
         return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def check_growth(self, before, limit):
+        """Resident memory is below `before` + `limit` bytes; not looked at under ThreadSanitizer, whose own share varies."""
+        grown = self.resident_bytes() - before
+        assert grown < limit or build_kind() == "tsan", f"the server grew by {grown >> 20} MiB"
 
     def api(self, address=None, **options):
         return Api(address or self.address, **options)

@@ -67,7 +67,7 @@ def test_200_random_batches_are_bitwise_the_same_alone_and_in_the_batch_on_1_to_
             )
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_steps_are_bitwise_the_same_alone_and_in_the_batch_on_1_to_4_ranks(shared_server, dtype):
     twins = Twins(shared_server, dtype)
     sample = twins.models[0][0]

@@ -43,6 +43,7 @@ def test_query_lengths_1_to_128_are_causal_among_the_new_tokens(shared_server, v
     model.check_lengths()
 
 
+@pytest.mark.slow
 def test_every_query_length_from_1_to_128(shared_server):
     model = Model(shared_server().api())
     handles = model.open(128, pb.PLACEMENT_ROUND_ROBIN)
