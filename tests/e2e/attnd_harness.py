@@ -232,7 +232,7 @@ class Server:
         return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def check_growth(self, before, limit):
-        """Resident memory is below `before` + `limit` bytes; not looked at under ThreadSanitizer, whose own share varies."""
+        """Resident memory is below `before` + `limit` bytes; not under ThreadSanitizer, whose share varies."""
         grown = self.resident_bytes() - before
         assert grown < limit or build_kind() == "tsan", f"the server grew by {grown >> 20} MiB"
 
