@@ -483,7 +483,20 @@ def append_messages(
     """The messages of one AppendKv call, layer by layer; the begin travels with the first.
 
     Raises InvalidArgument midway if a layer has the wrong shape, or there are too few or too many layers.
+    The last message is held back until everything has been looked at: a wrong upload is never
+    complete on the wire, so no server can take it for one that is.
     """
+    messages = _checked_messages(sequence, k, v, tokens, geometry, limits)
+    held = next(messages)
+    for message in messages:
+        yield held
+        held = message
+    yield held
+
+
+def _checked_messages(
+    sequence: BaseSequence, k: Iterable[Any], v: Iterable[Any], tokens: int | None, geometry: Geometry, limits: Limits
+) -> Iterator[bytes]:
     row_bytes = geometry.kv_token_bytes
     aim = min(APPEND_CHUNK_BYTES, limits.message_bytes or APPEND_CHUNK_BYTES)
     step = max(1, (aim - _wire.OVERHEAD_BYTES) // row_bytes)
