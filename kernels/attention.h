@@ -128,7 +128,7 @@ typedef struct {
     const uint32_t *pages;         /* page indices; entries at and beyond ceil(lengths[i] / page_size) are ignored */
 
     /* Rows, one pointer a sequence; any alignment. Borrowed until decode returns. */
-    const void *const *queries;    /* [size] query rows */
+    const void *const *queries; /* [size] query rows */
     /*
      * [size] query_lengths[i] key rows to append at the end, or NULL: a read. For a part: its new_count
      * rows, starting with row new_first; NULL only for a read, never because new_count is 0 (the
