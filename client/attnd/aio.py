@@ -462,7 +462,7 @@ class AsyncClient:
     # -- The server
 
     async def info(self, server: str | None = None) -> ServerInfo:
-        """Geometry, ranks with their load, and limits of a server (None: the first), asked for now."""
+        """Geometry, ranks with their load, and limits of a server (None: the first), asked anew."""
         chosen = self._server(server or next(iter(self._servers)))
         response = await chosen.call_with_retry("GetServerInfo", pb.GetServerInfoRequest(), self._timeout)
         return self._learn(chosen, response)

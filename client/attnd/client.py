@@ -429,7 +429,7 @@ class Client:
     # -- The server
 
     def info(self, server: str | None = None) -> ServerInfo:
-        """Geometry, ranks with their load, and limits of a server (None: the first), asked for now."""
+        """Geometry, ranks with their load, and limits of a server (None: the first), asked anew."""
         chosen = self._server(server or next(iter(self._servers)))
         response = chosen.call_with_retry("GetServerInfo", pb.GetServerInfoRequest(), self._timeout)
         return self._learn(chosen, response)
