@@ -144,22 +144,23 @@ static grpc_slice head_slice(const layer *layer, uint64_t step) {
     return slice;
 }
 
+/* The result is gRPC's once its slices are made: nothing here may touch it after handover_give. */
 size_t layer_response(layer *layer, uint64_t step, grpc_slice slices[LAYER_SLICES]) {
     dp_result *result = layer->engine.result;
     slices[0] = head_slice(layer, step);
     layer->engine.result = NULL;
     shared_result *shared = result->lse != NULL ? malloc(sizeof *shared) : NULL;
     if (shared == NULL) {
-        handover_give(result);
         slices[1] = grpc_slice_new_with_user_data(result->out, result->out_size, release_result, result);
+        handover_give(result);
         return 2;
     }
     *shared = (shared_result){.result = result, .slices = 2};
-    handover_give(shared);
     uint8_t tag[WIRE_LENGTH_BYTES];
     slices[1] = grpc_slice_new_with_user_data(result->out, result->out_size, release_shared, shared);
     slices[2] = grpc_slice_from_copied_buffer((const char *)tag, wire_put_length(tag, 17, result->lse_size));
     slices[3] = grpc_slice_new_with_user_data(result->lse, result->lse_size, release_shared, shared);
+    handover_give(shared);
     return 4;
 }
 

@@ -177,6 +177,7 @@ class Server:
         self.ready_file = self.folder / "ready"
         self.ready_file.unlink(missing_ok=True)
         self.log_file = self.folder / "log"
+        self.log_checked = 0  # characters of the log that check_log() has seen
         self.stopped = False
         self.expected_exit = 0
         self.leaks_expected = False  # set by a test after which a leak check makes no sense (draining, TLS)
@@ -278,8 +279,11 @@ class Server:
         assert status == self.expected_exit, f"attnd ended with {status}:\n{self.log()[-8000:]}"
 
     def check_log(self):
-        report = SANITIZER_REPORT.search(self.log())
-        assert not report, f"sanitizer report:\n{self.log()[max(0, report.start() - 200) :][:16000]}"
+        """No sanitizer report since the last check: each fails the test that caused it, not those after."""
+        log, start = self.log(), self.log_checked
+        self.log_checked = len(log)
+        report = SANITIZER_REPORT.search(log, start)
+        assert not report, f"sanitizer report:\n{log[report.start() :][:16000]}"
 
     def check_alive(self):
         assert self.process.poll() is None, f"attnd ended with {self.process.returncode}:\n{self.log()[-8000:]}"
