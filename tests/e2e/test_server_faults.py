@@ -95,7 +95,7 @@ def test_a_client_that_vanishes_during_an_upload_changes_nothing(server, model):
             busy = threading.Event()
 
             call = visitor.future("AppendKv", first_messages_then_wait(messages[:sent], busy, gone))
-            assert busy.wait(TIMEOUT_S), "the call did not begin"
+            assert busy.wait(TIMEOUT_S), f"the call did not begin: {call}"
             if how == "cancel":
                 call.cancel()
             else:
@@ -105,6 +105,8 @@ def test_a_client_that_vanishes_during_an_upload_changes_nothing(server, model):
                 call.result()
             proxy.close()
             visitor.close()
+            # Until the server has noticed, the sequence is the vanished client's.
+            eventually(lambda: not model.api.describe([handle])[0].busy, what="sequence released")
     eventually(lambda: [rank.pages_free for rank in model.api.info().ranks] == free, what="pages back")
     expect_untouched(model, [handle])
     model.append(handle, 30)
