@@ -32,14 +32,18 @@ uint32_t dp_pages_for(const attn_geometry *geometry, uint64_t tokens) {
     return (uint32_t)((tokens + geometry->page_size - 1) / geometry->page_size);
 }
 
-attn_status dp_sequence_check_ranks(const dp_sequences *table, const dp_sequence *sequence, const char *field) {
+bool dp_sequence_lost(const dp_sequences *table, const dp_sequence *sequence, uint32_t *rank) {
     for (uint32_t j = 0; j < sequence->stripes; j++) {
-        uint32_t rank = dp_sequence_rank(table, sequence, j);
-        if (table->loads[rank].lost) {
-            return attn_error(ATTN_UNAVAILABLE, "%s: rank %u, which holds it, is lost", field, rank);
-        }
+        *rank = dp_sequence_rank(table, sequence, j);
+        if (table->loads[*rank].lost) return true;
     }
-    return attn_ok();
+    return false;
+}
+
+attn_status dp_sequence_holds(const dp_sequences *table, const dp_sequence *sequence) {
+    uint32_t rank;
+    if (!dp_sequence_lost(table, sequence, &rank)) return attn_ok();
+    return attn_error(ATTN_UNAVAILABLE, "sequence: rank %u, which holds it, is lost", rank);
 }
 
 /* ------------------------------------------------------------------------------------------- */

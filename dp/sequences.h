@@ -155,7 +155,10 @@ uint32_t dp_sequence_rank(const dp_sequences *table, const dp_sequence *sequence
 /* Pages that hold `tokens` tokens. */
 uint32_t dp_pages_for(const attn_geometry *geometry, uint64_t tokens);
 
-/* ATTN_UNAVAILABLE, naming the rank, if one that holds a part is lost. `field` is printed before it. */
-attn_status dp_sequence_check_ranks(const dp_sequences *table, const dp_sequence *sequence, const char *field);
+/* Whether a rank that holds a part is lost, and which. */
+bool dp_sequence_lost(const dp_sequences *table, const dp_sequence *sequence, uint32_t *rank);
+
+/* The same as a status, of a call that names one sequence. */
+attn_status dp_sequence_holds(const dp_sequences *table, const dp_sequence *sequence);
 
 #endif

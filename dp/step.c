@@ -173,14 +173,15 @@ static attn_status step_describe(dp_step *step, const dp_step_request *request, 
 
 static attn_status check_sequence(const dp_sequences *table, const dp_step *step, uint32_t i) {
     const dp_sequence *sequence = step->sequences[i];
-    char field[32];
-    snprintf(field, sizeof field, "sequences[%u]", i);
-    ATTN_TRY(dp_sequence_check_ranks(table, sequence, field));
+    uint32_t rank;
+    if (dp_sequence_lost(table, sequence, &rank)) {
+        return attn_error(ATTN_UNAVAILABLE, "sequences[%u]: rank %u, which holds it, is lost", i, rank);
+    }
     if (step->read_only) return attn_ok();
-    if (sequence->busy) return attn_error(ATTN_ABORTED, "%s: in another step or upload right now", field);
+    if (sequence->busy) return attn_error(ATTN_ABORTED, "sequences[%u]: in another step or upload right now", i);
     if (sequence->length + step->query_lengths[i] > table->max_length) {
         return attn_error(ATTN_RESOURCE_EXHAUSTED,
-                          "%s: %" PRIu64 " tokens and %u new ones; a sequence holds %" PRIu64 " at most", field,
+                          "sequences[%u]: %" PRIu64 " tokens and %u new ones; a sequence holds %" PRIu64 " at most", i,
                           sequence->length, step->query_lengths[i], table->max_length);
     }
     return attn_ok();
@@ -236,8 +237,9 @@ static attn_status begin_locked(dp_step *step, const dp_step_request *request, u
     } else {
         ATTN_TRY(make_partition(step));
         for_pages_read(step, dp_pages_share);
+        int64_t now = attn_now_ns();
         for (uint32_t i = 0; i < step->count; i++)
-            step->sequences[i]->used_ns = attn_now_ns();
+            step->sequences[i]->used_ns = now;
     }
     atomic_store(&step->state, DP_STEP_RUNNING); /* not open, hence not reaped, before it is complete */
     atomic_store(&step->references, 1);

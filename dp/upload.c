@@ -74,7 +74,7 @@ static attn_status grow_sequence(dp_engine *engine, uint32_t tenant, uint64_t ha
     dp_sequence *found = dp_sequences_find(table, tenant, handle);
     if (found == NULL) return attn_error(ATTN_NOT_FOUND, "sequence: unknown, closed or not yours");
     dp_engine_note_lost(engine);
-    ATTN_TRY(dp_sequence_check_ranks(table, found, "sequence"));
+    ATTN_TRY(dp_sequence_holds(table, found));
     if (found->busy) return attn_error(ATTN_ABORTED, "sequence: in another step or upload right now");
     if (tokens > table->max_length - found->length) {
         return attn_error(ATTN_RESOURCE_EXHAUSTED,

@@ -231,9 +231,11 @@ void call_engine_begins(call *call) { atomic_fetch_add_explicit(&call->outstandi
 
 void call_engine_refused(call *call) { atomic_fetch_sub_explicit(&call->outstanding, 1, memory_order_relaxed); }
 
+/* A call that is being handled takes the event where it is handled; else a large answer goes to the queue's thread. */
 void call_post_from_engine(call *call, size_t bytes_to_send) {
     handover_give(tag_of(call, CALL_DONE));
-    if (bytes_to_send > DIRECT_REPLY_BYTES &&
+    bool handled = atomic_load_explicit(&call->events, memory_order_relaxed) & RUNNING;
+    if (!handled && bytes_to_send > DIRECT_REPLY_BYTES &&
         grpc_call_start_batch(call->grpc, NULL, 0, tag_of(call, CALL_DONE), NULL) == GRPC_CALL_OK) {
         return;
     }

@@ -25,7 +25,7 @@
 #define MAX_HEAD_DIM 256
 
 /* Below so many bytes of keys and values the calling thread is done before another one is awake. */
-#define ALONE_BYTES ((uint64_t)256 << 10)
+#define ALONE_BYTES ((uint64_t)1 << 20)
 /* Appending fewer (token, head) rows than this likewise. */
 #define ALONE_ROWS 32
 

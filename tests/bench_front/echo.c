@@ -2,7 +2,11 @@
  * The least a gRPC C core server can do with a message: send the same buffer back. What attnd's
  * front is measured against.
  *
- *   echo ADDRESS..      host:port (port 0: any free one) or unix:/path
+ *   echo [--write] ADDRESS..      host:port (port 0: any free one) or unix:/path
+ *
+ * With --write it answers with as many bytes of its own, written for every answer into a buffer that is
+ * used again and again: the least that a server can do whose answer is not its input. It reads nothing
+ * of the message.
  *
  * Prints one line for each address it listens on and serves until its standard input ends. One
  * completion queue with one thread, which is the fastest set-up for this on two cores.
@@ -62,6 +66,55 @@ static grpc_op status_operation(void) {
 }
 
 /* ------------------------------------------------------------------------------------------- */
+/* --write: answers of its own */
+
+typedef struct answer {
+    struct answer *next; /* on the free list */
+    size_t capacity;
+    char bytes[];
+} answer;
+
+static bool writes;
+static pthread_mutex_t answers_lock = PTHREAD_MUTEX_INITIALIZER;
+static answer *free_answers; /* guarded by answers_lock; the last one used is the first */
+
+static answer *take_answer(size_t size) {
+    pthread_mutex_lock(&answers_lock);
+    answer **place = &free_answers;
+    while (*place != NULL && (*place)->capacity < size)
+        place = &(*place)->next;
+    answer *taken = *place;
+    if (taken != NULL) *place = taken->next;
+    pthread_mutex_unlock(&answers_lock);
+    if (taken != NULL) return taken;
+    taken = malloc(sizeof *taken + size);
+    BENCH_CHECK(taken != NULL, "no memory");
+    taken->capacity = size;
+    return taken;
+}
+
+static void release_answer(void *context) {
+    answer *released = context;
+    pthread_mutex_lock(&answers_lock);
+    released->next = free_answers;
+    free_answers = released;
+    pthread_mutex_unlock(&answers_lock);
+}
+
+/* Replaces a message by one of the same length whose bytes were written just now. */
+static void write_answer(grpc_byte_buffer **message) {
+    static const char row[512] = {1};
+    size_t size = grpc_byte_buffer_length(*message);
+    answer *written = take_answer(size);
+    for (size_t done = 0; done < size; done += sizeof row)
+        memcpy(written->bytes + done, row, size - done < sizeof row ? size - done : sizeof row);
+    grpc_slice slice = grpc_slice_new_with_user_data(written->bytes, size, release_answer, written);
+    grpc_byte_buffer_destroy(*message);
+    *message = grpc_raw_byte_buffer_create(&slice, 1);
+    grpc_slice_unref(slice);
+}
+
+/* ------------------------------------------------------------------------------------------- */
 /* Unary: everything in one batch */
 
 static void unary_finished(echo_call *call, bool ok) {
@@ -72,6 +125,7 @@ static void unary_finished(echo_call *call, bool ok) {
 }
 
 static void unary_arrived(echo_call *call) {
+    if (writes) write_answer(&call->message);
     grpc_op operations[4] = {
         {.op = GRPC_OP_SEND_INITIAL_METADATA},
         {.op = GRPC_OP_SEND_MESSAGE, .data.send_message.send_message = call->message},
@@ -109,6 +163,7 @@ static void stream_receive(echo_call *call) {
 static void stream_received(echo_call *call, bool ok) {
     grpc_op operation = status_operation();
     if (ok && call->message != NULL) {
+        if (writes) write_answer(&call->message);
         operation = (grpc_op){.op = GRPC_OP_SEND_MESSAGE, .data.send_message.send_message = call->message};
         start(call, &operation, 1, &call->sent);
     } else {
@@ -199,7 +254,9 @@ static void listen_on(const char *address) {
 int main(int argc, char **argv) {
     pthread_t thread;
     char byte;
-    BENCH_CHECK(argc > 1, "usage: echo ADDRESS..");
+    writes = argc > 1 && strcmp(argv[1], "--write") == 0;
+    int first = writes ? 2 : 1;
+    BENCH_CHECK(argc > first, "usage: echo [--write] ADDRESS..");
     bench_tune_malloc();
     grpc_init();
     grpc_arg arguments[] = {
@@ -214,7 +271,7 @@ int main(int argc, char **argv) {
     stream_method = grpc_server_register_method(server, BENCH_STREAM, NULL, GRPC_SRM_PAYLOAD_NONE, 0);
     queue = grpc_completion_queue_create_for_next(NULL);
     grpc_server_register_completion_queue(server, queue, NULL);
-    for (int i = 1; i < argc; i++) {
+    for (int i = first; i < argc; i++) {
         listen_on(argv[i]);
     }
     grpc_server_start(server);
