@@ -7,12 +7,6 @@
 
 #include "dp/state.h"
 
-/*
- * A layer that reads and writes this many bytes at most is done sooner than another thread is woken up for
- * it: 0.1 ms of a core.
- */
-#define SMALL_LAYER_BYTES (1024 * 1024)
-
 /* ------------------------------------------------------------------------------------------- */
 /* Life */
 
@@ -56,8 +50,6 @@ static void copy_config(dp_engine *engine, const dp_config *config) {
     engine->key_row_bytes = attn_key_row_bytes(geometry);
     engine->value_row_bytes = attn_value_row_bytes(geometry);
     engine->out_row_bytes = attn_out_row_bytes(geometry);
-    /* A pinned rank works on its own cores, not on the submitter's. */
-    engine->small_bytes = config->pin_cpus ? 0 : SMALL_LAYER_BYTES;
 }
 
 static attn_status start_rank(dp_engine *engine, uint32_t index) {
@@ -112,6 +104,8 @@ attn_status dp_engine_create(const dp_config *config, dp_engine **engine) {
     ATTN_TRY_GOTO(status, dp_sequences_init(&created->sequences, config), fail);
     for (uint32_t r = 0; r < config->ranks; r++)
         ATTN_TRY_GOTO(status, start_rank(created, r), fail);
+    /* A pinned rank works on its own cores, not on the submitter's. */
+    if (!config->pin_cpus) created->small_bytes = attn_backend_small_bytes(dp_rank_backend(created->ranks[0].rank));
     *engine = created;
     return attn_ok();
 fail:

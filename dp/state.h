@@ -128,7 +128,7 @@ struct dp_engine {
     char backend[32];
     char isa[32];
     size_t query_row_bytes, key_row_bytes, value_row_bytes, out_row_bytes;
-    uint64_t small_bytes;  /* a layer that reads less may run on the submitting thread */
+    uint64_t small_bytes;  /* a layer that reads no more may run on the submitting thread */
     dp_engine_rank *ranks; /* [config.ranks] */
     dp_results *results;
     pthread_mutex_t lock;

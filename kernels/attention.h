@@ -194,6 +194,12 @@ const char *attn_backend_describe(const attn_backend *backend);
 const attn_geometry *attn_backend_geometry(const attn_backend *backend);
 
 /*
+ * A decode that reads and writes this many bytes at most is done in about 0.1 ms of the calling thread: sooner
+ * than another thread is woken up for it. 0: none is.
+ */
+uint64_t attn_backend_small_bytes(const attn_backend *backend);
+
+/*
  * Writes `tokens` key and value rows of one layer at positions position .. position + tokens - 1 of
  * the pool-local sequence whose page table is `pages` [page_count]. Rows have any alignment.
  * ATTN_INTERNAL: a page index outside the pool, or a table too short; nothing was written.

@@ -5,9 +5,15 @@
 
 #include "base/status.h"
 
-/* The best first: what "auto" takes. */
-enum { REGISTERED = 2 };
-static const attn_backend_ops *const registry[REGISTERED] = {&attn_cpu_backend_ops, &attn_reference_backend_ops};
+/* The first is what "auto" takes: it works on every machine. */
+static const attn_backend_ops *const registry[] = {
+    &attn_cpu_backend_ops,
+    &attn_reference_backend_ops,
+#ifdef ATTN_HAVE_CUDA
+    &attn_cuda_backend_ops,
+#endif
+};
+enum { REGISTERED = sizeof registry / sizeof registry[0] };
 
 /* NULL: there is none. */
 static const attn_backend_ops *find_kind(const char *kind) {
@@ -40,6 +46,8 @@ void attn_backend_destroy(attn_backend *backend) {
 const char *attn_backend_describe(const attn_backend *backend) { return backend->description; }
 
 const attn_geometry *attn_backend_geometry(const attn_backend *backend) { return &backend->geometry; }
+
+uint64_t attn_backend_small_bytes(const attn_backend *backend) { return backend->ops->small_bytes; }
 
 uint64_t attn_backend_plans_rejected(const attn_backend *backend) {
     return atomic_load_explicit(&backend->plans_rejected, memory_order_relaxed);

@@ -18,7 +18,8 @@
 #include "kernels/split_plan.h"
 
 typedef struct {
-    const char *kind; /* attn_backend_config.kind */
+    const char *kind;     /* attn_backend_config.kind */
+    uint64_t small_bytes; /* attn_backend_small_bytes */
 
     /*
      * The geometry, and that pages > 0, have been checked. Makes a backend whose base has been through
@@ -69,5 +70,6 @@ const attn_plan *attn_backend_accept_plan(attn_backend *backend, const attn_plan
 
 extern const attn_backend_ops attn_reference_backend_ops; /* kernels/reference.c */
 extern const attn_backend_ops attn_cpu_backend_ops;       /* kernels/cpu */
+extern const attn_backend_ops attn_cuda_backend_ops;      /* kernels/cuda; only in builds with ATTN_HAVE_CUDA */
 
 #endif

@@ -604,6 +604,7 @@ static void small_call_on_an_idle_rank_runs_on_its_submitter(void **state) {
     (void)state;
     dp_config config = small_config();
     dp_engine *engine = create_engine(&config);
+    engine->small_bytes = 256 * 1024; /* whatever the backend */
     uint64_t handles[2] = {open_sequence(engine, DP_LEAST_TOKENS, 0), open_sequence(engine, DP_LEAST_TOKENS, 0)};
     flight small, big;
     board(&small, engine, &handles[0], 1, false, 1);

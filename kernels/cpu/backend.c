@@ -603,6 +603,7 @@ static void cpu_poison(attn_backend *backend, uint32_t page, uint32_t first_slot
 
 const attn_backend_ops attn_cpu_backend_ops = {
     .kind = "cpu",
+    .small_bytes = 1024 * 1024,
     .create = cpu_create,
     .destroy = cpu_destroy,
     .append = cpu_append,

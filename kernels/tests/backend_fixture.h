@@ -33,14 +33,14 @@ typedef struct {
     uint64_t work_limit; /* multiply-adds that a case may ask of it, for tests that choose */
 } backend_row;
 
-enum { BACKEND_ROWS = 5 };
+enum { BACKEND_ROWS = 6 };
 extern const backend_row backend_rows[BACKEND_ROWS];
 
 #define ON_BACKEND(test, label, row)                                                                                   \
     { #test " on " label, test, NULL, NULL, (void *)&backend_rows[row] }
 #define ON_EVERY_BACKEND(test)                                                                                         \
     ON_BACKEND(test, "reference", 0), ON_BACKEND(test, "cpu portable", 1), ON_BACKEND(test, "cpu avx2", 2),            \
-        ON_BACKEND(test, "cpu avx512", 3), ON_BACKEND(test, "cpu avx512bf16", 4)
+        ON_BACKEND(test, "cpu avx512", 3), ON_BACKEND(test, "cpu avx512bf16", 4), ON_BACKEND(test, "cuda", 5)
 
 /* Built with ASan or TSan: tests that choose their size choose a smaller one. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
