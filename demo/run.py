@@ -253,7 +253,7 @@ class Demo:
 def server_flags(model, arguments):
     geometry = {"layers": model.layers, "heads-q": model.heads_q, "heads-kv": model.heads_kv,
                 "head-dim": model.head_dim, "dtype": arguments.dtype, "page-size": 16}
-    ranks = {"backend": "cpu", "ranks": arguments.ranks, "threads": 1, "pages": 2048}
+    ranks = {"backend": arguments.backend, "ranks": arguments.ranks, "threads": 1, "pages": 2048}
     return [text for flag, value in (geometry | ranks).items() for text in (f"--{flag}", str(value))]
 
 
@@ -266,7 +266,9 @@ def parse_arguments():
                        help="use this running server instead; it must have the model's geometry")
     parser.add_argument("--dtype", choices=list(BOUNDS), default="fp32",
                         help="of the server's KV cache, queries and outputs (default: fp32)")
-    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks of the server (default: 2)")
+    parser.add_argument("--backend", choices=["cpu", "cuda", "auto", "reference"], default="cpu",
+                        help="of the server (default: cpu)")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of the server (default: 2)")
     parser.add_argument("--tokens", type=int, default=80, help="new tokens for each prompt (default: 80)")
     parser.add_argument("--windows", type=int, default=8,
                         help=f"windows of {HELD_OUT_WINDOW} held-out bytes for the perplexity; 16 are all, as in "

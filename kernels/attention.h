@@ -174,7 +174,7 @@ typedef struct {
     uint32_t pages;   /* of the pool */
     uint32_t workers; /* CPU threads, the calling one included; 0: one */
     const char *isa;  /* cpu: "auto" (or NULL), "avx512bf16", "avx512", "avx2", "portable" */
-    uint32_t device;  /* cuda: device index */
+    uint32_t device;  /* cuda: device index; counts on from 0 again where there are fewer devices */
     const int *cpus;  /* cpu: the cores to pin the workers to, [workers]; or NULL */
 } attn_backend_config;
 

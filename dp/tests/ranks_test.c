@@ -8,6 +8,7 @@
 #include "dp/tests/fixture.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -604,7 +605,6 @@ static void small_call_on_an_idle_rank_runs_on_its_submitter(void **state) {
     (void)state;
     dp_config config = small_config();
     dp_engine *engine = create_engine(&config);
-    engine->small_bytes = 256 * 1024; /* whatever the backend */
     uint64_t handles[2] = {open_sequence(engine, DP_LEAST_TOKENS, 0), open_sequence(engine, DP_LEAST_TOKENS, 0)};
     flight small, big;
     board(&small, engine, &handles[0], 1, false, 1);
@@ -694,12 +694,13 @@ static void *step_one_sequence(void *argument) {
     stepper *self = argument;
     const attn_geometry *geometry = &self->engine->config.geometry;
     dice dice = {self->seed};
-    for (int i = 0; i < 200; i++) {
+    for (int steps = 0; steps < 200; steps++) {
         dp_step *step;
-        attn_status status = try_begin_step(self->engine, &self->handle, NULL, 1, false, &step);
-        if (attn_failed(status)) {
-            if (status.code == ATTN_ABORTED) self->turned_away++;
-            continue;
+        attn_status status;
+        while (attn_failed(status = try_begin_step(self->engine, &self->handle, NULL, 1, false, &step))) {
+            assert_int_equal(ATTN_ABORTED, status.code);
+            self->turned_away++;
+            sched_yield();
         }
         layer_rows rows = random_rows(&dice, geometry, 1, false);
         uint32_t layers = dice_below(&dice, 3) == 0 ? 1 : geometry->layers;
@@ -726,7 +727,7 @@ static void two_threads_stepping_one_sequence_take_turns_or_are_refused(void **s
     for (int i = 0; i < 2; i++)
         pthread_join(threads[i], NULL);
     assert_int_equal(steppers[0].committed + steppers[1].committed, describe(engine, steppers[0].handle).length);
-    assert_true(steppers[0].committed > 0);
+    assert_true(steppers[0].committed > 0 && steppers[1].committed > 0);
     close_sequence(engine, steppers[0].handle);
     destroy_engine(engine);
 }

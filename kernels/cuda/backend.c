@@ -15,13 +15,15 @@
 
 #include "base/clock.h"
 #include "kernels/backend.h"
+#include "kernels/cuda/decode_hopper.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/probe.h"
 
-#define ALIGNMENT       256
-#define BLOCKS_AN_SM    2
-#define SLOT_BYTES_MOST ((size_t)256 << 20) /* batch_invariant: of partial results of a wave, at least one sequence's  \
-                                             */
+#define ALIGNMENT    256
+#define BLOCKS_AN_SM 2
+#define SLOT_BYTES_MOST                                                                                                \
+    ((size_t)256 << 20) /* batch_invariant: of partial results of a wave, at least one sequence's                      \
+                         */
 
 typedef struct {
     char *host, *device;
@@ -37,7 +39,10 @@ typedef struct {
     arena up, down;
     float *slot_out, *slot_lse; /* device; [slots, MAX_ROWS, head_dim_v], [slots, MAX_ROWS] */
     uint64_t slots;
-    uint32_t *status;   /* device */
+    bool is_hopper; /* the device and the geometry are what decode_hopper.h is for */
+    attn_hopper_tuning tuning;
+    void *workspace;    /* of decode_hopper.h; its first word is the status */
+    uint32_t *status;   /* device: set to 1 by a kernel that met a page outside the pool */
     cudaError_t failed; /* what an operation that returns nothing has met */
 } cuda_backend;
 
@@ -227,7 +232,7 @@ typedef struct {
 
 /* What is uploaded, and what comes back. */
 typedef struct {
-    place sequences, page_table, places, queries, keys, values, sinks;
+    place sequences, lengths, page_offsets, page_table, places, queries, keys, values, sinks;
     place first_pieces, pieces, merges, slots;
     place out, lse, partial_out, partial_lse;
     size_t down_bytes;
@@ -265,6 +270,8 @@ static void lay_out(const cuda_backend *self, const attn_batch *batch, const tal
                     call_memory *memory) {
     const attn_geometry *geometry = &self->base.geometry;
     memory->sequences = carve(up, batch->size * sizeof(attn_cuda_sequence));
+    memory->lengths = carve(up, batch->size * sizeof(uint32_t));
+    memory->page_offsets = carve(up, batch->size * sizeof(uint32_t));
     memory->page_table = carve(up, count->pages * sizeof(uint32_t));
     memory->places = carve(up, count->new_rows * sizeof(uint32_t));
     memory->queries = carve(up, count->rows * attn_query_row_bytes(geometry));
@@ -316,6 +323,8 @@ static void fill_rows(const cuda_backend *self, const attn_batch *batch, const c
             .chunk_rows = part && batch->batch_invariant ? queries : 0,
             .total_length = part ? part->total_length : batch->lengths[i],
         };
+        ((uint32_t *)memory->lengths.host)[i] = batch->lengths[i];
+        ((uint32_t *)memory->page_offsets.host)[i] = page;
         memcpy((uint32_t *)memory->page_table.host + page, pages, page_count * sizeof *pages);
         memcpy((char *)memory->queries.host + row * attn_query_row_bytes(geometry), batch->queries[i],
                queries * attn_query_row_bytes(geometry));
@@ -419,7 +428,7 @@ static work_lists list_work(const cuda_backend *self, const attn_plan *plan, con
 }
 
 /* ------------------------------------------------------------------------------------------- */
-/* Decoding */
+/* Launches */
 
 static attn_cuda_work describe_work(const cuda_backend *self, const attn_batch *batch, const call_memory *memory,
                                     uint32_t merges, uint32_t most_queries) {
@@ -476,6 +485,70 @@ static attn_status append_new_rows(cuda_backend *self, const attn_batch *batch, 
     return attn_ok();
 }
 
+/* Every piece by the kernels that can do everything. */
+static attn_status run_pieces(cuda_backend *self, const attn_batch *batch, const attn_plan *plan,
+                              const call_memory *memory, const tally *count) {
+    if (!batch->batch_invariant) return run_wave(self, batch, plan, memory, count->most_queries);
+    attn_line *line = &self->base.line;
+    attn_line_first_wave(line);
+    for (bool first = true; attn_line_next_wave(line, self->slots); first = false) {
+        if (!first) CUDA_TRY(cudaStreamSynchronize(self->stream)); /* the lists have been read */
+        ATTN_TRY(run_wave(self, batch, plan, memory, count->most_queries));
+    }
+    return attn_ok();
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Hopper's fast path: plans, attends and merges in one launch, from the live lengths */
+
+static bool fits_hopper(const cuda_backend *self, const attn_batch *batch, const tally *count) {
+    if (!self->is_hopper || count->most_queries > 1 || count->partial_rows > 0) return false;
+    return !batch->batch_invariant && batch->softcap == 0 && batch->window == 0 && !batch->sinks;
+}
+
+static attn_status run_hopper(cuda_backend *self, const attn_batch *batch, const call_memory *memory,
+                              const tally *count) {
+    attn_hopper_decode decode = {
+        .pool = layer_at(self, batch->layer).memory,
+        .pool_pages = self->base.pages,
+        .page_size = self->base.geometry.page_size,
+        .heads_kv = self->base.geometry.heads_kv,
+        .group = group_of(self),
+        .batch = batch->size,
+        .lengths = memory->lengths.device,
+        .page_table = memory->page_table.device,
+        .page_table_stride = count->pages / batch->size,
+        .page_offsets = memory->page_offsets.device,
+        .queries = memory->queries.device,
+        .out = memory->out.device,
+        .lse = memory->lse.device,
+        .scale = batch->scale,
+        .workspace = self->workspace,
+    };
+    CUDA_TRY(attn_hopper_decode_launch(&decode, &self->tuning, self->stream));
+    return attn_ok();
+}
+
+static attn_status allocate_workspace(cuda_backend *self, const struct cudaDeviceProp *properties) {
+    const attn_geometry *geometry = &self->base.geometry;
+    self->is_hopper = properties->major == 9 && geometry->dtype == ATTN_BF16 && geometry->page_size <= 64 &&
+                      geometry->head_dim == ATTN_HOPPER_HEAD_DIM && geometry->head_dim_v == ATTN_HOPPER_HEAD_DIM;
+    self->tuning = (attn_hopper_tuning){
+        .workers = (uint32_t)properties->multiProcessorCount, .blocks_per_sm = 1, .stages = 3, .align_tiles = 4};
+    size_t bytes =
+        self->is_hopper ? attn_hopper_workspace_bytes(self->tuning.workers, group_of(self)) : sizeof(uint32_t);
+    cudaError_t error = cudaMalloc(&self->workspace, bytes);
+    if (error == cudaSuccess) error = cudaMemset(self->workspace, 0, bytes);
+    self->status = self->workspace;
+    if (error == cudaSuccess) return attn_ok();
+    cudaGetLastError();
+    return attn_error(ATTN_RESOURCE_EXHAUSTED, "no device memory for a workspace of %zu bytes: %s", bytes,
+                      cudaGetErrorString(error));
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Decoding */
+
 /* From the packed rows to where the caller wants each sequence's. */
 static void scatter(const cuda_backend *self, const attn_batch *batch, const call_memory *memory) {
     const attn_geometry *geometry = &self->base.geometry;
@@ -516,14 +589,10 @@ static attn_status cuda_decode(attn_backend *backend, const attn_batch *batch, c
     fill_rows(self, batch, &memory);
     ATTN_TRY(upload(self, self->up.host, memory.first_pieces.host));
     ATTN_TRY(append_new_rows(self, batch, &memory, count.new_rows));
-    if (batch->batch_invariant) {
-        attn_line_first_wave(&backend->line);
-        for (bool first = true; attn_line_next_wave(&backend->line, self->slots); first = false) {
-            if (!first) CUDA_TRY(cudaStreamSynchronize(self->stream)); /* the lists have been read */
-            ATTN_TRY(run_wave(self, batch, plan, &memory, count.most_queries));
-        }
+    if (fits_hopper(self, batch, &count)) {
+        ATTN_TRY(run_hopper(self, batch, &memory, &count));
     } else {
-        ATTN_TRY(run_wave(self, batch, plan, &memory, count.most_queries));
+        ATTN_TRY(run_pieces(self, batch, plan, &memory, &count));
     }
     CUDA_TRY(
         cudaMemcpyAsync(self->down.host, self->down.device, memory.down_bytes, cudaMemcpyDeviceToHost, self->stream));
@@ -548,7 +617,7 @@ static void cuda_destroy(attn_backend *backend) {
     cudaFree(self->layer.memory);
     cudaFree(self->slot_out);
     cudaFree(self->slot_lse);
-    cudaFree(self->status);
+    cudaFree(self->workspace);
     attn_backend_fini(backend);
     free(self);
 }
@@ -566,23 +635,25 @@ static attn_status allocate_slots(cuda_backend *self) {
     if (error == cudaSuccess) {
         error = cudaMalloc((void **)&self->slot_lse, self->slots * ATTN_CUDA_MAX_ROWS * sizeof(float));
     }
-    if (error == cudaSuccess) error = cudaMalloc((void **)&self->status, sizeof *self->status);
-    if (error == cudaSuccess) error = cudaMemset(self->status, 0, sizeof *self->status);
     if (error == cudaSuccess) return attn_ok();
     cudaGetLastError();
     return attn_error(ATTN_RESOURCE_EXHAUSTED, "no device memory for partial results: %zu MiB: %s",
                       (size_t)(self->slots * slot_bytes >> 20), cudaGetErrorString(error));
 }
 
-static attn_status open_device(uint32_t device, struct cudaDeviceProp *properties) {
+/* Device `rank`; where there are more ranks than devices, they share them in turn. */
+static attn_status open_device(uint32_t rank, int *device, struct cudaDeviceProp *properties) {
     char why[160];
-    int count = attn_cuda_probe(why, sizeof why);
-    if (count == 0) return attn_error(ATTN_UNAVAILABLE, "cuda: %s", why);
-    if (device >= (uint32_t)count) {
-        return attn_error(ATTN_UNAVAILABLE, "cuda: device %u: there are %d", device, count);
+    int count = 0;
+    if (attn_cuda_probe(why, sizeof why) == 0) return attn_error(ATTN_UNAVAILABLE, "cuda: %s", why);
+    CUDA_TRY(cudaGetDeviceCount(&count));
+    *device = (int)(rank % (uint32_t)count);
+    CUDA_TRY(cudaGetDeviceProperties(properties, *device));
+    if (properties->major < 8) {
+        return attn_error(ATTN_UNAVAILABLE, "cuda: device %d is %.80s of compute capability %d.%d; 8.0 is needed",
+                          *device, properties->name, properties->major, properties->minor);
     }
-    CUDA_TRY(cudaSetDevice((int)device));
-    CUDA_TRY(cudaGetDeviceProperties(properties, (int)device));
+    CUDA_TRY(cudaSetDevice(*device));
     CUDA_TRY(attn_cuda_prepare());
     return attn_ok();
 }
@@ -590,19 +661,21 @@ static attn_status open_device(uint32_t device, struct cudaDeviceProp *propertie
 static attn_status cuda_create(const attn_backend_config *config, attn_backend **backend) {
     attn_status status = attn_ok();
     struct cudaDeviceProp properties;
-    ATTN_TRY(open_device(config->device, &properties));
+    int device = 0;
+    ATTN_TRY(open_device(config->device, &device, &properties));
     cuda_backend *self = calloc(1, sizeof *self);
     if (self == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a cuda backend");
-    self->device = (int)config->device;
+    self->device = device;
     uint32_t workers = BLOCKS_AN_SM * (uint32_t)properties.multiProcessorCount;
     attn_backend_init(&self->base, &attn_cuda_backend_ops, config, ATTN_CUDA_TILE_TOKENS,
                       ATTN_CUDA_MAX_ROWS / (config->geometry.heads_q / config->geometry.heads_kv), workers);
     ATTN_TRY_GOTO(status, allocate_pool(self, config), cleanup);
     ATTN_TRY_GOTO(status, allocate_slots(self), cleanup);
+    ATTN_TRY_GOTO(status, allocate_workspace(self, &properties), cleanup);
     ATTN_TRY_GOTO(status, cuda_status(cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking), "stream"),
                   cleanup);
-    snprintf(self->base.description, sizeof self->base.description, "cuda, %.80s, sm_%d%d, %u workers", properties.name,
-             properties.major, properties.minor, workers);
+    snprintf(self->base.description, sizeof self->base.description, "cuda %d, %.80s, sm_%d%d, %u workers%s", device,
+             properties.name, properties.major, properties.minor, workers, self->is_hopper ? ", Hopper's decode" : "");
     *backend = &self->base;
     return status;
 cleanup:

@@ -206,8 +206,9 @@ __device__ inline tile_source<PAGES> locate_tile(const attn_hopper_decode &decod
     uint32_t first_token = (walk.tile - source.head * walk.tiles) * TILE_TOKENS;
     source.tokens = min(TILE_TOKENS, walk.length - first_token);
     constexpr uint32_t PAGE_TOKENS = TILE_TOKENS / PAGES;
-    const uint32_t *entry =
-        decode.page_table + (size_t)walk.sequence * decode.page_table_stride + first_token / PAGE_TOKENS;
+    size_t table = decode.page_offsets != nullptr ? __ldg(&decode.page_offsets[walk.sequence])
+                                                  : (size_t)walk.sequence * decode.page_table_stride;
+    const uint32_t *entry = decode.page_table + table + first_token / PAGE_TOKENS;
 #pragma unroll
     for (uint32_t i = 0; i < PAGES; i++) {
         source.page[i] = i * PAGE_TOKENS < source.tokens ? __ldg(&entry[i]) : 0;

@@ -55,6 +55,9 @@ typedef struct {
     const uint32_t *lengths;    /* [batch], 0 and more */
     const uint32_t *page_table; /* [batch, page_table_stride]; entries beyond a sequence's last page are never read */
     uint32_t page_table_stride;
+    /* NULL, or [batch]: where each sequence's table begins in page_table, which then need only have batch *
+     * page_table_stride entries at least. */
+    const uint32_t *page_offsets;
     const void *queries; /* bf16 [batch, heads_kv * group, 128] */
     void *out;           /* likewise */
     float *lse;          /* [batch, heads_kv * group] natural log; -inf (and out 0) for an empty sequence */

@@ -30,7 +30,7 @@ def test_server_info_tells_the_geometry_the_ranks_and_the_limits(server, api):
     for rank in info.ranks:
         assert rank.state == pb.RANK_STATE_SERVING and rank.device
         assert rank.pages_total == flags["pages"]
-    assert info.version and info.instance and info.backend == "cpu" and info.backend_detail
+    assert info.version and info.instance and info.backend == flags["backend"] and info.backend_detail
     assert info.limits.batch == flags["max_batch"] and info.limits.query_length == 128
     assert info.limits.message_bytes > 0 and info.limits.sequences == flags["max_sequences"]
     assert info.uptime_ms > 0 and not info.draining
