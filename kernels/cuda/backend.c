@@ -222,8 +222,8 @@ static attn_status cuda_append(attn_backend *backend, uint32_t layer, const uint
 
 /* How much of everything a batch has. */
 typedef struct {
-    uint32_t rows,
-        partial_rows; /* query rows: of all sequences, and of parts, times their chunks if those stay apart */
+    uint32_t rows;         /* query rows of all sequences */
+    uint32_t partial_rows; /* of parts, times their chunks if those stay apart */
     uint32_t new_rows;
     uint32_t pages;
     uint32_t most_queries;
