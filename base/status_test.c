@@ -58,7 +58,7 @@ static void a_saved_status_outlives_the_next_error(void **state) {
 static attn_status fail_if(bool fail) { return fail ? attn_error(ATTN_UNAVAILABLE, "asked to") : attn_ok(); }
 
 static attn_status try_both(bool first, bool second, int *reached) {
-    attn_status status = attn_ok();
+    attn_status status;
     ATTN_TRY(fail_if(first));
     *reached = 1;
     ATTN_TRY_GOTO(status, fail_if(second), done);

@@ -122,30 +122,29 @@ bool dp_scratch_reserve(void **memory, size_t *held, size_t size) {
     return true;
 }
 
-/* Measures with a NULL base, then carves. */
+/* The next `count` entries of `size` bytes behind `*used`; NULL with no memory behind it, which only measures. */
+static void *carve(char *base, size_t *used, size_t count, size_t size) {
+    void *carved = base == NULL ? NULL : base + *used;
+    *used += (count * size + 15) / 16 * 16;
+    return carved;
+}
+
+/* Lays out the launch's arrays; returns the bytes that they need. */
 static size_t carve_arrays(launch *launch, char *base) {
-    size_t used = 0;
-#define CARVE(array, entries)                                                                                          \
-    do {                                                                                                               \
-        if (base != NULL) launch->array = (void *)(base + used);                                                       \
-        used += ((entries) * sizeof *launch->array + 15) / 16 * 16;                                                    \
-    } while (0)
-    CARVE(queries, launch->size);
-    CARVE(new_keys, launch->size);
-    CARVE(new_values, launch->size);
-    CARVE(outs, launch->size);
-    CARVE(lses, launch->size);
-    if (launch->count > 1) {
-        CARVE(lengths, launch->size);
-        CARVE(query_lengths, launch->size);
-        CARVE(page_offsets, launch->size + 1);
-        CARVE(page_table, launch->pages);
-        if (launch->spread) {
-            CARVE(attn_parts, launch->size);
-            CARVE(partials, launch->size);
-        }
-    }
-#undef CARVE
+    size_t used = 0, size = launch->size;
+    launch->queries = carve(base, &used, size, sizeof *launch->queries);
+    launch->new_keys = carve(base, &used, size, sizeof *launch->new_keys);
+    launch->new_values = carve(base, &used, size, sizeof *launch->new_values);
+    launch->outs = carve(base, &used, size, sizeof *launch->outs);
+    launch->lses = carve(base, &used, size, sizeof *launch->lses);
+    if (launch->count == 1) return used; /* it uses its part's tables */
+    launch->lengths = carve(base, &used, size, sizeof *launch->lengths);
+    launch->query_lengths = carve(base, &used, size, sizeof *launch->query_lengths);
+    launch->page_offsets = carve(base, &used, size + 1, sizeof *launch->page_offsets);
+    launch->page_table = carve(base, &used, launch->pages, sizeof *launch->page_table);
+    if (!launch->spread) return used;
+    launch->attn_parts = carve(base, &used, size, sizeof *launch->attn_parts);
+    launch->partials = carve(base, &used, size, sizeof *launch->partials);
     return used;
 }
 

@@ -363,8 +363,10 @@ void attn_plan_fill(attn_plan *plan, const attn_line *line, attn_plan_identity i
     for (uint32_t w = 0; w < line->workers; w++) {
         uint64_t line_tile = attn_line_worker_begin(line, w);
         bool is_idle = line_tile == attn_line_worker_begin(line, w + 1);
-        plan->starts[w] = is_idle ? (attn_plan_start){0} : locate_tile(line, line_tile);
-        plan->starts[w].worker = w;
+        attn_plan_start start = {0};
+        if (!is_idle) start = locate_tile(line, line_tile);
+        start.worker = w;
+        plan->starts[w] = start;
     }
     plan->header.crc = plan_crc(plan, line->workers);
 }

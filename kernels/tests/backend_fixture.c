@@ -9,8 +9,7 @@
 
 const backend_row backend_rows[BACKEND_ROWS] = {
     {"reference", NULL, 6000000},  {"cpu", "portable", 150000000},    {"cpu", "avx2", 1000000000},
-    {"cpu", "avx512", 1000000000}, {"cpu", "avx512bf16", 1000000000},
-    {"cuda", NULL, 1000000000},
+    {"cpu", "avx512", 1000000000}, {"cpu", "avx512bf16", 1000000000}, {"cuda", NULL, 1000000000},
 };
 
 const attn_geometry plain_geometry = {.layers = LAYERS,

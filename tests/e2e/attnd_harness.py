@@ -148,7 +148,8 @@ def eventually(condition, timeout_s=10.0, what="condition"):
 class Server:
     """One attnd process, started with the given flags: Server(ranks=2, page_size=16)."""
 
-    # A sensible small server, on the backend under test ($ATTND_TEST_BACKEND, or cpu): K and V rows of different widths, two layers, a group of two.
+    # A sensible small server on the backend under test ($ATTND_TEST_BACKEND, or cpu): K and V rows of
+    # different widths, two layers, a group of two.
     DEFAULTS: typing.ClassVar = {
         "listen": "127.0.0.1:0",
         "backend": os.environ.get("ATTND_TEST_BACKEND", "cpu"),
