@@ -34,7 +34,8 @@ static const char help_text[] =
     "  us             median time of a decode: partition, attention, merge; nothing is appended\n"
     "  gbps           live bytes of K, V, queries and outputs / us, in 10^9 bytes a second\n"
     "  share_of_read  gbps / plain read: the median speed of a vectorised loop with the same number of\n"
-    "                 threads over a huge-page buffer of 1 GiB, measured between the decodes, in turn\n"
+    "                 threads over a huge-page buffer of 1 GiB, measured between the decodes, in turn;\n"
+    "                 nan for cuda, whose memory that is not\n"
     "  err            ||out - ref|| / ||ref|| against attention in float64 on the stored values; of up to 3\n"
     "                 sequences and 2 KV heads of the batch, with all their query heads\n"
     "\n"
@@ -370,7 +371,9 @@ static attn_status measure(bench *b, const options *options, attn_read_bandwidth
     }
     result->us = median(b->times, count);
     result->gbps = (double)bytes / result->us / 1e3;
-    result->share = result->gbps / median(b->reads, count);
+    /* What is read here is the host's memory. */
+    bool on_host = strcmp(options->backend, "cuda") != 0;
+    result->share = on_host ? result->gbps / median(b->reads, count) : (double)NAN;
     return attn_ok();
 }
 
