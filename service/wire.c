@@ -8,6 +8,7 @@
 
 /* Bytes of a varint at most. */
 #define VARINT_BYTES 10
+#define TAG_BYTES    5 /* as other parsers have it, protobuf-c among them */
 
 /* How deep messages may nest; the proto's own depth is 3. */
 #define DEPTH_LIMIT 8
@@ -423,7 +424,9 @@ static attn_status scan_field(scan_target *target, cursor *in, const ProtobufCMe
                               const field_path *parent, unsigned depth) {
     static const field_path tag_path = {.name = "message"};
     uint64_t tag;
+    size_t before = in->remaining;
     const char *wrong = cursor_varint(in, &tag);
+    if (wrong == NULL && before - in->remaining > TAG_BYTES) wrong = "malformed: a field tag of more than 5 bytes";
     if (wrong != NULL) return field_error(parent != NULL ? parent : &tag_path, wrong);
     uint32_t wire_type = (uint32_t)(tag & 7);
     if (tag >> 3 == 0 || tag > UINT32_MAX) {

@@ -412,6 +412,16 @@ static void test_overlong_varints_are_refused(void **unused) {
     assert_refused(DECODE, &message, ATTN_INVALID_ARGUMENT, "layer: malformed");
 }
 
+static void test_overlong_tags_are_refused(void **unused) {
+    (void)unused;
+    buffer message = {.size = 0};
+    put_raw(&message, "\xa8\x80\x80\x80\x80\x00\x01", 7); /* field 5 in six bytes */
+    assert_refused(DECODE, &message, ATTN_INVALID_ARGUMENT, "message: malformed: a field tag");
+    buffer inside = {.size = 0};
+    put_bytes(&inside, 5, "\xa8\x80\x80\x80\x80\x00\x01", 7);
+    assert_refused(DECODE, &inside, ATTN_INVALID_ARGUMENT, "options: malformed: a field tag");
+}
+
 static void test_lengths_past_the_end_are_named(void **unused) {
     (void)unused;
     static const uint64_t lengths[] = {1, 0x7fffffff, 0x80000000, 0xffffffff, INT64_MAX, UINT64_MAX};
@@ -546,6 +556,7 @@ int main(void) {
         cmocka_unit_test(test_a_field_of_another_wire_type_is_named),
         cmocka_unit_test(test_field_numbers_out_of_range_are_refused),
         cmocka_unit_test(test_overlong_varints_are_refused),
+        cmocka_unit_test(test_overlong_tags_are_refused),
         cmocka_unit_test(test_lengths_past_the_end_are_named),
         cmocka_unit_test(test_errors_inside_a_nested_message_name_the_whole_path),
         cmocka_unit_test(test_a_packed_varint_cut_off_is_named),
