@@ -8,7 +8,7 @@
 
 /* Bytes of a varint at most. */
 #define VARINT_BYTES 10
-#define TAG_BYTES    5 /* as other parsers have it, protobuf-c among them */
+#define PREFIX_BYTES 5 /* a tag or a length, as other parsers have it, protobuf-c among them */
 
 /* How deep messages may nest; the proto's own depth is 3. */
 #define DEPTH_LIMIT 8
@@ -239,6 +239,14 @@ static const char *cursor_varint(cursor *in, uint64_t *value) {
     return "malformed: a varint of more than 10 bytes";
 }
 
+/* The same of a tag or a length. */
+static const char *cursor_prefix(cursor *in, uint64_t *value) {
+    size_t before = in->remaining;
+    const char *wrong = cursor_varint(in, value);
+    if (wrong != NULL || before - in->remaining <= PREFIX_BYTES) return wrong;
+    return "malformed: a tag or a length of more than 5 bytes";
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* Header: the fields that are not tensors, encoded anew, contiguous */
 
@@ -380,7 +388,7 @@ static attn_status take_contents(scan_target *target, cursor *in, const Protobuf
 static attn_status scan_length_delimited(scan_target *target, cursor *in, const ProtobufCFieldDescriptor *field,
                                          const field_path *path, unsigned depth) {
     uint64_t size;
-    const char *wrong = cursor_varint(in, &size);
+    const char *wrong = cursor_prefix(in, &size);
     if (wrong != NULL) return field_error(path, wrong);
     if (size > in->remaining) {
         char name[PATH_BYTES];
@@ -424,9 +432,7 @@ static attn_status scan_field(scan_target *target, cursor *in, const ProtobufCMe
                               const field_path *parent, unsigned depth) {
     static const field_path tag_path = {.name = "message"};
     uint64_t tag;
-    size_t before = in->remaining;
-    const char *wrong = cursor_varint(in, &tag);
-    if (wrong == NULL && before - in->remaining > TAG_BYTES) wrong = "malformed: a field tag of more than 5 bytes";
+    const char *wrong = cursor_prefix(in, &tag);
     if (wrong != NULL) return field_error(parent != NULL ? parent : &tag_path, wrong);
     uint32_t wire_type = (uint32_t)(tag & 7);
     if (tag >> 3 == 0 || tag > UINT32_MAX) {

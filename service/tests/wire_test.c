@@ -412,32 +412,39 @@ static void test_overlong_varints_are_refused(void **unused) {
     assert_refused(DECODE, &message, ATTN_INVALID_ARGUMENT, "layer: malformed");
 }
 
-static void test_overlong_tags_are_refused(void **unused) {
+static void test_overlong_tags_and_lengths_are_refused(void **unused) {
     (void)unused;
     buffer message = {.size = 0};
     put_raw(&message, "\xa8\x80\x80\x80\x80\x00\x01", 7); /* field 5 in six bytes */
-    assert_refused(DECODE, &message, ATTN_INVALID_ARGUMENT, "message: malformed: a field tag");
+    assert_refused(DECODE, &message, ATTN_INVALID_ARGUMENT, "message: malformed: a tag");
     buffer inside = {.size = 0};
     put_bytes(&inside, 5, "\xa8\x80\x80\x80\x80\x00\x01", 7);
-    assert_refused(DECODE, &inside, ATTN_INVALID_ARGUMENT, "options: malformed: a field tag");
+    assert_refused(DECODE, &inside, ATTN_INVALID_ARGUMENT, "options: malformed: a tag");
+    buffer length = {.size = 0};
+    put_raw(&length, "\x82\x01\x81\x80\x80\x80\x80\x00x", 9); /* q, of one byte */
+    assert_refused(DECODE, &length, ATTN_INVALID_ARGUMENT, "q: malformed: a tag or a length");
 }
 
 static void test_lengths_past_the_end_are_named(void **unused) {
     (void)unused;
-    static const uint64_t lengths[] = {1, 0x7fffffff, 0x80000000, 0xffffffff, INT64_MAX, UINT64_MAX};
-    for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
-        buffer tensor = {.size = 0};
-        put_tag(&tensor, 16, 2);
-        put_varint(&tensor, lengths[i]);
-        assert_refused(DECODE, &tensor, ATTN_INVALID_ARGUMENT, "q: cut off");
-        buffer sequences = {.size = 0};
-        put_tag(&sequences, 3, 2);
-        put_varint(&sequences, lengths[i]);
-        assert_refused(DECODE, &sequences, ATTN_INVALID_ARGUMENT, "sequences: cut off");
-        buffer unknown = {.size = 0};
-        put_tag(&unknown, 99, 2);
-        put_varint(&unknown, lengths[i]);
-        assert_refused(DECODE, &unknown, ATTN_INVALID_ARGUMENT, "field 99: cut off");
+    static const struct {
+        uint64_t length;
+        const char *what;
+    } cases[] = {{1, "cut off"},          {0x7fffffff, "cut off"},  {0x80000000, "cut off"},
+                 {0xffffffff, "cut off"}, {INT64_MAX, "malformed"}, {UINT64_MAX, "malformed"}};
+    static const struct {
+        uint32_t number;
+        const char *name;
+    } fields[] = {{16, "q"}, {3, "sequences"}, {99, "field 99"}};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        for (size_t f = 0; f < sizeof fields / sizeof fields[0]; f++) {
+            char expected[64];
+            buffer message = {.size = 0};
+            put_tag(&message, fields[f].number, 2);
+            put_varint(&message, cases[i].length);
+            snprintf(expected, sizeof expected, "%s: %s", fields[f].name, cases[i].what);
+            assert_refused(DECODE, &message, ATTN_INVALID_ARGUMENT, expected);
+        }
     }
 }
 
@@ -556,7 +563,7 @@ int main(void) {
         cmocka_unit_test(test_a_field_of_another_wire_type_is_named),
         cmocka_unit_test(test_field_numbers_out_of_range_are_refused),
         cmocka_unit_test(test_overlong_varints_are_refused),
-        cmocka_unit_test(test_overlong_tags_are_refused),
+        cmocka_unit_test(test_overlong_tags_and_lengths_are_refused),
         cmocka_unit_test(test_lengths_past_the_end_are_named),
         cmocka_unit_test(test_errors_inside_a_nested_message_name_the_whole_path),
         cmocka_unit_test(test_a_packed_varint_cut_off_is_named),

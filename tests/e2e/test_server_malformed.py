@@ -185,6 +185,7 @@ STRANGE = {
     "an end without a group": b"\x0c",
     "a tag of six bytes": b"\xa8" + b"\x80" * 4 + b"\x00\x01",
     "a tag of six bytes in options": b"\x2a\x07\xa8" + b"\x80" * 4 + b"\x00\x01",
+    "a length of six bytes": b"\x82\x01\x81" + b"\x80" * 4 + b"\x00x",
     "a tag of eleven bytes": b"\xff" * 10 + b"\x01\x00",
     "a varint of eleven bytes": b"\x10" + b"\x80" * 10 + b"\x01",
     "a varint without an end": b"\x10\x80",

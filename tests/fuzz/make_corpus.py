@@ -72,6 +72,7 @@ def raw_messages():
     yield "length_of_2_gib", DECODE, b"\x82\x01\x80\x80\x80\x80\x08"
     yield "varint_of_11_bytes", OPEN, b"\x08" + b"\xff" * 10 + b"\x01"
     yield "tag_of_6_bytes", DECODE, b"\xa8\x80\x80\x80\x80\x00\x01"
+    yield "length_of_8_bytes", DECODE, b"\x1a\x80\x80\x80\x80\x80\x80\x80\x00"
     yield "group", OPEN, b"\x0b\x0c"
     yield "options_twice", DECODE, b"\x2a\x05\x0d\x00\x00\x80\x3f\x2a\x02\x18\x07"
     yield "health", HEALTH, b"\x0a\x12attnd.v1.Attention"
