@@ -12,15 +12,16 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
-#include "kernels/attention.h"
-#include "kernels/combine_math.h"
+#include "kernels/cuda/layout.cuh"
+#include "kernels/cuda/results.cuh"
 
 namespace {
 
 constexpr uint32_t THREADS = ATTN_CUDA_THREADS;
 constexpr uint32_t WARPS = THREADS / 32;
 constexpr uint32_t ALL_LANES = 0xffffffffu;
-constexpr uint32_t PIECE_BYTES = 16;
+using layout::PIECE_BYTES;
+using namespace results;
 
 /* ------------------------------------------------------------------------------------------- */
 /* Elements */
@@ -41,7 +42,6 @@ template <> struct element<__nv_bfloat16> {
         uint32_t word = *(const uint32_t *)from;
         return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
     }
-    static __device__ __nv_bfloat16 from_float(float value) { return __float2bfloat16_rn(value); }
 };
 
 template <> struct element<__half> {
@@ -56,34 +56,15 @@ template <> struct element<__half> {
         }
     }
     static __device__ float2 load_pair(const void *from) { return __half22float2(*(const __half2 *)from); }
-    static __device__ __half from_float(float value) { return __float2half_rn(value); }
 };
 
 template <> struct element<float> {
     static __device__ void load_16_bytes(const void *from, float *to) { *(float4 *)to = *(const float4 *)from; }
     static __device__ float2 load_pair(const void *from) { return *(const float2 *)from; }
-    static __device__ float from_float(float value) { return value; }
 };
 
 /* ------------------------------------------------------------------------------------------- */
 /* The pool */
-
-__host__ __device__ inline uint32_t row_swizzle(uint32_t row_bytes, uint32_t row) {
-    return row_bytes % 128 == 0 ? row & 7 : 0;
-}
-
-/* The key row (values: false) or value row of a slot. NULL: the page is not of the pool. */
-template <typename T>
-__device__ inline const char *pool_row(const attn_cuda_layer &layer, uint32_t page, uint32_t head, uint32_t slot,
-                                       bool values, uint32_t *status) {
-    if (page >= layer.pages) {
-        *status = 1;
-        return nullptr;
-    }
-    const char *tile = layer.memory + ((size_t)page * layer.heads_kv + head) * layer.tile_bytes;
-    if (!values) return tile + (size_t)slot * layer.head_dim * sizeof(T);
-    return tile + ((size_t)layer.page_size * layer.head_dim + (size_t)slot * layer.head_dim_v) * sizeof(T);
-}
 
 /* A 16-byte piece a thread: rows [token][head] to their tiles. */
 template <typename T>
@@ -99,13 +80,25 @@ __global__ void append_kernel(attn_cuda_layer layer, const uint32_t *places, con
         uint32_t piece = i % row_pieces;
         bool is_value = piece >= key_pieces;
         if (is_value) piece -= key_pieces;
-        uint32_t place = places[row / layer.heads_kv], slot = place % layer.page_size;
-        char *to = (char *)pool_row<T>(layer, place / layer.page_size, row % layer.heads_kv, slot, is_value, status);
-        if (to == nullptr) continue;
-        uint32_t pieces = is_value ? value_pieces : key_pieces;
-        const char *from = (is_value ? values : keys) + (row * pieces + piece) * PIECE_BYTES;
-        uint32_t swizzled = piece ^ row_swizzle(pieces * PIECE_BYTES, slot);
-        *(uint4 *)(to + swizzled * PIECE_BYTES) = *(const uint4 *)from;
+        uint32_t place = places[row / layer.heads_kv], page = place / layer.page_size;
+        if (page >= layer.pages) {
+            *status = 1;
+            continue;
+        }
+        const char *from = (is_value ? values : keys) + (row * (is_value ? value_pieces : key_pieces) + piece) * PIECE_BYTES;
+        char *to = layout::pool_piece(layer, page, row % layer.heads_kv, place % layer.page_size, is_value, piece);
+        *(uint4 *)to = *(const uint4 *)from;
+    }
+}
+
+/* All bits of some slots of a page set, which is NaN in every dtype. A block a head. */
+__global__ void poison_kernel(attn_cuda_layer layer, uint32_t page, uint32_t first_slot, uint32_t slots) {
+    for (uint32_t values = 0; values < 2; values++) {
+        uint32_t pieces = (values ? layer.head_dim_v : layer.head_dim) * layer.element_bytes / PIECE_BYTES;
+        for (uint32_t i = threadIdx.x; i < slots * pieces; i += blockDim.x) {
+            char *to = layout::pool_piece(layer, page, blockIdx.x, first_slot + i / pieces, values, i % pieces);
+            *(uint4 *)to = make_uint4(ALL_LANES, ALL_LANES, ALL_LANES, ALL_LANES);
+        }
     }
 }
 
@@ -125,100 +118,6 @@ __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" :
 template <int PENDING> __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
     __syncthreads();
-}
-
-/* ------------------------------------------------------------------------------------------- */
-/* What a row sees: attn_row_visible (kernels/split_plan.h), of the live sequence */
-
-__device__ inline uint64_t part_tokens_below(const attn_cuda_sequence &part, uint64_t position) {
-    uint64_t chunk = position / ATTN_CHUNK_TOKENS;
-    if (chunk < part.chunk_first) return 0;
-    uint64_t distance = chunk - part.chunk_first;
-    uint64_t chunks_before = (distance + part.chunk_stride - 1) / part.chunk_stride;
-    bool is_ours = distance % part.chunk_stride == 0;
-    return chunks_before * ATTN_CHUNK_TOKENS + (is_ours ? position % ATTN_CHUNK_TOKENS : 0);
-}
-
-__device__ inline uint2 row_visible(const attn_cuda_sequence &sequence, uint32_t window, uint32_t query) {
-    uint64_t total = sequence.total_length;
-    uint64_t upto = sequence.is_read ? total : total - sequence.query_length + query + 1;
-    uint64_t from = window != 0 && upto > window ? upto - window : 0;
-    if (sequence.chunk_stride != 0) {
-        upto = part_tokens_below(sequence, upto);
-        from = part_tokens_below(sequence, from);
-    }
-    uint64_t end = upto < sequence.length ? upto : sequence.length;
-    return make_uint2((uint32_t)(from < end ? from : end), (uint32_t)end);
-}
-
-/* ------------------------------------------------------------------------------------------- */
-/* Results */
-
-/* Where a row of a piece or of a cut unit ends. */
-struct destination {
-    size_t row;      /* [.., heads_q] of the out rows or the partial rows */
-    bool is_partial; /* float32, without a sink */
-    const float *sink;
-};
-
-__device__ inline destination find_destination(const attn_cuda_work &work, const attn_cuda_sequence &sequence,
-                                               uint32_t head, uint32_t query_first, uint32_t row, uint32_t chunk) {
-    uint32_t group = work.layer.heads_q / work.layer.heads_kv;
-    uint32_t query_head = head * group + row % group;
-    size_t query_row = (size_t)sequence.first_out + (size_t)chunk * sequence.chunk_rows + query_first + row / group;
-    destination to;
-    to.row = query_row * work.layer.heads_q + query_head;
-    to.is_partial = sequence.chunk_stride != 0;
-    to.sink = work.sinks != nullptr && !to.is_partial ? &work.sinks[query_head] : nullptr;
-    return to;
-}
-
-/* Partial results of a row, as attn_combine_row takes them: `lse_of(c)`. Weights by weight_of(c). */
-struct row_weights {
-    double largest, total;
-    bool any;
-};
-
-template <typename LseOf> __device__ inline row_weights weigh(uint32_t count, const float *sink, LseOf lse_of) {
-    row_weights weights;
-    float largest = sink != nullptr ? *sink : -INFINITY;
-    for (uint32_t c = 0; c < count; c++) {
-        float lse = lse_of(c);
-        if (lse > largest || isnan(largest)) largest = lse;
-    }
-    weights.largest = largest;
-    weights.total = 0.0;
-    weights.any = sink != nullptr && *sink != -INFINITY;
-    if (weights.any) weights.total = attn_fixed_exp(*sink - weights.largest);
-    for (uint32_t c = 0; c < count; c++) {
-        float lse = lse_of(c);
-        if (lse == -INFINITY) continue;
-        weights.any = true;
-        weights.total += attn_fixed_exp(lse - weights.largest);
-    }
-    return weights;
-}
-
-__device__ inline float weight_of(const row_weights &weights, float lse) {
-    return lse == -INFINITY ? 0.0f : (float)(attn_fixed_exp(lse - weights.largest) / weights.total);
-}
-
-__device__ inline float merged_lse(const row_weights &weights) {
-    return weights.any ? (float)(weights.largest + attn_fixed_log(weights.total)) : -INFINITY;
-}
-
-template <typename T>
-__device__ inline void write_out(const attn_cuda_work &work, const destination &to, uint32_t column, float value) {
-    size_t at = to.row * work.layer.head_dim_v + column;
-    if (to.is_partial) {
-        work.partial_out[at] = value;
-    } else {
-        ((T *)work.out)[at] = element<T>::from_float(value);
-    }
-}
-
-__device__ inline void write_lse(const attn_cuda_work &work, const destination &to, float lse) {
-    (to.is_partial ? work.partial_lse : work.lse)[to.row] = lse;
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -247,16 +146,19 @@ template <typename T, uint32_t ROWS> size_t shared_bytes(const attn_cuda_layer &
 template <typename T>
 __device__ inline void load_tile(const attn_cuda_work &work, const attn_cuda_piece &piece, const uint32_t *pages,
                                  uint32_t first, bool values, uint32_t to) {
-    const attn_cuda_layer &layer = work.layer;
+    const attn_cuda_layer &layer = work.call.layer;
     uint32_t row_bytes = (values ? layer.head_dim_v : layer.head_dim) * sizeof(T);
     uint32_t pieces = row_bytes / PIECE_BYTES, stride = shared_stride(row_bytes);
     for (uint32_t i = threadIdx.x; i < tile_tokens<T>() * pieces; i += THREADS) {
         uint32_t row = i / pieces, c = i % pieces, token = first + row;
         const char *from = nullptr;
         if (token >= piece.token_begin && token < piece.token_end) {
-            uint32_t slot = token % layer.page_size;
-            from = pool_row<T>(layer, pages[token / layer.page_size], piece.head, slot, values, work.status);
-            if (from != nullptr) from += (c ^ row_swizzle(row_bytes, slot)) * PIECE_BYTES;
+            uint32_t page = pages[token / layer.page_size];
+            if (page < layer.pages) {
+                from = layout::pool_piece(layer, page, piece.head, token % layer.page_size, values, c);
+            } else {
+                *work.call.status = 1;
+            }
         }
         copy_piece(to + row * stride + c * PIECE_BYTES, from);
     }
@@ -266,7 +168,7 @@ __device__ inline void load_tile(const attn_cuda_work &work, const attn_cuda_pie
 template <typename T, uint32_t ROWS>
 __device__ inline void load_queries(const attn_cuda_work &work, const attn_cuda_piece &piece,
                                     const attn_cuda_sequence &sequence, block_memory<T, ROWS> &memory) {
-    const attn_cuda_layer &layer = work.layer;
+    const attn_cuda_layer &layer = work.call.layer;
     uint32_t group = layer.heads_q / layer.heads_kv, rows = piece.queries * group;
     constexpr uint32_t ELEMENTS = PIECE_BYTES / sizeof(T);
     uint32_t pieces = layer.head_dim / ELEMENTS;
@@ -276,7 +178,7 @@ __device__ inline void load_queries(const attn_cuda_work &work, const attn_cuda_
         if (row < rows) {
             size_t query = (size_t)sequence.first_query + piece.query_first + row / group;
             size_t at = (query * layer.heads_q + piece.head * group + row % group) * layer.head_dim + c * ELEMENTS;
-            element<T>::load_16_bytes((const T *)work.queries + at, floats);
+            element<T>::load_16_bytes((const T *)work.call.queries + at, floats);
         }
 #pragma unroll
         for (uint32_t e = 0; e < ELEMENTS; e++)
@@ -285,7 +187,7 @@ __device__ inline void load_queries(const attn_cuda_work &work, const attn_cuda_
     if (threadIdx.x < ROWS) {
         uint32_t row = threadIdx.x;
         uint2 visible = make_uint2(0, 0);
-        if (row < rows) visible = row_visible(sequence, work.window, piece.query_first + row / group);
+        if (row < rows) visible = row_visible(sequence, work.call.window, piece.query_first + row / group);
         memory.visible[row] =
             make_uint2(max(visible.x, piece.token_begin), min(visible.y, max(piece.token_end, piece.token_begin)));
         memory.maximum[row] = -INFINITY;
@@ -301,9 +203,9 @@ __device__ inline void score_tile(const attn_cuda_work &work, block_memory<T, RO
     constexpr uint32_t ROWS_A_THREAD = ROWS * TOKENS / THREADS;
     constexpr uint32_t ELEMENTS = PIECE_BYTES / sizeof(T);
     uint32_t token = threadIdx.x % TOKENS, first_row = threadIdx.x / TOKENS * ROWS_A_THREAD;
-    const char *key = keys + token * shared_stride(work.layer.head_dim * sizeof(T));
+    const char *key = keys + token * shared_stride(work.call.layer.head_dim * sizeof(T));
     float sums[ROWS_A_THREAD] = {};
-    for (uint32_t e = 0; e < work.layer.head_dim; e += ELEMENTS) {
+    for (uint32_t e = 0; e < work.call.layer.head_dim; e += ELEMENTS) {
         float elements[ELEMENTS];
         element<T>::load_16_bytes(key + e * sizeof(T), elements);
 #pragma unroll
@@ -321,8 +223,8 @@ __device__ inline void score_tile(const attn_cuda_work &work, block_memory<T, RO
 #pragma unroll
     for (uint32_t r = 0; r < ROWS_A_THREAD; r++) {
         uint2 visible = memory.visible[first_row + r];
-        float score = sums[r] * work.scale;
-        if (work.softcap > 0) score = work.softcap * tanhf(score / work.softcap);
+        float score = sums[r] * work.call.scale;
+        if (work.call.softcap > 0) score = work.call.softcap * tanhf(score / work.call.softcap);
         bool sees = first + token >= visible.x && first + token < visible.y;
         memory.scores[first_row + r][token] = sees ? score : -INFINITY;
     }
@@ -373,8 +275,8 @@ __device__ inline void add_values(const attn_cuda_work &work, const block_memory
                                   thread_sums<ROWS, PARTS> &mine) {
     constexpr uint32_t COUNT = thread_sums<ROWS, PARTS>::COUNT;
     uint32_t pair = threadIdx.x % (THREADS / PARTS), first_row = threadIdx.x / (THREADS / PARTS) * COUNT;
-    uint32_t stride = shared_stride(work.layer.head_dim_v * sizeof(T));
-    if (2 * pair >= work.layer.head_dim_v) return;
+    uint32_t stride = shared_stride(work.call.layer.head_dim_v * sizeof(T));
+    if (2 * pair >= work.call.layer.head_dim_v) return;
 #pragma unroll
     for (uint32_t r = 0; r < COUNT; r++) {
         float decay = memory.decay[first_row + r];
@@ -408,7 +310,7 @@ __device__ inline void deliver(const attn_cuda_work &work, const attn_cuda_piece
                                const attn_cuda_sequence &sequence, block_memory<T, ROWS> &memory,
                                const thread_sums<ROWS, PARTS> &mine) {
     constexpr uint32_t COUNT = thread_sums<ROWS, PARTS>::COUNT;
-    uint32_t rows = piece.queries * (work.layer.heads_q / work.layer.heads_kv), columns = work.layer.head_dim_v;
+    uint32_t rows = piece.queries * (work.call.layer.heads_q / work.call.layer.heads_kv), columns = work.call.layer.head_dim_v;
     if (threadIdx.x < rows) {
         uint32_t row = threadIdx.x;
         float sum = memory.sum[row];
@@ -416,7 +318,7 @@ __device__ inline void deliver(const attn_cuda_work &work, const attn_cuda_piece
         if (piece.to == ATTN_CUDA_TO_SLOT) {
             work.slot_lse[(size_t)piece.slot * ATTN_CUDA_MAX_ROWS + row] = lse;
         } else {
-            destination to = find_destination(work, sequence, piece.head, piece.query_first, row, piece.slot);
+            destination to = find_destination(work.call, sequence, piece.head, piece.query_first, row, piece.slot);
             if (to.sink != nullptr) {
                 row_weights weights = weigh(1, to.sink, [&](uint32_t) { return lse; });
                 memory.weight[row] = weight_of(weights, lse);
@@ -424,7 +326,7 @@ __device__ inline void deliver(const attn_cuda_work &work, const attn_cuda_piece
             } else {
                 memory.weight[row] = 1.0f;
             }
-            write_lse(work, to, lse);
+            write_lse(work.call, to, lse);
         }
     }
     __syncthreads();
@@ -441,9 +343,9 @@ __device__ inline void deliver(const attn_cuda_work &work, const attn_cuda_piece
             work.slot_out[at] = out.x;
             work.slot_out[at + 1] = out.y;
         } else {
-            destination to = find_destination(work, sequence, piece.head, piece.query_first, row, piece.slot);
-            write_out<T>(work, to, 2 * pair, out.x * memory.weight[row]);
-            write_out<T>(work, to, 2 * pair + 1, out.y * memory.weight[row]);
+            destination to = find_destination(work.call, sequence, piece.head, piece.query_first, row, piece.slot);
+            write_out<T>(work.call, to, 2 * pair, out.x * memory.weight[row]);
+            write_out<T>(work.call, to, 2 * pair + 1, out.y * memory.weight[row]);
         }
     }
 }
@@ -454,12 +356,12 @@ __global__ void __launch_bounds__(THREADS) attend_kernel(const __grid_constant__
     constexpr uint32_t TOKENS = tile_tokens<T>();
     block_memory<T, ROWS> &memory = *(block_memory<T, ROWS> *)shared;
     char *keys = shared + sizeof memory;
-    char *values = keys + TOKENS * shared_stride(work.layer.head_dim * sizeof(T));
+    char *values = keys + TOKENS * shared_stride(work.call.layer.head_dim * sizeof(T));
     uint32_t keys_at = (uint32_t)__cvta_generic_to_shared(keys), values_at = (uint32_t)__cvta_generic_to_shared(values);
     for (uint32_t i = work.first_pieces[blockIdx.x]; i < work.first_pieces[blockIdx.x + 1]; i++) {
         attn_cuda_piece piece = work.pieces[i];
-        attn_cuda_sequence sequence = work.sequences[piece.sequence];
-        const uint32_t *pages = work.page_table + sequence.page_offset;
+        attn_cuda_sequence sequence = work.call.sequences[piece.sequence];
+        const uint32_t *pages = work.call.page_table + sequence.page_offset;
         thread_sums<ROWS, PARTS> mine = {};
         uint32_t first = piece.token_begin / TOKENS * TOKENS;
         __syncthreads(); /* the piece before has been delivered */
@@ -492,12 +394,12 @@ __global__ void __launch_bounds__(THREADS) attend_kernel(const __grid_constant__
 template <typename T>
 __global__ void __launch_bounds__(THREADS) merge_kernel(const __grid_constant__ attn_cuda_work work) {
     attn_cuda_merge unit = work.merges[blockIdx.x];
-    attn_cuda_sequence sequence = work.sequences[unit.sequence];
+    attn_cuda_sequence sequence = work.call.sequences[unit.sequence];
     const uint32_t *slots = work.slots + unit.first_slot;
-    uint32_t rows = unit.queries * (work.layer.heads_q / work.layer.heads_kv), columns = work.layer.head_dim_v;
+    uint32_t rows = unit.queries * (work.call.layer.heads_q / work.call.layer.heads_kv), columns = work.call.layer.head_dim_v;
     uint32_t lane = threadIdx.x % 32;
     for (uint32_t row = threadIdx.x / 32; row < rows; row += WARPS) {
-        destination to = find_destination(work, sequence, unit.head, unit.query_first, row, 0);
+        destination to = find_destination(work.call, sequence, unit.head, unit.query_first, row, 0);
         auto lse_of = [&](uint32_t c) { return work.slot_lse[(size_t)slots[c] * ATTN_CUDA_MAX_ROWS + row]; };
         row_weights weights = weigh(unit.slot_count, to.sink, lse_of);
         float sums[256 / 32] = {};
@@ -513,9 +415,9 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const __grid_constant__ 
         }
 #pragma unroll
         for (uint32_t i = 0; i < 256 / 32; i++) {
-            if (i * 32 + lane < columns) write_out<T>(work, to, i * 32 + lane, sums[i]);
+            if (i * 32 + lane < columns) write_out<T>(work.call, to, i * 32 + lane, sums[i]);
         }
-        if (lane == 0) write_lse(work, to, merged_lse(weights));
+        if (lane == 0) write_lse(work.call, to, merged_lse(weights));
     }
 }
 
@@ -536,11 +438,11 @@ cudaError_t launch(void (*kernel)(PARAMETERS...), uint32_t blocks, uint32_t thre
 
 template <typename T, uint32_t ROWS, uint32_t PARTS>
 cudaError_t launch_attend(const attn_cuda_work &work, cudaStream_t on) {
-    return launch(attend_kernel<T, ROWS, PARTS>, work.workers, THREADS, shared_bytes<T, ROWS>(work.layer), on, work);
+    return launch(attend_kernel<T, ROWS, PARTS>, work.workers, THREADS, shared_bytes<T, ROWS>(work.call.layer), on, work);
 }
 
 template <typename T> cudaError_t launch_attend_of(const attn_cuda_work &work, cudaStream_t on) {
-    bool wide = work.layer.head_dim_v > THREADS; /* a thread has two columns */
+    bool wide = work.call.layer.head_dim_v > THREADS; /* a thread has two columns */
     if (work.rows <= 4) return wide ? launch_attend<T, 4, 1>(work, on) : launch_attend<T, 4, 2>(work, on);
     return wide ? launch_attend<T, ATTN_CUDA_MAX_ROWS, 1>(work, on) : launch_attend<T, ATTN_CUDA_MAX_ROWS, 2>(work, on);
 }
@@ -580,6 +482,11 @@ extern "C" uint32_t attn_cuda_tile_bytes(uint32_t page_size, uint32_t head_dim, 
     return page_size * (head_dim + head_dim_v) * element_bytes;
 }
 
+extern "C" int attn_cuda_poison(const attn_cuda_layer *layer, uint32_t page, uint32_t first_slot, uint32_t slots,
+                                void *stream) {
+    return launch(poison_kernel, layer->heads_kv, 128, 0, (cudaStream_t)stream, *layer, page, first_slot, slots);
+}
+
 extern "C" int attn_cuda_append(const attn_cuda_layer *layer, const uint32_t *places, const void *keys,
                                 const void *values, uint32_t tokens, uint32_t *status, void *stream) {
     if (tokens == 0) return cudaSuccess;
@@ -594,7 +501,7 @@ extern "C" int attn_cuda_append(const attn_cuda_layer *layer, const uint32_t *pl
 
 extern "C" int attn_cuda_attend(const attn_cuda_work *work, void *stream) {
     cudaStream_t on = (cudaStream_t)stream;
-    switch (work->layer.dtype) {
+    switch (work->call.layer.dtype) {
     case ATTN_BF16: return launch_attend_of<__nv_bfloat16>(*work, on);
     case ATTN_FP16: return launch_attend_of<__half>(*work, on);
     case ATTN_FP32: return launch_attend_of<float>(*work, on);
@@ -605,7 +512,7 @@ extern "C" int attn_cuda_attend(const attn_cuda_work *work, void *stream) {
 extern "C" int attn_cuda_merge_units(const attn_cuda_work *work, void *stream) {
     if (work->merge_count == 0) return cudaSuccess;
     cudaStream_t on = (cudaStream_t)stream;
-    switch (work->layer.dtype) {
+    switch (work->call.layer.dtype) {
     case ATTN_BF16: return launch_merge<__nv_bfloat16>(*work, on);
     case ATTN_FP16: return launch_merge<__half>(*work, on);
     case ATTN_FP32: return launch_merge<float>(*work, on);

@@ -1,14 +1,16 @@
 /*
- * The instructions that the Hopper decode kernel is made of, one function each. Shared-memory addresses are the 32-bit
+ * The instructions that the decode kernels are made of, one function each. Shared-memory addresses are the 32-bit
  * ones of the shared window (__cvta_generic_to_shared).
  */
-#ifndef ATTND_KERNELS_CUDA_DECODE_HOPPER_CUH
-#define ATTND_KERNELS_CUDA_DECODE_HOPPER_CUH
+#ifndef ATTND_KERNELS_CUDA_INSTRUCTIONS_CUH
+#define ATTND_KERNELS_CUDA_INSTRUCTIONS_CUH
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <stdint.h>
 
-namespace hopper {
+namespace ptx {
 
 /* ------------------------------------------------------------------------------------------- */
 /* mbarrier and bulk copy */
@@ -20,19 +22,19 @@ __device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
 }
 
 /* Makes barrier_init visible to the copy engine. */
-__device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ inline void barrier_init_fence() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
 
 __device__ inline void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-/* Arrives, and says that so many bytes will arrive too. */
-__device__ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
 /* Waits until the phase of this parity is complete. */
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
     asm volatile("{\n"
                  ".reg .pred done;\n"
                  "again:\n"
@@ -41,6 +43,21 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
                  "}" ::"r"(barrier),
                  "r"(parity)
                  : "memory");
+#else
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+#endif
+}
+
+/* Arrives, and says that so many bytes will arrive too. */
+__device__ inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 /* Copies `bytes` (a multiple of 16) from global to shared memory; they count on `barrier`. Read once: evicted first. */
@@ -56,6 +73,19 @@ __device__ inline uint64_t evict_first_policy() {
     uint64_t policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
+}
+
+/* Makes what this thread wrote visible to bulk copies and wgmma that are started afterwards. */
+__device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+/* 16 bytes from global to shared memory, by the thread, asynchronously. */
+__device__ inline void copy_16_bytes(uint32_t to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+/* Arrives at the barrier, for one of the arrivals it was made with, once this thread's copies so far are there. */
+__device__ inline void barrier_arrive_after_copies(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 /* A barrier of a group of threads; __syncthreads has number 0. */
@@ -81,9 +111,17 @@ __device__ inline void prefetch_l2(const void *address) { asm volatile("prefetch
 /* ------------------------------------------------------------------------------------------- */
 /* Programmatic dependent launch: both are no-ops in an ordinary launch */
 
-__device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
-__device__ inline void wait_for_previous_launch() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 /* ------------------------------------------------------------------------------------------- */
 /* Matrix instructions */
@@ -109,18 +147,60 @@ __device__ inline uint32_t transpose_matrix(uint32_t matrix) {
     return transposed;
 }
 
-/* c[16 x 8] += a[16 x 16] b[16 x 8] */
-__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+/* c[16 x 8] += a[16 x 16] b[16 x 8], of bf16. */
+__device__ inline void multiply_add_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* Two floats as bf16, the first in the low half. */
+/* The same of fp16. */
+__device__ inline void multiply_add_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* Two floats as bf16 or fp16, the first in the low half. */
 __device__ inline uint32_t pack_bf16(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<uint32_t *>(&pair);
+}
+
+__device__ inline uint32_t pack_fp16(float low, float high) {
+    __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<uint32_t *>(&pair);
+}
+
+/* The e4m3 numbers in the low two bytes as fp16, exactly. */
+__device__ inline uint32_t widen_e4m3(uint32_t bytes) {
+    uint32_t pair;
+#if __CUDA_ARCH__ >= 890
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %1;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+        "}"
+        : "=r"(pair)
+        : "r"(bytes));
+#else
+    /* Bit by bit an fp16 with an exponent 8 too small, but for NaN, which has to be one afterwards, too. */
+    uint32_t spread = __byte_perm(bytes, 0, 0x1404);
+    uint32_t scaled = (spread & 0x80008000u) | (spread >> 1 & 0x3f803f80u);
+    __half2 exact = __hmul2(*reinterpret_cast<__half2 *>(&scaled), __float2half2_rn(256.0f));
+    pair = *reinterpret_cast<uint32_t *>(&exact);
+    if ((bytes & 0x7fu) == 0x7fu) pair |= 0x7e00u;
+    if ((bytes & 0x7f00u) == 0x7f00u) pair |= 0x7e000000u;
+#endif
+    return pair;
+}
+
+/* Rounds to the nearest e4m3, ties to even; beyond 448, infinities too, to 448. NaN stays NaN. The first in the low byte. */
+__device__ inline uint32_t pack_e4m3(float first, float second) {
+    __nv_fp8x2_storage_t pair = __nv_cvt_float2_to_fp8x2(make_float2(first, second), __NV_SATFINITE, __NV_E4M3);
+    return pair;
 }
 
 __device__ inline float exp2_fast(float x) {
@@ -142,6 +222,6 @@ __device__ inline float column_sum(float x) {
     return x + __shfl_xor_sync(0xffffffffu, x, 16);
 }
 
-} /* namespace hopper */
+} /* namespace ptx */
 
 #endif

@@ -1,0 +1,51 @@
+#include "kernels/cuda/decode.h"
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/attention.h"
+#include "kernels/cuda/narrow.h"
+#include "kernels/cuda/rows.cuh"
+#include "kernels/cuda/wide.h"
+
+namespace {
+
+uint32_t group_of(const attn_cuda_layer &layer) { return layer.heads_q / layer.heads_kv; }
+
+/* Rows of a block: as few as hold a sequence's. In batch_invariant mode that must not depend on the batch. */
+uint32_t rows_a_block(const attn_cuda_call &call, uint32_t most_queries) {
+    uint32_t group = group_of(call.layer), rows = call.batch_invariant ? group : most_queries * group;
+    return rows <= 8 ? 8 : rows <= 16 ? 16 : 64;
+}
+
+int launch_narrow(const attn_cuda_call *call, const attn_cuda_tuning *tuning, const attn_cuda_workspace *workspace,
+                  uint32_t rows, void *stream) {
+    switch (call->layer.kv_dtype) {
+    case ATTN_BF16: return attn_cuda_launch_narrow_bf16(call, tuning, workspace, rows, stream);
+    case ATTN_FP16: return attn_cuda_launch_narrow_fp16(call, tuning, workspace, rows, stream);
+    default: return cudaErrorInvalidValue;
+    }
+}
+
+} /* namespace */
+
+extern "C" int attn_cuda_decode_fits(const attn_cuda_layer *layer) {
+    uint32_t dim = layer->head_dim, dim_v = layer->head_dim_v;
+    bool is_built = dim == 64 || dim == 96 || dim == 128 || dim == 192 || dim == 256;
+    return is_built && (dim == dim_v || (dim == 192 && dim_v == 128)) &&
+           (layer->kv_dtype == ATTN_BF16 || layer->kv_dtype == ATTN_FP16) && group_of(*layer) <= 64;
+}
+
+extern "C" size_t attn_cuda_workspace_bytes(uint32_t slots, uint32_t rows, uint32_t head_dim_v) {
+    size_t all = (size_t)slots * rows;
+    return rows::round_up(slots * sizeof(uint32_t)) + rows::round_up(all * sizeof(float2)) +
+           all * head_dim_v * sizeof(float);
+}
+
+extern "C" int attn_cuda_decode_launch(const attn_cuda_call *call, const attn_cuda_tuning *tuning,
+                                       const attn_cuda_workspace *workspace, uint32_t most_queries, void *stream) {
+    if (!attn_cuda_decode_fits(&call->layer)) return cudaErrorInvalidValue;
+    if (call->batch == 0) return cudaSuccess;
+    uint32_t rows = rows_a_block(*call, most_queries);
+    if (rows > 16) rows = 16;
+    return launch_narrow(call, tuning, workspace, rows, stream);
+}

@@ -1,0 +1,68 @@
+/*
+ * What a cache can hold, for the kernels on tensor cores: how 16 bits or 8 become the operands of a matrix product.
+ *
+ *     IO         queries, outputs and appended rows
+ *     multiply   c[16 x 8] += a[16 x 16] b[16 x 8]
+ *     pack       two floats as operands, the first in the low half
+ */
+#ifndef ATTND_KERNELS_CUDA_ELEMENTS_CUH
+#define ATTND_KERNELS_CUDA_ELEMENTS_CUH
+
+#include "kernels/cuda/instructions.cuh"
+
+namespace elements {
+
+struct bf16 {
+    using IO = __nv_bfloat16;
+    static constexpr uint32_t BYTES = 2;
+    static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        ptx::multiply_add_bf16(c, a, b0, b1);
+    }
+    static __device__ uint32_t pack(float low, float high) { return ptx::pack_bf16(low, high); }
+
+    /* Piece `piece` of the appended row that begins at element `row` of `rows`, as it is stored. */
+    static __device__ uint4 load_new(const void *rows, size_t row, uint32_t piece, float scale) {
+        (void)scale;
+        return ((const uint4 *)((const __nv_bfloat16 *)rows + row))[piece];
+    }
+};
+
+struct fp16 {
+    using IO = __half;
+    static constexpr uint32_t BYTES = 2;
+    static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        ptx::multiply_add_fp16(c, a, b0, b1);
+    }
+    static __device__ uint32_t pack(float low, float high) { return ptx::pack_fp16(low, high); }
+    static __device__ uint4 load_new(const void *rows, size_t row, uint32_t piece, float scale) {
+        (void)scale;
+        return ((const uint4 *)((const __half *)rows + row))[piece];
+    }
+};
+
+/* e4m3, widened to fp16 for the products: exactly. So are bf16 queries, once a power of two has brought them in range. */
+struct fp8 {
+    using IO = __nv_bfloat16;
+    static constexpr uint32_t BYTES = 1;
+    static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        ptx::multiply_add_fp16(c, a, b0, b1);
+    }
+    static __device__ uint32_t pack(float low, float high) { return ptx::pack_fp16(low, high); }
+    static __device__ uint4 load_new(const void *rows, size_t row, uint32_t piece, float scale) {
+        const uint4 *from = (const uint4 *)((const __nv_bfloat16 *)rows + row) + 2 * piece;
+        uint4 low = from[0], high = from[1];
+        const uint32_t pairs[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        uint32_t stored[4] = {};
+#pragma unroll
+        for (uint32_t i = 0; i < 8; i++) {
+            float first = __uint_as_float(pairs[i] << 16) / scale;
+            float second = __uint_as_float(pairs[i] & 0xffff0000u) / scale;
+            stored[i / 2] |= ptx::pack_e4m3(first, second) << i % 2 * 16;
+        }
+        return make_uint4(stored[0], stored[1], stored[2], stored[3]);
+    }
+};
+
+} /* namespace elements */
+
+#endif

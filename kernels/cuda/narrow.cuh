@@ -1,0 +1,642 @@
+/*
+ * The narrow kernel: 8 or 16 rows a block (query rows x heads of the group). Four warps, a group, take 16 tokens each
+ * of 64 of a stage and keep their own maximum, sum and output (m, l, O), so that no barrier is needed per tile. With a
+ * token's keys as the rows of the matrix product,
+ *     S^T [16 tokens x 8 rows] = K Q^T        O^T [head_dim_v x 8 rows] += V^T P^T
+ * only the query rows are padded. At the end of a run (the block's tiles of one unit) the four states are merged through
+ * shared memory. Two groups take turns run by run: while one ends its run, the other has its queries and consumes.
+ */
+#ifndef ATTND_KERNELS_CUDA_NARROW_CUH
+#define ATTND_KERNELS_CUDA_NARROW_CUH
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/cuda/decode.h"
+#include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/produce.cuh"
+#include "kernels/cuda/rows.cuh"
+
+namespace narrow {
+
+using line::ALL_LANES;
+using rows::LOG2_E;
+
+constexpr uint32_t WARPS = 4; /* of a group */
+constexpr uint32_t GROUP_THREADS = WARPS * 32;
+
+/* A kernel's shape. BLOCKS: 8-row blocks of queries. */
+template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t BLOCKS_, uint32_t GROUPS_, uint32_t BLOCKS_PER_SM_>
+struct shape {
+    using KV = KV_;
+    using IO = typename KV::IO;
+    static constexpr uint32_t DIM = DIM_, DIM_V = DIM_V_, BLOCKS = BLOCKS_, GROUPS = GROUPS_;
+    static constexpr uint32_t BLOCKS_PER_SM = BLOCKS_PER_SM_;
+    static constexpr uint32_t ROWS = BLOCKS * 8;
+    /* A stage should be worth the time that a tile's chain of products and powers takes. */
+    static constexpr uint32_t TOKENS = 64 * (DIM + DIM_V) * KV::BYTES <= 16384 ? 128 : 64;
+    static constexpr uint32_t SLICES = TOKENS / 64; /* of 16 tokens, that a warp has of a tile */
+    using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, false>;
+};
+
+/* What a block keeps in shared memory, behind the ring. */
+template <typename S> struct group_memory {
+    float out[WARPS][S::ROWS][S::DIM_V + 4]; /* + 4: keeps the four states' rows off each other's banks */
+    float maximum[WARPS][S::ROWS];           /* of the scores, in units of log2 */
+    float sum[WARPS][S::ROWS];
+    uint2 visible[WARPS][S::ROWS]; /* tokens that a row sees, from .x to before .y; a warp has its own copy */
+    uint64_t turn; /* the group has consumed its run: the next one's begins */
+    uint32_t last_arriver;
+};
+
+constexpr uint32_t MAX_STAGES = 12;
+
+template <typename S> struct block_memory {
+    group_memory<S> group[S::GROUPS];
+    uint64_t full[MAX_STAGES];
+    uint64_t empty[MAX_STAGES];
+};
+
+/* ------------------------------------------------------------------------------------------- */
+/* A warp's state */
+
+/* A lane holds query columns 2 * (lane % 4) and the next of each 8-row block. */
+template <typename S> struct warp_state {
+    float out[S::DIM_V / 16][S::BLOCKS][4];
+    float maximum[S::BLOCKS][2]; /* of the scores before scale_log2 */
+    float sum[S::BLOCKS][2];     /* of the tokens of this lane's rows */
+};
+
+/* What the rows of a unit's block are, to a lane: queries as the right-hand matrix, and what its columns see. */
+template <typename S> struct warp_rows {
+    uint32_t queries[S::BLOCKS][S::DIM / 8];
+    float factor[S::BLOCKS][2]; /* fp8: a power of two, of its columns */
+    uint32_t all_begin, all_end; /* what every row sees */
+};
+
+/* How scores become powers of two: scale_log2 * score, of a score that softcap has bent if it is not 0. */
+struct softness {
+    float scale, softcap, scale_log2;
+};
+
+__device__ inline softness softness_of(const attn_cuda_call &call, uint32_t head) {
+    softness soft;
+    soft.scale = call.scale;
+    if (call.layer.key_scales != nullptr) soft.scale *= call.layer.key_scales[head];
+    soft.softcap = call.softcap;
+    soft.scale_log2 = call.softcap > 0 ? LOG2_E : soft.scale * LOG2_E;
+    return soft;
+}
+
+/* tanh by one power: exact to a few units of 2^-24, absolutely. */
+__device__ inline float bend(float score, const softness &soft) {
+    float power = ptx::exp2_fast(score * soft.scale * (2.0f * LOG2_E / soft.softcap));
+    return soft.softcap * (1.0f - 2.0f / (power + 1.0f));
+}
+
+template <typename S> __device__ inline void clear_state(warp_state<S> &state) {
+#pragma unroll
+    for (uint32_t b = 0; b < S::BLOCKS; b++) {
+#pragma unroll
+        for (uint32_t d = 0; d < S::DIM_V / 16; d++) {
+            state.out[d][b][0] = state.out[d][b][1] = state.out[d][b][2] = state.out[d][b][3] = 0.0f;
+        }
+        state.maximum[b][0] = state.maximum[b][1] = -INFINITY;
+        state.sum[b][0] = state.sum[b][1] = 0.0f;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Queries */
+
+/* Pairs of a row as the products' right-hand operand: pair i of a lane belongs to step i / 2, half i % 2. */
+template <typename S>
+__device__ inline void load_row_pairs(uint32_t (&pairs)[S::DIM / 8], const uint32_t *row, uint32_t lane) {
+#pragma unroll
+    for (uint32_t i = 0; i < S::DIM / 8; i++) {
+        /* fp8: ldmatrix gives a lane four consecutive bytes, so a step's dims are 4 t .. 4 t + 3. */
+        uint32_t pair = S::KV::BYTES == 1 ? i / 2 * 8 + lane % 4 * 2 + i % 2 : i * 4 + lane % 4;
+        pairs[i] = __ldg(&row[pair]);
+    }
+}
+
+/* Brings bf16 pairs into fp16's range with a power of two, the same for the four lanes of a row; returns its inverse. */
+template <uint32_t COUNT> __device__ inline float narrow_to_fp16(uint32_t (&pairs)[COUNT]) {
+    float largest = 0.0f;
+#pragma unroll
+    for (uint32_t i = 0; i < COUNT; i++) {
+        largest = fmaxf(largest, fmaxf(fabsf(__uint_as_float(pairs[i] << 16)),
+                                       fabsf(__uint_as_float(pairs[i] & 0xffff0000u))));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
+    uint32_t exponent = __float_as_uint(largest) >> 23;
+    exponent = min(max(exponent, 30u), 224u);
+    float down = __uint_as_float((254u - exponent) << 23), up = __uint_as_float(exponent << 23);
+#pragma unroll
+    for (uint32_t i = 0; i < COUNT; i++) {
+        pairs[i] = ptx::pack_fp16(__uint_as_float(pairs[i] << 16) * down, __uint_as_float(pairs[i] & 0xffff0000u) * down);
+    }
+    return up;
+}
+
+template <typename S>
+__device__ inline void load_rows(warp_rows<S> &mine, uint2 *visible, const attn_cuda_call &call, const line::cut &cut,
+                                 const line::unit &unit, uint32_t lane) {
+    uint32_t group = call.layer.heads_q / call.layer.heads_kv, query_first = unit.block * cut.block_queries;
+    uint32_t queries = min(cut.block_queries, unit.of.query_length - query_first), rows = queries * group;
+    bool is_simple = call.sequences == nullptr && call.window == 0;
+    mine.all_begin = 0;
+    mine.all_end = unit.sees.end;
+    if (!is_simple) {
+        uint2 first = results::row_visible(unit.of, call.window, query_first);
+        uint2 last = results::row_visible(unit.of, call.window, query_first + queries - 1);
+        mine.all_begin = last.x;
+        mine.all_end = first.y;
+    }
+#pragma unroll
+    for (uint32_t b = 0; b < S::BLOCKS; b++) {
+        uint32_t row = b * 8 + lane / 4;
+        size_t query = (size_t)unit.of.first_query + query_first + row / group;
+        size_t at = query * call.layer.heads_q + unit.head * group + row % group;
+        if (row < rows) {
+            load_row_pairs<S>(mine.queries[b], (const uint32_t *)call.queries + at * (S::DIM / 2), lane);
+        } else {
+#pragma unroll
+            for (uint32_t i = 0; i < S::DIM / 8; i++)
+                mine.queries[b][i] = 0;
+        }
+        if (S::KV::BYTES == 1) {
+            float factor = narrow_to_fp16(mine.queries[b]);
+            mine.factor[b][0] = __shfl_sync(ALL_LANES, factor, lane % 4 * 8);
+            mine.factor[b][1] = __shfl_sync(ALL_LANES, factor, lane % 4 * 8 + 4);
+        }
+    }
+    if (lane < S::ROWS) {
+        uint2 sees = make_uint2(0, unit.sees.end);
+        if (!is_simple && lane < rows) sees = results::row_visible(unit.of, call.window, query_first + lane / group);
+        visible[lane] = sees;
+    }
+    __syncwarp();
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Products */
+
+/* Where a warp finds its 16 tokens of a slice. */
+struct slice_place {
+    uint32_t keys, values;             /* the first chunk of the first row */
+    uint32_t key_stride, value_stride; /* from chunk to chunk */
+};
+
+template <typename S>
+__device__ inline slice_place place_slice(uint32_t stage, uint32_t slice, uint32_t block_tokens, uint32_t warp) {
+    using T = typename S::stage;
+    uint32_t token = slice * 64 + warp * 16, row = token % block_tokens;
+    produce::block_place at = produce::place_block<T>(stage, token - row, block_tokens);
+    return {at.keys + row * T::KEY_CHUNK, at.values + row * T::VALUE_CHUNK, at.key_stride, at.value_stride};
+}
+
+/* scores[16 tokens x 8 rows] of each block = K Q^T. */
+template <typename S>
+__device__ inline void multiply_keys(float (&scores)[S::BLOCKS][4], const warp_rows<S> &mine, const slice_place &at,
+                                     uint32_t lane) {
+    using KV = typename S::KV;
+    using T = typename S::stage;
+    constexpr uint32_t PIECES = T::KEY_CHUNK / 16;
+    constexpr uint32_t STEP_PIECES = 2; /* of a ldmatrix: two steps of fp8, one of 16 bits */
+    float sums[S::BLOCKS][2][4] = {}; /* two: the products of one sum wait for each other */
+    uint32_t row = lane % 16, row_at = at.keys + row * T::KEY_CHUNK, xored = layout::swizzle(T::KEY_CHUNK, row);
+#pragma unroll
+    for (uint32_t p = 0; p < T::KEY_BYTES / 16; p += STEP_PIECES) {
+        uint32_t loaded[4];
+        ptx::load_matrices(loaded, row_at + p / PIECES * at.key_stride + ((p % PIECES + lane / 16) ^ xored) * 16);
+        if (KV::BYTES == 2) {
+#pragma unroll
+            for (uint32_t b = 0; b < S::BLOCKS; b++)
+                KV::multiply(sums[b][p / 2 % 2], loaded, mine.queries[b][p], mine.queries[b][p + 1]);
+        } else {
+#pragma unroll
+            for (uint32_t half = 0; half < 2; half++) {
+                uint32_t first = loaded[2 * half], second = loaded[2 * half + 1];
+                uint32_t a[4] = {ptx::widen_e4m3(first), ptx::widen_e4m3(second), ptx::widen_e4m3(first >> 16),
+                                 ptx::widen_e4m3(second >> 16)};
+#pragma unroll
+                for (uint32_t b = 0; b < S::BLOCKS; b++) {
+                    uint32_t step = p + half;
+                    KV::multiply(sums[b][half], a, mine.queries[b][2 * step], mine.queries[b][2 * step + 1]);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (uint32_t b = 0; b < S::BLOCKS; b++) {
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++)
+            scores[b][i] = sums[b][0][i] + sums[b][1][i];
+    }
+}
+
+/*
+ * out[head_dim_v x 8 rows] += V^T P^T. `keep`: masks of a lane's pairs of tokens, since a weight of 0 does not hide what
+ * a row that nobody sees may hold. In fp8, row i of a step's 16 rows is dim 2 i, row i + 8 dim 2 i + 1.
+ */
+template <typename S, bool MASKED>
+__device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&weights)[S::BLOCKS][2],
+                                       const slice_place &at, const uint32_t (&keep)[2], uint32_t lane) {
+    using KV = typename S::KV;
+    using T = typename S::stage;
+    constexpr uint32_t PIECES = T::VALUE_CHUNK / 16;
+    bool is_bytes = KV::BYTES == 1;
+    uint32_t row = lane % 8 + (is_bytes ? lane / 8 % 2 : lane / 16) * 8;
+    uint32_t piece_of_lane = is_bytes ? lane / 16 : lane / 8 % 2;
+    uint32_t row_at = at.values + row * T::VALUE_CHUNK, xored = layout::swizzle(T::VALUE_CHUNK, row);
+#pragma unroll
+    for (uint32_t p = 0; p < T::VALUE_BYTES / 16; p += 2) {
+        uint32_t loaded[4];
+        ptx::load_matrices_transposed(
+            loaded, row_at + p / PIECES * at.value_stride + ((p % PIECES + piece_of_lane) ^ xored) * 16);
+        if (MASKED) {
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++)
+                loaded[i] &= keep[is_bytes ? i % 2 : i / 2];
+        }
+        if (!is_bytes) {
+#pragma unroll
+            for (uint32_t b = 0; b < S::BLOCKS; b++)
+                KV::multiply(state.out[p / 2][b], loaded, weights[b][0], weights[b][1]);
+        } else {
+#pragma unroll
+            for (uint32_t half = 0; half < 2; half++) {
+                uint32_t first = __byte_perm(loaded[2 * half], 0, 0x3120);
+                uint32_t second = __byte_perm(loaded[2 * half + 1], 0, 0x3120);
+                uint32_t a[4] = {ptx::widen_e4m3(first), ptx::widen_e4m3(first >> 16), ptx::widen_e4m3(second),
+                                 ptx::widen_e4m3(second >> 16)};
+#pragma unroll
+                for (uint32_t b = 0; b < S::BLOCKS; b++)
+                    KV::multiply(state.out[p + half][b], a, weights[b][0], weights[b][1]);
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* A tile */
+
+/* Hides the scores of tokens that a row does not see. `first`: the slice's first token. */
+template <typename S>
+__device__ inline void mask_scores(float (&scores)[S::BLOCKS][4], const uint2 *visible, uint32_t first,
+                                   uint32_t lane) {
+#pragma unroll
+    for (uint32_t b = 0; b < S::BLOCKS; b++) {
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) {
+            uint32_t token = first + lane / 4 + i / 2 * 8;
+            uint2 sees = visible[b * 8 + lane % 4 * 2 + i % 2];
+            if (token < sees.x || token >= sees.y) scores[b][i] = -INFINITY;
+        }
+    }
+}
+
+/* Of a lane's pairs of tokens of a slice, those that some row sees. */
+__device__ inline void find_kept(uint32_t (&keep)[2], const line::extent &sees, uint32_t first, uint32_t lane) {
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++) {
+        uint32_t token = first + lane % 4 * 2 + i * 8;
+        keep[i] = (token >= sees.begin && token < sees.end ? 0xffffu : 0) |
+                  (token + 1 >= sees.begin && token + 1 < sees.end ? 0xffff0000u : 0);
+    }
+}
+
+/*
+ * Scores become weights relative to the new maximum, and what was summed before is brought down to it.
+ * MASKED: a row may have seen nothing at all.
+ */
+template <typename S, bool MASKED>
+__device__ inline void soften(float (&scores)[S::SLICES][S::BLOCKS][4], warp_state<S> &state, float scale_log2) {
+    bool moved = false;
+    float factors[S::BLOCKS][2];
+#pragma unroll
+    for (uint32_t b = 0; b < S::BLOCKS; b++) {
+#pragma unroll
+        for (uint32_t c = 0; c < 2; c++) {
+            float largest = fmaxf(scores[0][b][c], scores[0][b][c + 2]);
+#pragma unroll
+            for (uint32_t j = 1; j < S::SLICES; j++)
+                largest = fmaxf(largest, fmaxf(scores[j][b][c], scores[j][b][c + 2]));
+            float maximum = fmaxf(state.maximum[b][c], ptx::column_max(largest));
+            float base = MASKED && maximum == -INFINITY ? 0.0f : maximum;
+            float factor = ptx::exp2_fast((state.maximum[b][c] - base) * scale_log2);
+            float sum = 0.0f;
+#pragma unroll
+            for (uint32_t j = 0; j < S::SLICES; j++) {
+#pragma unroll
+                for (uint32_t i = c; i < 4; i += 2) {
+                    scores[j][b][i] = ptx::exp2_fast((scores[j][b][i] - base) * scale_log2);
+                    sum += scores[j][b][i];
+                }
+            }
+            state.maximum[b][c] = maximum;
+            state.sum[b][c] = fmaf(state.sum[b][c], factor, sum);
+            factors[b][c] = factor;
+            moved |= factor != 1.0f;
+        }
+    }
+    if (!__any_sync(ALL_LANES, moved)) return;
+#pragma unroll
+    for (uint32_t b = 0; b < S::BLOCKS; b++) {
+#pragma unroll
+        for (uint32_t d = 0; d < S::DIM_V / 16; d++) {
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++)
+                state.out[d][b][i] *= factors[b][i % 2];
+        }
+    }
+}
+
+/* Attends to the warp's slices of a stage whose first token is `first`. */
+template <typename S, bool MASKED>
+__device__ inline void attend(warp_state<S> &state, const warp_rows<S> &mine, const uint2 *visible,
+                              const line::extent &sees, uint32_t stage,
+                              uint32_t block_tokens, uint32_t first, const softness &soft, uint32_t warp,
+                              uint32_t lane) {
+    float scores[S::SLICES][S::BLOCKS][4];
+#pragma unroll
+    for (uint32_t j = 0; j < S::SLICES; j++) {
+        multiply_keys<S>(scores[j], mine, place_slice<S>(stage, j, block_tokens, warp), lane);
+        if (S::KV::BYTES == 1 || soft.softcap > 0) {
+#pragma unroll
+            for (uint32_t b = 0; b < S::BLOCKS; b++) {
+#pragma unroll
+                for (uint32_t i = 0; i < 4; i++) {
+                    if (S::KV::BYTES == 1) scores[j][b][i] *= mine.factor[b][i % 2];
+                    if (soft.softcap > 0) scores[j][b][i] = bend(scores[j][b][i], soft);
+                }
+            }
+        }
+        if (MASKED) mask_scores<S>(scores[j], visible, first + j * 64 + warp * 16, lane);
+    }
+    soften<S, MASKED>(scores, state, soft.scale_log2);
+#pragma unroll
+    for (uint32_t j = 0; j < S::SLICES; j++) {
+        uint32_t weights[S::BLOCKS][2];
+#pragma unroll
+        for (uint32_t b = 0; b < S::BLOCKS; b++) {
+            weights[b][0] = ptx::transpose_matrix(S::KV::pack(scores[j][b][0], scores[j][b][1]));
+            weights[b][1] = ptx::transpose_matrix(S::KV::pack(scores[j][b][2], scores[j][b][3]));
+        }
+        uint32_t keep[2] = {ALL_LANES, ALL_LANES};
+        if (MASKED) find_kept(keep, sees, first + j * 64 + warp * 16, lane);
+        multiply_values<S, MASKED>(state, weights, place_slice<S>(stage, j, block_tokens, warp), keep, lane);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* A run */
+
+/* Lays a warp's state down in shared memory, the maximum in units of log2. */
+template <typename S>
+__device__ inline void store_state(group_memory<S> &memory, const warp_state<S> &state, float scale_log2, uint32_t warp,
+                                   uint32_t lane) {
+    constexpr uint32_t FIRST_STEP = S::KV::BYTES == 1 ? 2 : 1, SECOND = S::KV::BYTES == 1 ? 1 : 8;
+#pragma unroll
+    for (uint32_t b = 0; b < S::BLOCKS; b++) {
+#pragma unroll
+        for (uint32_t c = 0; c < 2; c++) {
+            uint32_t row = b * 8 + lane % 4 * 2 + c;
+            float sum = ptx::column_sum(state.sum[b][c]);
+            if (lane < 4) {
+                memory.maximum[warp][row] = state.maximum[b][c] * scale_log2;
+                memory.sum[warp][row] = sum;
+            }
+#pragma unroll
+            for (uint32_t d = 0; d < S::DIM_V / 16; d++) {
+                uint32_t column = d * 16 + lane / 4 * FIRST_STEP;
+                memory.out[warp][row][column] = state.out[d][b][c];
+                memory.out[warp][row][column + SECOND] = state.out[d][b][c + 2];
+            }
+        }
+    }
+}
+
+/* What a group's functions have in common. */
+template <typename S> struct group_context {
+    const attn_cuda_call &call;
+    const line::cut &cut;
+    const rows::workspace &work;
+    group_memory<S> &memory;
+    rows::worker by;
+    uint32_t group, warp, lane;
+};
+
+/* Ends a run: merges the warps' states and delivers the rows; who brings the unit to its end merges what was cut. */
+template <typename S>
+__device__ inline void finish_run(const group_context<S> &own, const line::unit &unit, const rows::run &done) {
+    uint32_t query_first = unit.block * own.cut.block_queries;
+    uint32_t queries = min(own.cut.block_queries, unit.of.query_length - query_first);
+    uint32_t count = queries * (own.call.layer.heads_q / own.call.layer.heads_kv);
+    ptx::named_barrier<GROUP_THREADS>(own.group);
+    for (uint32_t index = own.warp; index < count; index += WARPS) {
+        rows::row_state<S::DIM_V> merged = rows::empty_state<S::DIM_V>();
+#pragma unroll
+        for (uint32_t w = 0; w < WARPS; w++) {
+            rows::merge_state(merged, rows::load_row<S::DIM_V>(own.memory.out[w][index], own.lane),
+                              own.memory.maximum[w][index], own.memory.sum[w][index]);
+        }
+        rows::place at = {unit, query_first, index};
+        rows::deliver_row<typename S::IO, S::DIM_V, S::ROWS, S::TOKENS>(own.call, own.work, at, done, own.by, merged,
+                                                                       own.lane);
+    }
+    ptx::named_barrier<GROUP_THREADS>(own.group); /* the states may be overwritten; the partials are written */
+    if (!rows::is_cut(own.call, unit, done)) return;
+
+    if (own.warp == 0 && own.lane == 0)
+        own.memory.last_arriver = rows::arrive(own.call, own.work, unit, done, own.by);
+    ptx::named_barrier<GROUP_THREADS>(own.group);
+    if (!own.memory.last_arriver) return;
+    for (uint32_t index = own.warp; index < count; index += WARPS) {
+        rows::merge_row<typename S::IO, S::DIM_V, S::ROWS>(own.call, own.work, {unit, query_first, index}, own.by,
+                                                           own.lane);
+    }
+}
+
+/* Consumes a run, whose first stage is the `done_before`-th of the block. */
+template <typename S>
+__device__ inline void do_run(const group_context<S> &own, const line::unit &unit, const rows::run &run,
+                              const produce::ring &ring, uint32_t done_before, uint32_t turn_before, uint32_t parity) {
+    warp_rows<S> mine;
+    uint2 *visible = own.memory.visible[own.warp];
+    load_rows<S>(mine, visible, own.call, own.cut, unit, own.lane);
+    softness soft = softness_of(own.call, unit.head);
+    warp_state<S> state;
+    clear_state(state);
+    uint32_t block_tokens = layout::block_tokens(own.call.layer.page_size);
+    produce::ring_place at = {done_before % ring.stages, done_before / ring.stages % 2};
+    /* A stage's barrier tells only the last two fillings apart: those before this run's must be over. */
+    if (turn_before != 0) ptx::barrier_wait(turn_before, parity);
+    uint32_t first = unit.sees.first_token + (run.begin - unit.begin) * S::TOKENS;
+    for (uint32_t tile = run.begin; tile < run.end; tile++, first += S::TOKENS) {
+        uint32_t stage = ring.memory + at.stage * ring.stage_bytes;
+        ptx::barrier_wait(ring.full + at.stage * 8, at.parity);
+        uint32_t from = first + own.warp * 16, to = from + (S::SLICES - 1) * 64 + 16; /* the warp's, more or less */
+        if (from >= mine.all_begin && to <= mine.all_end) {
+            attend<S, false>(state, mine, visible, unit.sees, stage, block_tokens, first, soft, own.warp, own.lane);
+        } else if (from < unit.sees.end && to > unit.sees.begin) {
+            attend<S, true>(state, mine, visible, unit.sees, stage, block_tokens, first, soft, own.warp, own.lane);
+        }
+        __syncwarp();
+        if (own.lane == 0) ptx::barrier_arrive(ring.empty + at.stage * 8);
+        at.advance(ring);
+    }
+    if (S::GROUPS > 1 && own.lane == 0) ptx::barrier_arrive(ptx::shared_address(&own.memory.turn));
+    store_state<S>(own.memory, state, soft.scale_log2, own.warp, own.lane);
+}
+
+/* A consumer warp: its group's of the worker's runs, every GROUPS-th. */
+template <typename S>
+__device__ inline void consume(const group_context<S> &own, const line::share &mine, block_memory<S> &memory,
+                               const produce::ring &ring) {
+    uint32_t before = ptx::shared_address(&memory.group[(own.group + S::GROUPS - 1) % S::GROUPS].turn);
+    uint32_t number = 0, tiles_done = 0;
+    for (uint32_t part = 0; part < 2; part++) {
+        uint32_t begin = part == 0 ? mine.turn : mine.begin, end = part == 0 ? mine.end : mine.turn;
+        if (begin == end) continue;
+        line::unit unit = line::unit_at<S::TOKENS>(own.call, own.cut, part == 0 ? mine.at_turn : mine.at_begin, begin);
+        rows::run run;
+        for (run.begin = begin; run.begin < end; run.begin = run.end, number++) {
+            if (run.begin == unit.begin + unit.sees.tiles) line::next_unit<S::TOKENS>(unit, own.call, own.cut);
+            run.end = min(end, unit.begin + unit.sees.tiles);
+            if (own.call.batch_invariant) run.end = min(run.end, run.begin + own.by.tiles_a_chunk);
+            if (number % S::GROUPS == own.group) {
+                bool waits = S::GROUPS > 1 && number > 0;
+                do_run<S>(own, unit, run, ring, tiles_done, waits ? before : 0, (number - 1) / S::GROUPS % 2);
+                /* The launch before may still read what is written from here on. */
+                if (number < S::GROUPS) ptx::wait_for_previous_launch();
+                finish_run<S>(own, unit, run);
+            }
+            tiles_done += run.end - run.begin;
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* The kernel */
+
+/* Brings a small page table into the L2 cache while the lengths, which say where in it to look, are on their way. */
+__device__ inline void prefetch_page_table(const attn_cuda_call &call) {
+    constexpr uint32_t LINE_ENTRIES = 32;
+    size_t entry = (size_t)blockIdx.x * LINE_ENTRIES;
+    if (entry < (size_t)call.batch * call.page_table_stride) ptx::prefetch_l2(call.page_table + entry);
+}
+
+/* What a launch passes besides the call. */
+struct arguments {
+    line::cut cut;
+    attn_cuda_workspace workspace;
+    uint32_t stages;
+};
+
+template <typename S>
+__global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_SM)
+    narrow_kernel(const __grid_constant__ attn_cuda_call call, const __grid_constant__ arguments with) {
+    extern __shared__ __align__(1024) char shared[];
+    block_memory<S> &memory = *(block_memory<S> *)(shared + with.stages * S::stage::BYTES);
+    produce::ring ring = {ptx::shared_address(shared), ptx::shared_address(memory.full),
+                          ptx::shared_address(memory.empty), with.stages, S::stage::BYTES};
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == S::GROUPS * GROUP_THREADS) {
+        prefetch_page_table(call);
+        for (uint32_t stage = 0; stage < with.stages; stage++) {
+            ptx::barrier_init(ring.full + stage * 8, produce::full_arrivals());
+            ptx::barrier_init(ring.empty + stage * 8, WARPS);
+        }
+        for (uint32_t group = 0; group < S::GROUPS; group++) {
+            ptx::barrier_init(ptx::shared_address(&memory.group[group].turn), WARPS);
+        }
+        ptx::barrier_init_fence();
+    }
+    ptx::launch_dependents();
+    line::share mine = line::find_share<S::TOKENS>(call, with.cut, gridDim.x, blockIdx.x, lane);
+    __syncthreads();
+    if (mine.begin == mine.end) return;
+    if (warp == S::GROUPS * WARPS) {
+        produce::fill_ring<typename S::stage>(call, with.cut, mine, ring, lane);
+    } else {
+        rows::workspace work = rows::view_workspace(with.workspace);
+        group_context<S> own = {call,
+                                with.cut,
+                                work,
+                                memory.group[warp / WARPS],
+                                {blockIdx.x, mine.tiles_a_worker, line::tiles_a_chunk<S::TOKENS>(call)},
+                                warp / WARPS,
+                                warp % WARPS,
+                                lane};
+        consume<S>(own, mine, memory, ring);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Launching */
+
+template <typename S>
+cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_workspace &workspace,
+                   cudaStream_t stream) {
+    uint32_t group = call.layer.heads_q / call.layer.heads_kv;
+    if (workspace.rows < S::ROWS || S::ROWS < group) return cudaErrorInvalidValue;
+    uint32_t room = tuning.shared_bytes / S::BLOCKS_PER_SM - (S::BLOCKS_PER_SM - 1) * 1024;
+    if (room < sizeof(block_memory<S>) + S::stage::BYTES) return cudaErrorInvalidValue;
+    uint32_t stages = (room - (uint32_t)sizeof(block_memory<S>)) / S::stage::BYTES;
+    uint32_t most = tuning.stages != 0 ? tuning.stages : (96 * 1024 + S::stage::BYTES - 1) / S::stage::BYTES;
+    stages = min(min(stages, most), MAX_STAGES);
+    size_t bytes = stages * S::stage::BYTES + sizeof(block_memory<S>);
+    auto *kernel = narrow_kernel<S>;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if (error != cudaSuccess) return error;
+    attn_cuda_workspace slots = workspace;
+    slots.rows = S::ROWS;
+    arguments with = {{S::ROWS / group, tuning.align_tiles, tuning.whole_workers, tuning.whole_tiles}, slots, stages};
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(tuning.workers);
+    config.blockDim = dim3(S::GROUPS * GROUP_THREADS + 32);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = tuning.overlap_launches ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, call, with);
+}
+
+/* Two groups have 168 registers a thread, one has 255: what does not fit the former has one. */
+template <typename KV, uint32_t DIM, uint32_t DIM_V>
+cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
+                         const attn_cuda_workspace &workspace, uint32_t rows, cudaStream_t stream) {
+    constexpr uint32_t GROUPS = DIM_V > 128 ? 1 : 2;
+    if (rows > 8) return launch<shape<KV, DIM, DIM_V, 2, 1, 1>>(call, tuning, workspace, stream);
+    if (DIM == 128 && KV::BYTES == 2 && tuning.blocks_per_sm == 2) {
+        return launch<shape<KV, 128, 128, 1, 1, 2>>(call, tuning, workspace, stream);
+    }
+    if (tuning.blocks_per_sm != 1) return cudaErrorInvalidValue;
+    return launch<shape<KV, DIM, DIM_V, 1, GROUPS, 1>>(call, tuning, workspace, stream);
+}
+
+/* `rows`: a block's, 8 or 16. */
+template <typename KV>
+cudaError_t launch_dims(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
+                        const attn_cuda_workspace &workspace, uint32_t rows, cudaStream_t stream) {
+    uint32_t dim = call.layer.head_dim, dim_v = call.layer.head_dim_v;
+    if (dim == 192 && dim_v == 128) return launch_shape<KV, 192, 128>(call, tuning, workspace, rows, stream);
+    if (dim != dim_v) return cudaErrorInvalidValue;
+    switch (dim) {
+    case 64: return launch_shape<KV, 64, 64>(call, tuning, workspace, rows, stream);
+    case 96: return launch_shape<KV, 96, 96>(call, tuning, workspace, rows, stream);
+    case 128: return launch_shape<KV, 128, 128>(call, tuning, workspace, rows, stream);
+    case 192: return launch_shape<KV, 192, 192>(call, tuning, workspace, rows, stream);
+    case 256: return launch_shape<KV, 256, 256>(call, tuning, workspace, rows, stream);
+    default: return cudaErrorInvalidValue;
+    }
+}
+
+} /* namespace narrow */
+
+#endif

@@ -1,0 +1,7 @@
+#include "kernels/cuda/narrow.cuh"
+#include "kernels/cuda/narrow.h"
+
+int attn_cuda_launch_narrow_bf16(const attn_cuda_call *call, const attn_cuda_tuning *tuning,
+                                 const attn_cuda_workspace *workspace, uint32_t rows, void *stream) {
+    return narrow::launch_dims<elements::bf16>(*call, *tuning, *workspace, rows, (cudaStream_t)stream);
+}

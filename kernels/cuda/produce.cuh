@@ -1,0 +1,340 @@
+/*
+ * The producer: one warp of a block walks the block's share of the line and keeps a ring of stages filled. A stage is
+ * a tile of TOKENS tokens of one KV head: blocks of tokens as they lie in the pool (layout.cuh), keys and values, one
+ * after the other. From sm_90 on a block of a page is a bulk copy; before, the warp's lanes copy 16 bytes at a time.
+ *
+ * A tile that new rows belong to is stored to the pool by its producer before it is copied. Several blocks may hold
+ * tiles of the same tokens (row blocks of one sequence): all write the same bytes.
+ */
+#ifndef ATTND_KERNELS_CUDA_PRODUCE_CUH
+#define ATTND_KERNELS_CUDA_PRODUCE_CUH
+
+#include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/instructions.cuh"
+#include "kernels/cuda/layout.cuh"
+#include "kernels/cuda/line.cuh"
+
+namespace produce {
+
+using line::ALL_LANES;
+using layout::PIECE_BYTES;
+
+/* The ring: addresses in the shared window. */
+struct ring {
+    uint32_t memory;
+    uint32_t full, empty; /* barriers, 8 bytes a stage */
+    uint32_t stages;
+    uint32_t stage_bytes;
+};
+
+/* Arrivals that a `full` barrier is made for. */
+__device__ constexpr uint32_t full_arrivals() {
+#if __CUDA_ARCH__ >= 900
+    return 1;
+#else
+    return 32;
+#endif
+}
+
+/* A stage and the parity of its filling, as they go round. */
+struct ring_place {
+    uint32_t stage, parity;
+
+    __device__ void advance(const ring &ring) {
+        if (++stage == ring.stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+/* What a stage is filled from. */
+template <uint32_t TOKENS> struct tile_source {
+    static constexpr uint32_t MAX_BLOCKS = TOKENS / 16;
+    const char *blocks[MAX_BLOCKS]; /* of tokens, in the pool; NULL: the page is not of the pool */
+    uint32_t tokens;                /* live ones of the tile; 0: nothing to copy */
+    uint32_t new_begin, new_end;    /* rows of the tile that are new.. */
+    uint32_t first_new;             /* ..and the first of them among all new rows */
+    uint32_t head;
+};
+
+/* A lane's place in the line: the sequence it is in. */
+struct lane_walk {
+    line::position at;
+    attn_cuda_sequence sequence;
+    uint32_t tiles_a_head;
+};
+
+template <uint32_t TOKENS>
+__device__ inline void enter_sequence(lane_walk &walk, const attn_cuda_call &call, const line::cut &cut) {
+    walk.sequence = line::sequence_at(call, walk.at.sequence);
+    walk.tiles_a_head = line::tiles_a_head<TOKENS>(call, walk.sequence, cut);
+}
+
+template <uint32_t TOKENS>
+__device__ inline tile_source<TOKENS> locate_tile(const attn_cuda_call &call, const line::cut &cut, lane_walk &walk,
+                                                  uint32_t tile) {
+    while (tile - walk.at.begin >= walk.tiles_a_head * call.layer.heads_kv) {
+        walk.at.begin += walk.tiles_a_head * call.layer.heads_kv;
+        walk.at.sequence++;
+        enter_sequence<TOKENS>(walk, call, cut);
+    }
+    const attn_cuda_sequence &sequence = walk.sequence;
+    tile_source<TOKENS> source;
+    uint32_t within = tile - walk.at.begin;
+    source.head = within / walk.tiles_a_head;
+    within -= source.head * walk.tiles_a_head;
+    line::extent sees = line::extent_of_block<TOKENS>(call, sequence, cut, 0);
+    for (uint32_t block = 1; within >= sees.tiles; block++) {
+        within -= sees.tiles;
+        sees = line::extent_of_block<TOKENS>(call, sequence, cut, block);
+    }
+    uint32_t first = sees.first_token + within * TOKENS;
+    source.tokens = first < sees.end ? min(TOKENS, sees.end - first) : 0;
+
+    uint32_t page_size = call.layer.page_size, block_tokens = layout::block_tokens(page_size);
+    uint32_t block_bytes = call.layer.tile_bytes / (page_size / block_tokens);
+    const uint32_t *table = call.page_table + sequence.page_offset;
+#pragma unroll
+    for (uint32_t i = 0; i < tile_source<TOKENS>::MAX_BLOCKS; i++) {
+        source.blocks[i] = nullptr;
+        if (i * block_tokens < source.tokens) {
+            uint32_t token = first + i * block_tokens;
+            uint32_t page = __ldg(&table[token / page_size]);
+            if (page < call.layer.pages) {
+                source.blocks[i] = call.layer.memory +
+                                   ((size_t)page * call.layer.heads_kv + source.head) * call.layer.tile_bytes +
+                                   token % page_size / block_tokens * block_bytes;
+            }
+        }
+    }
+    uint32_t old_rows = sequence.length - sequence.new_rows;
+    source.new_begin = min(max(first, old_rows) - first, source.tokens);
+    source.new_end = sequence.new_rows > 0 ? source.tokens : source.new_begin;
+    source.first_new = sequence.first_new + first + source.new_begin - old_rows;
+    return source;
+}
+
+/* Does a tile lead outside the pool? Then says so. */
+template <uint32_t TOKENS>
+__device__ inline bool is_outside(const attn_cuda_call &call, const tile_source<TOKENS> &source) {
+    uint32_t block_tokens = layout::block_tokens(call.layer.page_size);
+    bool outside = false;
+#pragma unroll
+    for (uint32_t i = 0; i < tile_source<TOKENS>::MAX_BLOCKS; i++) {
+        outside |= i * block_tokens < source.tokens && source.blocks[i] == nullptr;
+    }
+    if (outside) *call.status = 1;
+    return outside;
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* New rows */
+
+/* Stores new rows of the tile that lane `owner` has found. By the whole warp: a piece a lane. */
+template <typename KV, uint32_t TOKENS>
+__device__ inline void store_new_rows(const attn_cuda_call &call, const tile_source<TOKENS> &source, uint32_t owner,
+                                      uint32_t lane) {
+    const attn_cuda_layer &layer = call.layer;
+    uint32_t begin = __shfl_sync(ALL_LANES, source.new_begin, owner);
+    uint32_t end = __shfl_sync(ALL_LANES, source.new_end, owner);
+    uint32_t first_new = __shfl_sync(ALL_LANES, source.first_new, owner);
+    uint32_t head = __shfl_sync(ALL_LANES, source.head, owner);
+    uint32_t block_tokens = layout::block_tokens(layer.page_size);
+    uint32_t key_bytes = layer.head_dim * KV::BYTES, value_bytes = layer.head_dim_v * KV::BYTES;
+    uint32_t key_pieces = key_bytes / PIECE_BYTES, pieces = key_pieces + value_bytes / PIECE_BYTES;
+#pragma unroll
+    for (uint32_t b = 0; b < tile_source<TOKENS>::MAX_BLOCKS; b++) {
+        char *block = (char *)__shfl_sync(ALL_LANES, (uint64_t)source.blocks[b], owner);
+        uint32_t from = max(begin, b * block_tokens), to = min(end, (b + 1) * block_tokens);
+        if (from >= to || block == nullptr) continue;
+        for (uint32_t i = lane; i < (to - from) * pieces; i += 32) {
+            uint32_t row = from + i / pieces, piece = i % pieces;
+            bool is_value = piece >= key_pieces;
+            if (is_value) piece -= key_pieces;
+            size_t new_row = ((size_t)first_new + row - begin) * layer.heads_kv + head;
+            const float *scales = is_value ? layer.value_scales : layer.key_scales;
+            uint4 stored = KV::load_new(is_value ? call.values : call.keys,
+                                        new_row * (is_value ? layer.head_dim_v : layer.head_dim), piece,
+                                        scales != nullptr ? scales[head] : 1.0f);
+            uint32_t at = layout::piece_offset(is_value ? value_bytes : key_bytes, block_tokens,
+                                               row - b * block_tokens, piece);
+            *(uint4 *)(block + (is_value ? block_tokens * key_bytes : 0) + at) = stored;
+        }
+    }
+}
+
+/* Stores the new rows of the tiles that the lanes have found, before any of them is copied. */
+template <typename KV, uint32_t TOKENS>
+__device__ inline void store_all_new_rows(const attn_cuda_call &call, const tile_source<TOKENS> &source,
+                                          uint32_t lane) {
+    uint32_t owners = __ballot_sync(ALL_LANES, source.new_begin < source.new_end);
+    if (owners == 0) return;
+    for (; owners != 0; owners &= owners - 1) {
+        store_new_rows<KV, TOKENS>(call, source, __ffs(owners) - 1, lane);
+    }
+#if __CUDA_ARCH__ >= 900
+    ptx::async_proxy_fence();
+#endif
+    __syncwarp();
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Filling a stage */
+
+/*
+ * The geometry of a stage. GATHERED: one block of TOKENS tokens, whatever a page holds; else blocks of as many tokens
+ * as in the pool.
+ */
+template <typename KV_, uint32_t DIM, uint32_t DIM_V, uint32_t TOKENS_, bool GATHERED_> struct stage_shape {
+    using KV = KV_;
+    static constexpr uint32_t TOKENS = TOKENS_;
+    static constexpr bool GATHERED = GATHERED_;
+    static constexpr uint32_t KEY_BYTES = DIM * KV::BYTES, VALUE_BYTES = DIM_V * KV::BYTES;
+    static constexpr uint32_t KEY_CHUNK = layout::chunk_bytes(KEY_BYTES), VALUE_CHUNK = layout::chunk_bytes(VALUE_BYTES);
+    static constexpr uint32_t BYTES = TOKENS * (KEY_BYTES + VALUE_BYTES);
+};
+
+/* Where a block of tokens that begins at row `row` of the tile goes in a stage. */
+struct block_place {
+    uint32_t keys, values;             /* first row of the first chunk */
+    uint32_t key_stride, value_stride; /* from chunk to chunk */
+};
+
+template <typename S>
+__device__ inline block_place place_block(uint32_t stage, uint32_t row, uint32_t block_tokens) {
+    if (S::GATHERED) {
+        return {stage + row * S::KEY_CHUNK, stage + S::TOKENS * S::KEY_BYTES + row * S::VALUE_CHUNK,
+                S::TOKENS * S::KEY_CHUNK, S::TOKENS * S::VALUE_CHUNK};
+    }
+    uint32_t keys = stage + row * (S::KEY_BYTES + S::VALUE_BYTES);
+    return {keys, keys + block_tokens * S::KEY_BYTES, block_tokens * S::KEY_CHUNK, block_tokens * S::VALUE_CHUNK};
+}
+
+/* Starts bulk copies of the first `rows` rows of a block. By one thread. */
+template <typename S>
+__device__ inline void copy_block(const block_place &to, const char *from, uint32_t block_tokens, uint32_t rows,
+                                  uint32_t full, uint64_t policy) {
+    if (rows == block_tokens && (!S::GATHERED || block_tokens == S::TOKENS)) {
+        ptx::bulk_copy(to.keys, from, rows * (S::KEY_BYTES + S::VALUE_BYTES), full, policy);
+        return;
+    }
+    const char *values = from + block_tokens * S::KEY_BYTES;
+#pragma unroll
+    for (uint32_t c = 0; c < S::KEY_BYTES / S::KEY_CHUNK; c++) {
+        ptx::bulk_copy(to.keys + c * to.key_stride, from + c * block_tokens * S::KEY_CHUNK, rows * S::KEY_CHUNK, full,
+                       policy);
+    }
+#pragma unroll
+    for (uint32_t c = 0; c < S::VALUE_BYTES / S::VALUE_CHUNK; c++) {
+        ptx::bulk_copy(to.values + c * to.value_stride, values + c * block_tokens * S::VALUE_CHUNK,
+                       rows * S::VALUE_CHUNK, full, policy);
+    }
+}
+
+/* Starts the bulk copies of a tile. By the lane that found it. */
+template <typename S>
+__device__ inline void fill_stage(const attn_cuda_call &call, const tile_source<S::TOKENS> &source, uint32_t stage,
+                                  uint32_t full, uint64_t policy) {
+    if (source.tokens == 0 || is_outside<S::TOKENS>(call, source)) {
+        ptx::barrier_arrive(full);
+        return;
+    }
+    ptx::barrier_arrive_expect(full, source.tokens * (S::KEY_BYTES + S::VALUE_BYTES));
+    uint32_t block_tokens = layout::block_tokens(call.layer.page_size);
+#pragma unroll
+    for (uint32_t i = 0; i < tile_source<S::TOKENS>::MAX_BLOCKS; i++) {
+        uint32_t row = i * block_tokens;
+        if (row >= source.tokens) break;
+        copy_block<S>(place_block<S>(stage, row, block_tokens), source.blocks[i], block_tokens,
+                      min(block_tokens, source.tokens - row), full, policy);
+    }
+}
+
+/* The same in pieces of 16 bytes, by the whole warp, of the tile that lane `owner` has found. */
+template <typename S>
+__device__ inline void fill_stage_in_pieces(const attn_cuda_call &call, const tile_source<S::TOKENS> &source,
+                                            uint32_t owner, uint32_t stage, uint32_t full, uint32_t lane) {
+    uint32_t outside = lane == owner ? is_outside<S::TOKENS>(call, source) : 0;
+    uint32_t tokens = __shfl_sync(ALL_LANES, source.tokens, owner);
+    if (__shfl_sync(ALL_LANES, outside, owner)) tokens = 0;
+    uint32_t block_tokens = layout::block_tokens(call.layer.page_size);
+#pragma unroll
+    for (uint32_t b = 0; b < tile_source<S::TOKENS>::MAX_BLOCKS; b++) {
+        const char *from = (const char *)__shfl_sync(ALL_LANES, (uint64_t)source.blocks[b], owner);
+        if (b * block_tokens >= tokens) continue;
+        uint32_t rows = min(block_tokens, tokens - b * block_tokens);
+        block_place to = place_block<S>(stage, b * block_tokens, block_tokens);
+        constexpr uint32_t KEY_PIECES = S::KEY_CHUNK / PIECE_BYTES, VALUE_PIECES = S::VALUE_CHUNK / PIECE_BYTES;
+        for (uint32_t c = 0; c < S::KEY_BYTES / S::KEY_CHUNK; c++) {
+            const char *chunk = from + c * block_tokens * S::KEY_CHUNK;
+            for (uint32_t i = lane; i < rows * KEY_PIECES; i += 32) {
+                ptx::copy_16_bytes(to.keys + c * to.key_stride + i * PIECE_BYTES, chunk + i * PIECE_BYTES);
+            }
+        }
+        for (uint32_t c = 0; c < S::VALUE_BYTES / S::VALUE_CHUNK; c++) {
+            const char *chunk = from + block_tokens * (S::KEY_BYTES + c * S::VALUE_CHUNK);
+            for (uint32_t i = lane; i < rows * VALUE_PIECES; i += 32) {
+                ptx::copy_16_bytes(to.values + c * to.value_stride + i * PIECE_BYTES, chunk + i * PIECE_BYTES);
+            }
+        }
+    }
+    ptx::barrier_arrive_after_copies(full);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* The warp's work */
+
+/*
+ * The lanes find 32 tiles at a time, the next 32 while these are being copied, so that page table entries are there
+ * before they are needed.
+ */
+template <typename S>
+__device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cut, const line::share &mine,
+                                 const ring &ring, uint32_t lane) {
+    uint32_t count = mine.end - mine.begin, last_run = mine.end - mine.turn;
+    uint64_t policy = 0;
+#if __CUDA_ARCH__ >= 900
+    policy = ptx::evict_first_policy();
+#endif
+    lane_walk walk;
+    bool in_last_run = lane < last_run;
+    walk.at = in_last_run ? mine.at_turn : mine.at_begin;
+    enter_sequence<S::TOKENS>(walk, call, cut);
+    tile_source<S::TOKENS> source = {};
+    if (lane < count) source = locate_tile<S::TOKENS>(call, cut, walk, line::tile_in_turn(mine, lane));
+    store_all_new_rows<typename S::KV, S::TOKENS>(call, source, lane);
+    ring_place place = {0, 1};
+    for (uint32_t base = 0; base < count; base += 32) {
+        tile_source<S::TOKENS> next = {};
+        uint32_t ahead = base + 32 + lane;
+        if (ahead < count) {
+            if (in_last_run && ahead >= last_run) {
+                in_last_run = false;
+                walk.at = mine.at_begin;
+                enter_sequence<S::TOKENS>(walk, call, cut);
+            }
+            next = locate_tile<S::TOKENS>(call, cut, walk, line::tile_in_turn(mine, ahead));
+        }
+        for (uint32_t j = 0; j < min(32u, count - base); j++) {
+            uint32_t stage = ring.memory + place.stage * ring.stage_bytes;
+#if __CUDA_ARCH__ >= 900
+            if (lane == j) {
+                ptx::barrier_wait(ring.empty + place.stage * 8, place.parity);
+                fill_stage<S>(call, source, stage, ring.full + place.stage * 8, policy);
+            }
+            __syncwarp();
+#else
+            ptx::barrier_wait(ring.empty + place.stage * 8, place.parity);
+            fill_stage_in_pieces<S>(call, source, j, stage, ring.full + place.stage * 8, lane);
+#endif
+            place.advance(ring);
+        }
+        store_all_new_rows<typename S::KV, S::TOKENS>(call, next, lane);
+        source = next;
+    }
+}
+
+} /* namespace produce */
+
+#endif

@@ -1,0 +1,424 @@
+/*
+ * Finished rows: the states of several warps merged, written out or left as partial results, and the merge of a
+ * unit that was cut. A warp has a row at a time, spread over its lanes.
+ */
+#ifndef ATTND_KERNELS_CUDA_ROWS_CUH
+#define ATTND_KERNELS_CUDA_ROWS_CUH
+
+#include "kernels/cuda/instructions.cuh"
+#include "kernels/cuda/line.cuh"
+#include "kernels/cuda/results.cuh"
+
+namespace rows {
+
+using line::ALL_LANES;
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+/* ------------------------------------------------------------------------------------------- */
+/* The workspace */
+
+struct workspace {
+    uint32_t *tickets; /* [slots] tiles done of the unit that the slot's worker, or chunk, begins */
+    float2 *states;    /* [slots, rows] maximum in units of log2, and sum; batch_invariant: LSE, and nothing */
+    float *outs;       /* [slots, rows, head_dim_v] not normalised; batch_invariant: normalised */
+    uint32_t slots;
+};
+
+__host__ __device__ inline size_t round_up(size_t bytes) { return (bytes + 127) / 128 * 128; }
+
+__host__ __device__ inline workspace view_workspace(const attn_cuda_workspace &from) {
+    char *memory = (char *)from.memory;
+    workspace view;
+    view.slots = from.slots;
+    view.tickets = (uint32_t *)memory;
+    memory += round_up(from.slots * sizeof(uint32_t));
+    view.states = (float2 *)memory;
+    view.outs = (float *)(memory + round_up((size_t)from.slots * from.rows * sizeof(float2)));
+    return view;
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* A row of COLUMNS floats: part p, element e of a lane is column (p * 32 + lane) * WIDTH + e */
+
+template <uint32_t COLUMNS> struct row {
+    static constexpr uint32_t WIDTH = COLUMNS % 128 == 0 ? 4 : COLUMNS % 64 == 0 ? 2 : 1;
+    static constexpr uint32_t PARTS = COLUMNS / (32 * WIDTH);
+    float parts[PARTS][WIDTH];
+};
+
+template <uint32_t WIDTH> struct words;
+template <> struct words<1> {
+    using type = float;
+};
+template <> struct words<2> {
+    using type = float2;
+};
+template <> struct words<4> {
+    using type = float4;
+};
+
+template <uint32_t COLUMNS> __device__ inline row<COLUMNS> load_row(const float *from, uint32_t lane) {
+    using word = typename words<row<COLUMNS>::WIDTH>::type;
+    row<COLUMNS> loaded;
+#pragma unroll
+    for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
+        *(word *)loaded.parts[p] = ((const word *)from)[p * 32 + lane];
+    }
+    return loaded;
+}
+
+/* Past the L1 cache: what other multiprocessors have written. */
+template <uint32_t COLUMNS> __device__ inline row<COLUMNS> load_row_of_others(const float *from, uint32_t lane) {
+    using word = typename words<row<COLUMNS>::WIDTH>::type;
+    row<COLUMNS> loaded;
+#pragma unroll
+    for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
+        *(word *)loaded.parts[p] = __ldcg((const word *)from + p * 32 + lane);
+    }
+    return loaded;
+}
+
+template <uint32_t COLUMNS> __device__ inline void store_row(float *to, const row<COLUMNS> &stored, uint32_t lane) {
+    using word = typename words<row<COLUMNS>::WIDTH>::type;
+#pragma unroll
+    for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
+        ((word *)to)[p * 32 + lane] = *(const word *)stored.parts[p];
+    }
+}
+
+template <uint32_t COLUMNS> __device__ inline void clear_row(row<COLUMNS> &cleared) {
+#pragma unroll
+    for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
+#pragma unroll
+        for (uint32_t e = 0; e < row<COLUMNS>::WIDTH; e++) {
+            cleared.parts[p][e] = 0.0f;
+        }
+    }
+}
+
+/* sum = sum * keep + added * factor */
+template <uint32_t COLUMNS>
+__device__ inline void add_row(row<COLUMNS> &sum, float keep, const row<COLUMNS> &added, float factor) {
+#pragma unroll
+    for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
+#pragma unroll
+        for (uint32_t e = 0; e < row<COLUMNS>::WIDTH; e++) {
+            sum.parts[p][e] = fmaf(added.parts[p][e], factor, sum.parts[p][e] * keep);
+        }
+    }
+}
+
+template <uint32_t COLUMNS> __device__ inline void scale_row(row<COLUMNS> &scaled, float factor) {
+#pragma unroll
+    for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
+#pragma unroll
+        for (uint32_t e = 0; e < row<COLUMNS>::WIDTH; e++) {
+            scaled.parts[p][e] *= factor;
+        }
+    }
+}
+
+template <typename IO, uint32_t COLUMNS>
+__device__ inline void write_elements(IO *to, const row<COLUMNS> &written, uint32_t lane) {
+    constexpr uint32_t WIDTH = row<COLUMNS>::WIDTH;
+    struct alignas(sizeof(IO) * WIDTH) elements {
+        IO of[WIDTH];
+    };
+#pragma unroll
+    for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
+        elements packed;
+#pragma unroll
+        for (uint32_t e = 0; e < WIDTH; e++) {
+            packed.of[e] = results::from_float<IO>(written.parts[p][e]);
+        }
+        ((elements *)to)[p * 32 + lane] = packed;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* States */
+
+/* A row that is not finished: not normalised, relative to 2^maximum. */
+template <uint32_t COLUMNS> struct row_state {
+    row<COLUMNS> out;
+    float maximum, sum;
+};
+
+/* A power of two of x <= 0, or of what -inf - -inf comes to where nothing has been seen: 0. */
+__device__ inline float decay(float x, float maximum) { return maximum == -INFINITY ? 0.0f : ptx::exp2_fast(x - maximum); }
+
+template <uint32_t COLUMNS> __device__ inline row_state<COLUMNS> empty_state() {
+    row_state<COLUMNS> state;
+    clear_row(state.out);
+    state.maximum = -INFINITY;
+    state.sum = 0.0f;
+    return state;
+}
+
+template <uint32_t COLUMNS>
+__device__ inline void merge_state(row_state<COLUMNS> &into, const row<COLUMNS> &out, float maximum, float sum) {
+    float most = fmaxf(into.maximum, maximum);
+    float keep = decay(into.maximum, most), factor = decay(maximum, most);
+    add_row(into.out, keep, out, factor);
+    into.sum = fmaf(sum, factor, into.sum * keep);
+    into.maximum = most;
+}
+
+/* What the row's LSE is, and its outputs are divided by: 1 where nothing was seen. */
+__device__ inline float lse_of(float maximum, float sum) {
+    return sum == 0.0f ? -INFINITY : (maximum + __log2f(sum)) * LN_2;
+}
+
+__device__ inline float normaliser(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+
+__device__ inline float value_scale(const attn_cuda_call &call, uint32_t head) {
+    return call.layer.value_scales != nullptr ? call.layer.value_scales[head] : 1.0f;
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Writing */
+
+/* A row of the call: row `index` of a unit's block. */
+struct place {
+    const line::unit &unit;
+    uint32_t query_first;
+    uint32_t index;
+};
+
+__device__ inline results::destination destination_of(const attn_cuda_call &call, const place &at, uint32_t chunk) {
+    return results::find_destination(call, at.unit.of, at.unit.head, at.query_first, at.index, chunk);
+}
+
+/* Writes a finished row, adding the sink. */
+template <typename IO, uint32_t COLUMNS>
+__device__ inline void write_row(const attn_cuda_call &call, const place &at, row_state<COLUMNS> &state,
+                                 uint32_t lane) {
+    results::destination to = destination_of(call, at, 0);
+    if (to.sink != nullptr) {
+        float sink = *to.sink * LOG2_E, most = fmaxf(state.maximum, sink);
+        float keep = decay(state.maximum, most);
+        scale_row(state.out, keep);
+        state.sum = fmaf(state.sum, keep, decay(sink, most));
+        state.maximum = most;
+    }
+    scale_row(state.out, normaliser(state.sum) * value_scale(call, at.unit.head));
+    if (to.is_partial) {
+        store_row(call.partial_out + to.row * COLUMNS, state.out, lane);
+    } else {
+        write_elements((IO *)call.out + to.row * COLUMNS, state.out, lane);
+    }
+    if (lane == 0) results::write_lse(call, to, lse_of(state.maximum, state.sum));
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Merging a unit that was cut */
+
+/* Of `count` partials; ROWS rows a slot. Partial i is slot 2 * (first + i), but the first is its worker's tail slot. */
+template <typename IO, uint32_t COLUMNS, uint32_t ROWS>
+__device__ inline void merge_partials(const attn_cuda_call &call, const workspace &work, const place &at,
+                                      uint32_t first, uint32_t count, uint32_t lane) {
+    constexpr uint32_t EARLY = COLUMNS <= 128 ? 8 : 4;
+    constexpr size_t OUT_STEP = (size_t)2 * ROWS * COLUMNS, STATE_STEP = 2 * ROWS;
+    const float *outs = work.outs + ((size_t)2 * first * ROWS + at.index) * COLUMNS;
+    const float2 *states = work.states + (size_t)2 * first * ROWS + at.index;
+    row<COLUMNS> early[EARLY];
+#pragma unroll
+    for (uint32_t i = 0; i < EARLY; i++) {
+        if (i < count) early[i] = load_row_of_others<COLUMNS>(outs + (i == 0 ? OUT_STEP / 2 : i * OUT_STEP), lane);
+    }
+    float maximum = -INFINITY;
+    for (uint32_t i = lane; i < count; i += 32) {
+        maximum = fmaxf(maximum, __ldcg(states + (i == 0 ? STATE_STEP / 2 : i * STATE_STEP)).x);
+    }
+    for (uint32_t step = 16; step > 0; step /= 2) {
+        maximum = fmaxf(maximum, __shfl_xor_sync(ALL_LANES, maximum, step));
+    }
+    row_state<COLUMNS> merged = empty_state<COLUMNS>();
+    merged.maximum = maximum;
+    for (uint32_t base = 0; base < count; base += 32) {
+        float factor = 0.0f;
+        if (base + lane < count) {
+            float2 state = __ldcg(states + (base + lane == 0 ? STATE_STEP / 2 : (base + lane) * STATE_STEP));
+            factor = decay(state.x, maximum);
+            merged.sum = fmaf(state.y, factor, merged.sum);
+        }
+        uint32_t begin = 0, end = min(32u, count - base);
+        if (base == 0) {
+#pragma unroll
+            for (uint32_t i = 0; i < EARLY; i++) {
+                float early_factor = __shfl_sync(ALL_LANES, factor, i);
+                if (i < count) add_row(merged.out, 1.0f, early[i], early_factor);
+            }
+            begin = EARLY;
+        }
+#pragma unroll 4
+        for (uint32_t i = begin; i < end; i++) {
+            row<COLUMNS> out = load_row_of_others<COLUMNS>(outs + (base + i) * OUT_STEP, lane);
+            add_row(merged.out, 1.0f, out, __shfl_sync(ALL_LANES, factor, i));
+        }
+    }
+    for (uint32_t step = 16; step > 0; step /= 2) {
+        merged.sum += __shfl_xor_sync(ALL_LANES, merged.sum, step);
+    }
+    write_row<IO>(call, at, merged, lane);
+}
+
+/* The double of lane `from`. */
+__device__ inline double shuffle(double value, uint32_t from) { return __shfl_sync(ALL_LANES, value, from); }
+
+/*
+ * batch_invariant: of `count` chunks in slots `first` and on, to the bit as attn_combine_row does it. The lanes compute
+ * the exponentials of 32 chunks, all add them in order.
+ */
+template <typename IO, uint32_t COLUMNS, uint32_t ROWS>
+__device__ inline void merge_chunks(const attn_cuda_call &call, const workspace &work, const place &at, uint32_t first,
+                                    uint32_t count, uint32_t lane) {
+    const float *outs = work.outs + ((size_t)first * ROWS + at.index) * COLUMNS;
+    const float2 *states = work.states + (size_t)first * ROWS + at.index;
+    results::destination to = destination_of(call, at, 0);
+    auto lse_of = [&](uint32_t c) { return __ldcg(&states[(size_t)c * ROWS]).x; };
+
+    float largest = to.sink != nullptr ? *to.sink : -INFINITY;
+    for (uint32_t c = lane; c < count; c += 32) {
+        largest = fmaxf(largest, lse_of(c));
+    }
+    for (uint32_t step = 16; step > 0; step /= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, step));
+    }
+    results::row_weights weights;
+    weights.largest = largest;
+    weights.total = 0.0;
+    weights.any = to.sink != nullptr && *to.sink != -INFINITY;
+    if (weights.any) weights.total = attn_fixed_exp(*to.sink - weights.largest);
+    for (uint32_t base = 0; base < count; base += 32) {
+        float lse = base + lane < count ? lse_of(base + lane) : -INFINITY;
+        double power = lse == -INFINITY ? 0.0 : attn_fixed_exp(lse - weights.largest);
+        uint32_t seen = __ballot_sync(ALL_LANES, lse != -INFINITY);
+        weights.any |= seen != 0;
+        for (uint32_t i = 0; i < min(32u, count - base); i++) {
+            double added = shuffle(power, i);
+            if (seen >> i & 1) weights.total += added;
+        }
+    }
+
+    row<COLUMNS> sum;
+    clear_row(sum);
+    for (uint32_t base = 0; base < count && weights.any; base += 32) {
+        float lse = base + lane < count ? lse_of(base + lane) : -INFINITY;
+        float weight = results::weight_of(weights, lse);
+        uint32_t seen = __ballot_sync(ALL_LANES, lse != -INFINITY);
+#pragma unroll 4
+        for (uint32_t i = 0; i < min(32u, count - base); i++) {
+            row<COLUMNS> out = load_row_of_others<COLUMNS>(outs + (size_t)(base + i) * ROWS * COLUMNS, lane);
+            float factor = __shfl_sync(ALL_LANES, weight, i);
+            if (!(seen >> i & 1)) continue;
+            scale_row(out, factor);
+#pragma unroll
+            for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
+#pragma unroll
+                for (uint32_t e = 0; e < row<COLUMNS>::WIDTH; e++) {
+                    sum.parts[p][e] += out.parts[p][e];
+                }
+            }
+        }
+    }
+    write_elements((IO *)call.out + to.row * COLUMNS, sum, lane);
+    if (lane == 0) results::write_lse(call, to, results::merged_lse(weights));
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Runs */
+
+/* Some consecutive tiles of one unit, done by one worker. In batch_invariant mode, one chunk. */
+struct run {
+    uint32_t begin, end; /* in the line */
+};
+
+/* What a run leaves behind besides finished rows. */
+template <uint32_t COLUMNS, uint32_t ROWS>
+__device__ inline void store_partial(const workspace &work, uint32_t slot, uint32_t index, const row<COLUMNS> &out,
+                                     float2 state, uint32_t lane) {
+    store_row(work.outs + ((size_t)slot * ROWS + index) * COLUMNS, out, lane);
+    if (lane == 0) work.states[(size_t)slot * ROWS + index] = state;
+}
+
+/* Who does the run, and how the line was cut. */
+struct worker {
+    uint32_t number;
+    uint32_t tiles_a_worker;
+    uint32_t tiles_a_chunk;
+};
+
+/* A chunk's slot, or its worker's head or tail slot. */
+__device__ inline uint32_t slot_of(const attn_cuda_call &call, const line::unit &unit, const run &done,
+                                   const worker &by) {
+    if (call.batch_invariant) return done.begin / by.tiles_a_chunk;
+    return 2 * by.number + (done.begin == unit.begin);
+}
+
+/* The ticket that counts a unit's tiles: of its first chunk, or of the worker that begins it. */
+__device__ inline uint32_t ticket_of(const attn_cuda_call &call, const line::unit &unit, const worker &by) {
+    return unit.begin / (call.batch_invariant ? by.tiles_a_chunk : by.tiles_a_worker);
+}
+
+/* Delivers a row of a run: to where it ends if the run is a whole unit or a part's chunk, else as a partial. */
+template <typename IO, uint32_t COLUMNS, uint32_t ROWS, uint32_t TOKENS>
+__device__ inline void deliver_row(const attn_cuda_call &call, const workspace &work, const place &at, const run &done,
+                                   const worker &by, row_state<COLUMNS> &state, uint32_t lane) {
+    if (!call.batch_invariant) {
+        if (done.end - done.begin == at.unit.sees.tiles) {
+            write_row<IO>(call, at, state, lane);
+        } else {
+            store_partial<COLUMNS, ROWS>(work, slot_of(call, at.unit, done, by), at.index, state.out,
+                                         make_float2(state.maximum, state.sum), lane);
+        }
+        return;
+    }
+    scale_row(state.out, normaliser(state.sum) * value_scale(call, at.unit.head));
+    float lse = lse_of(state.maximum, state.sum);
+    if (at.unit.of.chunk_stride == 0) {
+        store_partial<COLUMNS, ROWS>(work, slot_of(call, at.unit, done, by), at.index, state.out,
+                                     make_float2(lse, 0.0f), lane);
+        return;
+    }
+    uint32_t chunk = (at.unit.sees.first_token + (done.begin - at.unit.begin) * TOKENS) / ATTN_CHUNK_TOKENS;
+    if (chunk * ATTN_CHUNK_TOKENS >= at.unit.of.length) return; /* a part without any token */
+    results::destination to = destination_of(call, at, chunk);
+    store_row(call.partial_out + to.row * COLUMNS, state.out, lane);
+    if (lane == 0) results::write_lse(call, to, lse);
+}
+
+/* Has the run left partials that somebody must merge? */
+__device__ inline bool is_cut(const attn_cuda_call &call, const line::unit &unit, const run &done) {
+    if (call.batch_invariant) return unit.of.chunk_stride == 0;
+    return done.end - done.begin != unit.sees.tiles;
+}
+
+/* Takes a ticket for the run's tiles: is it the unit's last? By one thread, after all have met at a barrier. */
+__device__ inline bool arrive(const attn_cuda_call &call, const workspace &work, const line::unit &unit,
+                              const run &done, const worker &by) {
+    uint32_t *ticket = &work.tickets[ticket_of(call, unit, by)];
+    uint32_t tiles = done.end - done.begin;
+    bool last = ptx::atomic_add_acquire_release(ticket, tiles) + tiles == unit.sees.tiles;
+    if (last) *ticket = 0; /* for the next launch */
+    return last;
+}
+
+/* The last to arrive merges the unit's row. */
+template <typename IO, uint32_t COLUMNS, uint32_t ROWS>
+__device__ inline void merge_row(const attn_cuda_call &call, const workspace &work, const place &at, const worker &by,
+                                 uint32_t lane) {
+    if (call.batch_invariant) {
+        merge_chunks<IO, COLUMNS, ROWS>(call, work, at, at.unit.begin / by.tiles_a_chunk,
+                                        at.unit.sees.tiles / by.tiles_a_chunk, lane);
+    } else {
+        uint32_t first = at.unit.begin / by.tiles_a_worker;
+        uint32_t last = (at.unit.begin + at.unit.sees.tiles - 1) / by.tiles_a_worker;
+        merge_partials<IO, COLUMNS, ROWS>(call, work, at, first, last - first + 1, lane);
+    }
+}
+
+} /* namespace rows */
+
+#endif
