@@ -197,12 +197,13 @@ static attn_status set_up(bench *b, const attn_shape *shape, const options *opti
     ATTN_TRY(attn_geometry_check(&b->geometry));
     size_t page_bytes = attn_page_bytes(&b->geometry), most = (size_t)(options->pool_gib * (double)GIB);
     uint32_t needed = batch_pages(shape);
+    if (needed == 0) return attn_error(ATTN_INVALID_ARGUMENT, "%s: a batch without tokens", shape->name);
     if (needed > most / page_bytes) {
         return attn_error(ATTN_RESOURCE_EXHAUSTED, "needs %.1f GiB of KV, --pool-gib is %g",
                           (double)needed * (double)page_bytes / (double)GIB, options->pool_gib);
     }
     size_t wanted = COLD_BYTES < most ? COLD_BYTES : most;
-    b->sets = needed > 0 && wanted / page_bytes > needed ? (uint32_t)(wanted / page_bytes / needed) : 1;
+    b->sets = wanted / page_bytes > needed ? (uint32_t)(wanted / page_bytes / needed) : 1;
     b->pool_pages = needed * b->sets;
     ATTN_TRY(fill_random(b));
     ATTN_TRY(allocate_batch(b, options->query_length));
@@ -436,7 +437,7 @@ static attn_status run_shape(const attn_shape *shape, const options *options, at
         status = attn_ok();
         goto cleanup;
     }
-    if (attn_failed(status)) goto cleanup;
+    if (attn_failed(status) || b.backend == NULL) goto cleanup;
     ATTN_TRY_GOTO(status, measure(&b, options, yardstick, &result), cleanup);
     printf("%s,%.1f,%.2f,%.3f,%.2e,%u,%.1f,%.3f\n", shape->name, result.us, result.gbps, result.share, result.error,
            result.launches, result.device_us, result.device_share);
