@@ -150,9 +150,9 @@ static void permute_pages(bench *b) {
     for (uint32_t i = 0; i < b->pool_pages; i++) {
         b->pages[i] = i;
     }
-    for (uint32_t i = b->pool_pages - 1; i > 0; i--) {
-        uint32_t j = (uint32_t)(next_random(&state) % (i + 1)), kept = b->pages[i];
-        b->pages[i] = b->pages[j];
+    for (uint32_t left = b->pool_pages; left > 1; left--) {
+        uint32_t j = (uint32_t)(next_random(&state) % left), kept = b->pages[left - 1];
+        b->pages[left - 1] = b->pages[j];
         b->pages[j] = kept;
     }
 }
