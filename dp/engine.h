@@ -241,6 +241,7 @@ typedef struct {
     uint64_t tokens;
     float queue_us, copy_in_us, plan_us, attention_us, combine_us, copy_out_us;
     uint32_t merged_calls;
+    float device_us;
 } dp_rank_timing;
 
 typedef struct dp_layer_call dp_layer_call;
@@ -254,6 +255,7 @@ struct dp_layer_call {
     dp_tensor_view new_keys;   /* [tokens, heads_kv, head_dim]; empty if the step is read-only */
     dp_tensor_view new_values; /* [tokens, heads_kv, head_dim_v]; likewise */
     int64_t deadline_ns;       /* attn_now_ns() after which work not yet started is dropped; INT64_MAX: none */
+    bool device_time;          /* wants dp_rank_timing.device_us, which costs a launch a few microseconds */
     /*
      * Called exactly once if dp_step_layer returned ATTN_OK. `status` is valid during the callback.
      * After it the spans and the call are the caller's again.

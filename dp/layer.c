@@ -25,6 +25,7 @@ typedef struct {
     uint32_t pages;
     bool spread;
     bool wants_lse;
+    bool device_time;
     size_t staged; /* bytes of staging memory in use */
     uint64_t bytes_in_place;
     uint64_t bytes_gathered;
@@ -81,6 +82,7 @@ static void add_part(launch *launch, dp_layer_part *part) {
     launch->pages += part->batch->page_offsets[part->batch->size];
     launch->spread |= part->batch->parts != NULL;
     launch->wants_lse |= part->step->call->options.return_lse;
+    launch->device_time |= part->step->call->device_time;
 }
 
 static void select_parts(launch *launch, dp_job *const *jobs, uint32_t count) {
@@ -306,6 +308,7 @@ static attn_status assemble(launch *launch) {
         .window = options->window,
         .sinks = options->sink_count > 0 ? options->sinks : NULL,
         .batch_invariant = options->batch_invariant,
+        .device_time = launch->device_time,
     };
     return attn_ok();
 }
@@ -320,6 +323,7 @@ static void note_timing(const launch *launch, const attn_timing *timing) {
         noted->attention_us = microseconds(timing->attention_ns);
         noted->combine_us = microseconds(timing->combine_ns);
         noted->merged_calls = launch->count;
+        noted->device_us = microseconds(timing->device_ns);
     }
 }
 
@@ -344,7 +348,7 @@ static void layer_run(dp_rank *rank, dp_job *const *jobs, uint32_t count) {
     launch.owner = &engine->ranks[dp_rank_index(rank)];
     launch.engine = engine;
     launch.count = launch.size = launch.rows = launch.pages = 0;
-    launch.spread = launch.wants_lse = false;
+    launch.spread = launch.wants_lse = launch.device_time = false;
     launch.staged = launch.bytes_in_place = launch.bytes_gathered = 0;
     select_parts(&launch, jobs, count);
     if (launch.count == 0) return;

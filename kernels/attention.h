@@ -153,13 +153,20 @@ typedef struct {
     uint32_t window;    /* 0: off */
     const float *sinks; /* [h] or NULL */
     bool batch_invariant;
+    bool device_time; /* also measure attn_timing.device_ns, which costs the call a few microseconds */
 } attn_batch;
 
 /* Where a decode's time went, nanoseconds. */
 typedef struct {
     int64_t plan_ns;
-    int64_t attention_ns; /* append and attention */
+    int64_t attention_ns; /* append and attention; cuda: staging, merging and waiting for the device, too */
     int64_t combine_ns;
+    /*
+     * cuda, where device_time is set: of attention_ns, what the device's own clock says from the end of the rows'
+     * upload to the end of the last kernel. Else 0.
+     */
+    int64_t device_ns;
+    uint32_t launches; /* of kernels on a device; cpu and reference: 0 */
 } attn_timing;
 
 /* ------------------------------------------------------------------------------------------- */

@@ -68,6 +68,7 @@ attn_status layer_start(layer *layer, call *call, dp_step *step, uint32_t number
         .new_keys = message->tensors[WIRE_K],
         .new_values = message->tensors[WIRE_V],
         .deadline_ns = call->deadline_ns,
+        .device_time = return_timing,
         .done = layer_done,
     };
     call_engine_begins(call);
@@ -114,6 +115,7 @@ static void fill_timing(const dp_rank_timing *timing, Attnd__V1__RankTiming *mes
     message->combine_us = timing->combine_us;
     message->copy_out_us = timing->copy_out_us;
     message->merged_calls = timing->merged_calls;
+    message->device_us = timing->device_us;
 }
 
 /* The fields before `out`, and the tag and length of `out`. Short ones live in the slice itself, without memory. */

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / ".build" / "test-results"
-SERVER = "//service:attnd"
+PROGRAMS = ["//service:attnd", "//tests/bench_layer:client"]
 
 
 @dataclass
@@ -84,7 +84,7 @@ def run_cmocka(tally: Tally, config: str, tag: str = "") -> None:
 def run_pytest(tally: Tally, name: str, paths: list[str], config: str, *options: str) -> None:
     """Runs pytest against the server of one Bazel configuration and counts its cases."""
     say(f"{name}, {config or 'plain'} build")
-    if bazel("build", config, SERVER) != 0:
+    if bazel("build", config, *PROGRAMS) != 0:
         tally.fail(f"{name}: the server does not build ({config or 'plain'})")
         return
     RESULTS.mkdir(parents=True, exist_ok=True)

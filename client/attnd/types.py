@@ -196,6 +196,7 @@ class RankTiming:
     combine_us: float
     copy_out_us: float
     merged_calls: int  #: calls that shared the launch, this one included
+    device_us: float  #: of attention_us, what the device's clock says of the kernels; 0 on a CPU
 
 
 @dataclass(frozen=True)
@@ -290,4 +291,5 @@ def timing_of(server: str, message: pb.RankTiming) -> RankTiming:
         combine_us=message.combine_us,
         copy_out_us=message.copy_out_us,
         merged_calls=message.merged_calls,
+        device_us=message.device_us,
     )

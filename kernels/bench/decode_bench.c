@@ -11,8 +11,8 @@
 
 #include "base/clock.h"
 #include "kernels/attention.h"
-#include "kernels/bench/read_bandwidth.h"
 #include "kernels/bench/shapes.h"
+#include "kernels/bench/yardstick.h"
 #include "kernels/dtype.h"
 
 static const char help_text[] =
@@ -30,14 +30,20 @@ static const char help_text[] =
     "  --batch-invariant       fixed chunks and merge order\n"
     "  --help                  this text\n"
     "\n"
-    "Prints CSV: name,us,gbps,share_of_read,err\n"
-    "  us             median time of a decode: partition, attention, merge; nothing is appended\n"
+    "Prints CSV: name,us,gbps,share_of_read,err,launches,device_us,device_share_of_read\n"
+    "  us             median time of a decode: partition, attention, merge; nothing is appended. On cuda from\n"
+    "                 the host's memory to the host's memory: staging, copies both ways and waiting included\n"
     "  gbps           live bytes of K, V, queries and outputs / us, in 10^9 bytes a second\n"
-    "  share_of_read  gbps / plain read: the median speed of a vectorised loop with the same number of\n"
-    "                 threads over a huge-page buffer of 1 GiB, measured between the decodes, in turn;\n"
-    "                 nan for cuda, whose memory that is not\n"
+    "  share_of_read  gbps / plain read, the median of reads between the decodes, in turn: a vectorised loop\n"
+    "                 with the same number of threads over a huge-page buffer of 1 GiB; on cuda a plain\n"
+    "                 kernel over 4 GiB of the device's memory, by the device's clock\n"
     "  err            ||out - ref|| / ||ref|| against attention in float64 on the stored values; of up to 3\n"
     "                 sequences and 2 KV heads of the batch, with all their query heads\n"
+    "  launches       of kernels, by one decode; 0 on a CPU\n"
+    "  device_us      median time of a decode's kernels, by the device's clock: from the end of the rows'\n"
+    "                 upload to the end of the last kernel, gaps included; of decodes of their own, since\n"
+    "                 measuring it adds to us; nan on a CPU\n"
+    "  device_share_of_read  share_of_read with device_us in place of us; nan on a CPU\n"
     "\n"
     "Caches are cold: every decode takes the next of several page tables, with the pool's pages permuted at\n"
     "random, over at least 1 GiB (a larger shape has the pool to itself). Inputs are uniform in -2 .. 2.\n"
@@ -45,7 +51,6 @@ static const char help_text[] =
 
 #define GIB                ((size_t)1 << 30)
 #define COLD_BYTES         GIB
-#define READ_BUFFER_BYTES  GIB
 #define LEAST_READ_BYTES   ((size_t)64 << 20)
 #define LEAST_MEASUREMENTS 7
 #define MOST_MEASUREMENTS  20000
@@ -78,7 +83,8 @@ typedef struct {
     const void **queries; /* [batch] */
     void **outs;          /* [batch] slices of out_rows */
     char *out_rows;
-    double *times, *reads; /* [MOST_MEASUREMENTS] us, GB/s */
+    double *times, *device_times; /* [MOST_MEASUREMENTS] us */
+    double *reads;                /* [MOST_MEASUREMENTS] GB/s */
 } bench;
 
 /* ------------------------------------------------------------------------------------------- */
@@ -144,9 +150,9 @@ static void permute_pages(bench *b) {
     for (uint32_t i = 0; i < b->pool_pages; i++) {
         b->pages[i] = i;
     }
-    for (uint32_t i = b->pool_pages - 1; i > 0; i--) {
-        uint32_t j = (uint32_t)(next_random(&state) % (i + 1)), kept = b->pages[i];
-        b->pages[i] = b->pages[j];
+    for (uint32_t left = b->pool_pages; left > 1; left--) {
+        uint32_t j = (uint32_t)(next_random(&state) % left), kept = b->pages[left - 1];
+        b->pages[left - 1] = b->pages[j];
         b->pages[j] = kept;
     }
 }
@@ -162,9 +168,10 @@ static attn_status allocate_batch(bench *b, uint32_t query_length) {
     b->outs = malloc(batch * sizeof *b->outs);
     b->out_rows = malloc(batch * out_bytes);
     b->times = malloc(MOST_MEASUREMENTS * sizeof *b->times);
+    b->device_times = malloc(MOST_MEASUREMENTS * sizeof *b->device_times);
     b->reads = malloc(MOST_MEASUREMENTS * sizeof *b->reads);
     if (!b->pages || !b->page_offsets || !b->query_lengths || !b->queries || !b->outs || !b->out_rows || !b->times ||
-        !b->reads) {
+        !b->device_times || !b->reads) {
         return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a batch of %u", batch);
     }
     b->page_offsets[0] = 0;
@@ -190,12 +197,13 @@ static attn_status set_up(bench *b, const attn_shape *shape, const options *opti
     ATTN_TRY(attn_geometry_check(&b->geometry));
     size_t page_bytes = attn_page_bytes(&b->geometry), most = (size_t)(options->pool_gib * (double)GIB);
     uint32_t needed = batch_pages(shape);
+    if (needed == 0) return attn_error(ATTN_INVALID_ARGUMENT, "%s: a batch without tokens", shape->name);
     if (needed > most / page_bytes) {
         return attn_error(ATTN_RESOURCE_EXHAUSTED, "needs %.1f GiB of KV, --pool-gib is %g",
                           (double)needed * (double)page_bytes / (double)GIB, options->pool_gib);
     }
     size_t wanted = COLD_BYTES < most ? COLD_BYTES : most;
-    b->sets = needed > 0 && wanted / page_bytes > needed ? (uint32_t)(wanted / page_bytes / needed) : 1;
+    b->sets = wanted / page_bytes > needed ? (uint32_t)(wanted / page_bytes / needed) : 1;
     b->pool_pages = needed * b->sets;
     ATTN_TRY(fill_random(b));
     ATTN_TRY(allocate_batch(b, options->query_length));
@@ -219,6 +227,7 @@ static void tear_down(bench *b) {
     free(b->outs);
     free(b->out_rows);
     free(b->times);
+    free(b->device_times);
     free(b->reads);
 }
 
@@ -332,22 +341,32 @@ static size_t live_bytes(const bench *b) {
     return bytes;
 }
 
-static attn_status decode_once(const bench *b, const options *options, uint32_t set, float scale, double *us) {
+typedef struct {
+    float scale;
+    bool batch_invariant;
+    uint32_t set; /* of page tables: the next decode's */
+} sequence_of_calls;
+
+/* Decodes with the next page table. */
+static attn_status decode_once(const bench *b, sequence_of_calls *calls, bool device_time, double *us,
+                               attn_timing *timing) {
     uint32_t batch = b->shape->batch;
     attn_batch call = {
         .size = batch,
         .lengths = b->shape->lengths,
         .query_lengths = b->query_lengths,
         .page_offsets = b->page_offsets,
-        .pages = b->pages + (size_t)set * b->page_offsets[batch],
+        .pages = b->pages + (size_t)calls->set * b->page_offsets[batch],
         .queries = b->queries,
         .outs = b->outs,
-        .scale = scale,
-        .batch_invariant = options->batch_invariant,
+        .scale = calls->scale,
+        .batch_invariant = calls->batch_invariant,
+        .device_time = device_time,
     };
     int64_t start = attn_now_ns();
-    ATTN_TRY(attn_backend_decode(b->backend, &call, NULL, NULL));
+    ATTN_TRY(attn_backend_decode(b->backend, &call, NULL, timing));
     *us = (double)(attn_now_ns() - start) / 1e3;
+    calls->set = (calls->set + 1) % b->sets;
     return attn_ok();
 }
 
@@ -356,24 +375,46 @@ typedef struct {
     double gbps;
     double share;
     double error;
+    uint32_t launches;
+    double device_us;
+    double device_share;
 } result;
 
-static attn_status measure(bench *b, const options *options, attn_read_bandwidth *reader, result *result) {
-    float scale = 1.0f / sqrtf((float)b->geometry.head_dim);
-    size_t bytes = live_bytes(b), read_bytes = bytes > LEAST_READ_BYTES ? bytes : LEAST_READ_BYTES, count = 0;
+/* Decodes and plain reads in turn, and on a device a decode with its clock after each. */
+static attn_status take_times(bench *b, sequence_of_calls *calls, double seconds, attn_yardstick *yardstick,
+                              bool on_device, size_t *count) {
+    size_t bytes = live_bytes(b), read_bytes = bytes > LEAST_READ_BYTES ? bytes : LEAST_READ_BYTES;
+    int64_t deadline = attn_now_ns() + (int64_t)(seconds * 1e9);
+    attn_timing timing;
     double us;
-    ATTN_TRY(decode_once(b, options, 0, scale, &us)); /* warms threads and buffers, not the caches */
-    ATTN_TRY(measure_error(b, 0, scale, &result->error));
-    int64_t deadline = attn_now_ns() + (int64_t)(options->seconds * 1e9);
-    while (count < LEAST_MEASUREMENTS || (count < MOST_MEASUREMENTS && attn_now_ns() < deadline)) {
-        ATTN_TRY(decode_once(b, options, (uint32_t)((count + 1) % b->sets), scale, &b->times[count]));
-        b->reads[count++] = attn_read_bandwidth_measure(reader, read_bytes);
+    for (*count = 0; *count < LEAST_MEASUREMENTS || (*count < MOST_MEASUREMENTS && attn_now_ns() < deadline);
+         ++*count) {
+        ATTN_TRY(decode_once(b, calls, false, &b->times[*count], &timing));
+        ATTN_TRY(attn_yardstick_measure(yardstick, read_bytes, &b->reads[*count]));
+        if (!on_device) continue;
+        ATTN_TRY(decode_once(b, calls, true, &us, &timing));
+        b->device_times[*count] = (double)timing.device_ns / 1e3;
     }
+    return attn_ok();
+}
+
+static attn_status measure(bench *b, const options *options, attn_yardstick *yardstick, result *result) {
+    sequence_of_calls calls = {.scale = 1.0f / sqrtf((float)b->geometry.head_dim),
+                               .batch_invariant = options->batch_invariant};
+    attn_timing timing;
+    size_t count;
+    double us;
+    ATTN_TRY(decode_once(b, &calls, false, &us, &timing)); /* warms threads and buffers, not the caches */
+    ATTN_TRY(measure_error(b, 0, calls.scale, &result->error));
+    bool on_device = timing.launches > 0;
+    ATTN_TRY(take_times(b, &calls, options->seconds, yardstick, on_device, &count));
+    double kilobytes = (double)live_bytes(b) / 1e3, read_gbps = median(b->reads, count);
     result->us = median(b->times, count);
-    result->gbps = (double)bytes / result->us / 1e3;
-    /* What is read here is the host's memory. */
-    bool on_host = strcmp(options->backend, "cuda") != 0;
-    result->share = on_host ? result->gbps / median(b->reads, count) : (double)NAN;
+    result->gbps = kilobytes / result->us;
+    result->share = result->gbps / read_gbps;
+    result->launches = timing.launches;
+    result->device_us = on_device ? median(b->device_times, count) : (double)NAN;
+    result->device_share = kilobytes / result->device_us / read_gbps;
     return attn_ok();
 }
 
@@ -387,7 +428,7 @@ static double error_bound(attn_dtype dtype) {
 }
 
 /* Runs one shape and prints its line; false if its error is too large. */
-static attn_status run_shape(const attn_shape *shape, const options *options, attn_read_bandwidth *reader, bool *good) {
+static attn_status run_shape(const attn_shape *shape, const options *options, attn_yardstick *yardstick, bool *good) {
     bench b;
     result result = {0};
     attn_status status = set_up(&b, shape, options);
@@ -396,9 +437,10 @@ static attn_status run_shape(const attn_shape *shape, const options *options, at
         status = attn_ok();
         goto cleanup;
     }
-    if (attn_failed(status)) goto cleanup;
-    ATTN_TRY_GOTO(status, measure(&b, options, reader, &result), cleanup);
-    printf("%s,%.1f,%.2f,%.3f,%.2e\n", shape->name, result.us, result.gbps, result.share, result.error);
+    if (attn_failed(status) || b.backend == NULL) goto cleanup;
+    ATTN_TRY_GOTO(status, measure(&b, options, yardstick, &result), cleanup);
+    printf("%s,%.1f,%.2f,%.3f,%.2e,%u,%.1f,%.3f\n", shape->name, result.us, result.gbps, result.share, result.error,
+           result.launches, result.device_us, result.device_share);
     fflush(stdout);
     if (!(result.error <= error_bound(options->dtype))) *good = false;
 cleanup:
@@ -486,19 +528,19 @@ int main(int argc, char **argv) {
                        .pool_gib = 6};
     if (!parse_options(argc, argv, &options)) return 2;
     attn_shape_list list;
-    attn_read_bandwidth *reader = NULL;
+    attn_yardstick *yardstick = NULL;
     bool good = true;
     attn_status status = attn_shape_list_read(&list, options.shapes);
     if (attn_failed(status)) goto cleanup;
-    ATTN_TRY_GOTO(status, attn_read_bandwidth_create(READ_BUFFER_BYTES, options.threads, &reader), cleanup);
-    puts("name,us,gbps,share_of_read,err");
+    ATTN_TRY_GOTO(status, attn_yardstick_create(options.backend, options.threads, &yardstick), cleanup);
+    puts("name,us,gbps,share_of_read,err,launches,device_us,device_share_of_read");
     for (uint32_t i = 0; i < list.count; i++) {
         if (options.filter != NULL && strstr(list.shapes[i].name, options.filter) == NULL) continue;
-        ATTN_TRY_GOTO(status, run_shape(&list.shapes[i], &options, reader, &good), cleanup);
+        ATTN_TRY_GOTO(status, run_shape(&list.shapes[i], &options, yardstick, &good), cleanup);
     }
 cleanup:
     if (attn_failed(status)) fprintf(stderr, "decode: %s: %s\n", attn_code_name(status.code), status.message);
-    attn_read_bandwidth_destroy(reader);
+    attn_yardstick_destroy(yardstick);
     attn_shape_list_fini(&list);
     if (attn_failed(status)) return 2;
     return good ? 0 : 1;

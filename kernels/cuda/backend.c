@@ -44,6 +44,9 @@ typedef struct {
     void *workspace;    /* of decode_hopper.h; its first word is the status */
     uint32_t *status;   /* device: set to 1 by a kernel that met a page outside the pool */
     cudaError_t failed; /* what an operation that returns nothing has met */
+
+    cudaEvent_t kernels_begin, kernels_end; /* attn_batch.device_time: around the kernels of a decode */
+    uint32_t launches;                      /* of kernels, by the current decode */
 } cuda_backend;
 
 static cuda_backend *of(attn_backend *backend) { return (cuda_backend *)backend; }
@@ -474,6 +477,7 @@ static attn_status run_wave(cuda_backend *self, const attn_batch *batch, const a
     attn_cuda_work work = describe_work(self, batch, memory, lists.merge_count, most_queries);
     CUDA_TRY(attn_cuda_attend(&work, self->stream));
     CUDA_TRY(attn_cuda_merge_units(&work, self->stream));
+    self->launches += lists.merge_count > 0 ? 2 : 1;
     return attn_ok();
 }
 
@@ -482,6 +486,7 @@ static attn_status append_new_rows(cuda_backend *self, const attn_batch *batch, 
     attn_cuda_layer layer = layer_at(self, batch->layer);
     CUDA_TRY(attn_cuda_append(&layer, memory->places.device, memory->keys.device, memory->values.device, rows,
                               self->status, self->stream));
+    self->launches += rows > 0;
     return attn_ok();
 }
 
@@ -526,6 +531,7 @@ static attn_status run_hopper(cuda_backend *self, const attn_batch *batch, const
         .workspace = self->workspace,
     };
     CUDA_TRY(attn_hopper_decode_launch(&decode, &self->tuning, self->stream));
+    self->launches++;
     return attn_ok();
 }
 
@@ -574,11 +580,20 @@ static void scatter(const cuda_backend *self, const attn_batch *batch, const cal
     }
 }
 
+/* After settle(). */
+static attn_status read_device_time(const cuda_backend *self, attn_timing *timing) {
+    float ms = 0;
+    CUDA_TRY(cudaEventElapsedTime(&ms, self->kernels_begin, self->kernels_end));
+    timing->device_ns = (int64_t)((double)ms * 1e6);
+    return attn_ok();
+}
+
 static attn_status cuda_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
                                attn_timing *timing) {
     cuda_backend *self = of(backend);
     call_memory memory;
     int64_t start = attn_now_ns();
+    self->launches = 0;
     cudaSetDevice(self->device);
     ATTN_TRY(attn_line_build(&backend->line, batch));
     plan = attn_backend_accept_plan(backend, plan);
@@ -588,16 +603,20 @@ static attn_status cuda_decode(attn_backend *backend, const attn_batch *batch, c
 
     fill_rows(self, batch, &memory);
     ATTN_TRY(upload(self, self->up.host, memory.first_pieces.host));
+    if (batch->device_time) CUDA_TRY(cudaEventRecord(self->kernels_begin, self->stream));
     ATTN_TRY(append_new_rows(self, batch, &memory, count.new_rows));
     if (fits_hopper(self, batch, &count)) {
         ATTN_TRY(run_hopper(self, batch, &memory, &count));
     } else {
         ATTN_TRY(run_pieces(self, batch, plan, &memory, &count));
     }
+    if (batch->device_time) CUDA_TRY(cudaEventRecord(self->kernels_end, self->stream));
     CUDA_TRY(
         cudaMemcpyAsync(self->down.host, self->down.device, memory.down_bytes, cudaMemcpyDeviceToHost, self->stream));
     ATTN_TRY(settle(self));
     scatter(self, batch, &memory);
+    if (batch->device_time) ATTN_TRY(read_device_time(self, timing));
+    timing->launches = self->launches;
     timing->attention_ns = attn_now_ns() - start - timing->plan_ns;
     return attn_ok();
 }
@@ -612,6 +631,8 @@ static void cuda_destroy(attn_backend *backend) {
         cudaStreamSynchronize(self->stream);
         cudaStreamDestroy(self->stream);
     }
+    if (self->kernels_begin) cudaEventDestroy(self->kernels_begin);
+    if (self->kernels_end) cudaEventDestroy(self->kernels_end);
     arena_fini(&self->up);
     arena_fini(&self->down);
     cudaFree(self->layer.memory);
@@ -674,6 +695,8 @@ static attn_status cuda_create(const attn_backend_config *config, attn_backend *
     ATTN_TRY_GOTO(status, allocate_workspace(self, &properties), cleanup);
     ATTN_TRY_GOTO(status, cuda_status(cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking), "stream"),
                   cleanup);
+    ATTN_TRY_GOTO(status, cuda_status(cudaEventCreate(&self->kernels_begin), "event"), cleanup);
+    ATTN_TRY_GOTO(status, cuda_status(cudaEventCreate(&self->kernels_end), "event"), cleanup);
     snprintf(self->base.description, sizeof self->base.description, "cuda %d, %.80s, sm_%d%d, %u workers%s", device,
              properties.name, properties.major, properties.minor, workers, self->is_hopper ? ", Hopper's decode" : "");
     *backend = &self->base;

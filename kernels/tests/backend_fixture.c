@@ -361,7 +361,7 @@ static void fill_outputs_with_garbage(const test_pool *pool, const test_batch *b
 }
 
 void decode_batch(test_pool *pool, test_batch *batch, const attn_plan *plan) {
-    attn_timing timing = {-1, -1, -1};
+    attn_timing timing = {.plan_ns = -1, .attention_ns = -1, .combine_ns = -1};
     fill_outputs_with_garbage(pool, batch);
     attn_status status = attn_backend_decode(pool->backend, &batch->batch, plan, &timing);
     assert_string_equal(status.message, "");

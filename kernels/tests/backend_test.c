@@ -107,9 +107,10 @@ static void an_empty_batch_does_nothing(void **state) {
     test_pool pool;
     pool_open(&pool, *state, &plain_geometry, 4, 2, 1);
     attn_batch batch = {.scale = 1};
-    attn_timing timing = {1, 2, 3};
+    attn_timing timing = {.plan_ns = 1, .attention_ns = 2, .combine_ns = 3, .device_ns = 4, .launches = 5};
     assert_int_equal(attn_backend_decode(pool.backend, &batch, NULL, &timing).code, ATTN_OK);
     assert_true(timing.plan_ns == 0 && timing.attention_ns == 0 && timing.combine_ns == 0);
+    assert_true(timing.device_ns == 0 && timing.launches == 0);
     assert_int_equal(attn_backend_decode(pool.backend, &batch, NULL, NULL).code, ATTN_OK);
     pool_close(&pool);
 }

@@ -22,13 +22,13 @@
 #include <string.h>
 
 #include <grpc/byte_buffer.h>
-#include <grpc/byte_buffer_reader.h>
 #include <grpc/grpc.h>
 #include <grpc/grpc_security.h>
 
 #include "base/clock.h"
 #include "proto/attnd.pb-c.h"
 #include "tests/bench_front/bench.h"
+#include "tests/bench_front/messages.h"
 
 #define HEADS_Q       16
 #define HEADS_KV      1
@@ -46,49 +46,6 @@ static grpc_completion_queue *queue;
 static bool against_attnd;
 static uint64_t handles[SEQUENCES_MAX];
 static uint8_t values[SEQUENCES_MAX][VALUE_BYTES]; /* the one token's value of each sequence */
-
-/* ------------------------------------------------------------------------------------------- */
-/* Buffers */
-
-/* `message`, and a bytes field behind it: what a client with a large tensor would send. */
-static grpc_slice head_slice(const ProtobufCMessage *message, uint32_t field, size_t size) {
-    size_t packed = protobuf_c_message_get_packed_size(message);
-    grpc_slice slice = grpc_slice_malloc_large(packed + 12);
-    uint8_t *bytes = GRPC_SLICE_START_PTR(slice);
-    protobuf_c_message_pack(message, bytes);
-    if (field != 0) {
-        uint64_t tag = (uint64_t)field << 3 | 2;
-        for (; tag >= 0x80; tag >>= 7) {
-            bytes[packed++] = (uint8_t)(tag | 0x80);
-        }
-        bytes[packed++] = (uint8_t)tag;
-        for (; size >= 0x80; size >>= 7) {
-            bytes[packed++] = (uint8_t)(size | 0x80);
-        }
-        bytes[packed++] = (uint8_t)size;
-    }
-    grpc_slice head = grpc_slice_sub(slice, 0, packed);
-    grpc_slice_unref(slice);
-    return head;
-}
-
-static grpc_byte_buffer *pack(const ProtobufCMessage *message) {
-    grpc_slice slice = head_slice(message, 0, 0);
-    grpc_byte_buffer *buffer = grpc_raw_byte_buffer_create(&slice, 1);
-    grpc_slice_unref(slice);
-    return buffer;
-}
-
-static void *unpack(const ProtobufCMessageDescriptor *descriptor, grpc_byte_buffer *buffer) {
-    grpc_byte_buffer_reader reader;
-    BENCH_CHECK(grpc_byte_buffer_reader_init(&reader, buffer), "a broken message");
-    grpc_slice whole = grpc_byte_buffer_reader_readall(&reader);
-    void *message = protobuf_c_message_unpack(descriptor, NULL, GRPC_SLICE_LENGTH(whole), GRPC_SLICE_START_PTR(whole));
-    BENCH_CHECK(message != NULL, "not a %s", descriptor->name);
-    grpc_slice_unref(whole);
-    grpc_byte_buffer_reader_destroy(&reader);
-    return message;
-}
 
 /* ------------------------------------------------------------------------------------------- */
 /* One load: the same request over and over */
@@ -205,7 +162,7 @@ static void check_status(const slot *slot) {
 
 /* out[sequence][head] is the value's row of the head's KV head. */
 static void check_outputs(const load *load, grpc_byte_buffer *response) {
-    Attnd__V1__DecodeResponse *message = unpack(&attnd__v1__decode_response__descriptor, response);
+    Attnd__V1__DecodeResponse *message = bench_unpack(&attnd__v1__decode_response__descriptor, response);
     BENCH_CHECK(message->out.len == load->payload, "%zu bytes of out", message->out.len);
     for (uint32_t i = 0; i < load->sequences; i++) {
         for (int head = 0; head < HEADS_Q; head++) {
@@ -301,8 +258,8 @@ static void make_heads(load *load) {
     unary.n_sequences = begin.n_sequences = load->sequences;
     begin.read_only = true;
     first.begin = &begin;
-    load->first_head = head_slice(load->stream ? &first.base : &unary.base, 16, load->payload);
-    load->next_head = head_slice(&next.base, 16, load->payload);
+    load->first_head = bench_head_slice(load->stream ? &first.base : &unary.base, 16, load->payload);
+    load->next_head = bench_head_slice(&next.base, 16, load->payload);
 }
 
 static void run_load(load *load, int in_flight, double seconds) {
@@ -379,8 +336,8 @@ static void open_sequences(void) {
     Attnd__V1__OpenSequencesRequest request;
     attnd__v1__open_sequences_request__init(&request);
     request.count = SEQUENCES_MAX;
-    grpc_byte_buffer *answer = call_once("/attnd.v1.Attention/OpenSequences", pack(&request.base));
-    Attnd__V1__OpenSequencesResponse *response = unpack(&attnd__v1__open_sequences_response__descriptor, answer);
+    grpc_byte_buffer *answer = call_once("/attnd.v1.Attention/OpenSequences", bench_pack(&request.base));
+    Attnd__V1__OpenSequencesResponse *response = bench_unpack(&attnd__v1__open_sequences_response__descriptor, answer);
     BENCH_CHECK(response->n_sequences == SEQUENCES_MAX, "%zu sequences", response->n_sequences);
     memcpy(handles, response->sequences, sizeof(handles));
     protobuf_c_message_free_unpacked(&response->base, NULL);
@@ -403,8 +360,8 @@ static void append_one_token(void) {
     request.k = (ProtobufCBinaryData){sizeof(keys), keys};
     request.v_place_case = ATTND__V1__DECODE_REQUEST__V_PLACE_V;
     request.v = (ProtobufCBinaryData){sizeof(values), values[0]};
-    grpc_byte_buffer *answer = call_once(BENCH_DECODE, pack(&request.base));
-    Attnd__V1__DecodeResponse *response = unpack(&attnd__v1__decode_response__descriptor, answer);
+    grpc_byte_buffer *answer = call_once(BENCH_DECODE, bench_pack(&request.base));
+    Attnd__V1__DecodeResponse *response = bench_unpack(&attnd__v1__decode_response__descriptor, answer);
     BENCH_CHECK(response->committed, "the step has more layers: attnd must serve one");
     protobuf_c_message_free_unpacked(&response->base, NULL);
     grpc_byte_buffer_destroy(answer);
