@@ -1,7 +1,8 @@
 /*
- * Times the Hopper decode kernel on a file of shapes and checks every one against a float64 reference.
+ * Times the decode kernels on a file of shapes and checks every one against a float64 reference.
  *
- *     bench_hopper SHAPES PEERS [--pool-mib N] [--check] [--shape NAME] [--tuning NAME]
+ *     bench_decode SHAPES PEERS [--pool-mib N] [--check] [--times] [--shape NAME] [--tuning NAME]
+ *                  [--dtype bf16|fp16|fp8] [--head-dim N] [--head-dim-v N] [--query-length N] [--batch-invariant]
  *
  * Measured: a CUDA graph of 10 to 64 launches, each over other pages of a pool of 12 GiB in random order, so that the
  * L2 cache is cold; the median of 21 replays, divided by the launches. Bytes are the live K and V, Q and O. The
@@ -19,21 +20,23 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/attention.h"
 #include "kernels/bench/shapes.h"
-#include "kernels/cuda/bench_hopper_device.h"
-#include "kernels/cuda/decode_hopper.h"
+#include "kernels/cuda/bench_decode_device.h"
+#include "kernels/cuda/decode.h"
+#include "kernels/cuda/read_bandwidth.h"
 
 enum { REPLAYS = 21, CHECKED_ROWS = 256, MIN_LAUNCHES = 10, MAX_LAUNCHES = 64, MAX_PEERS = 128 };
 
 static const uint32_t UNUSED_ENTRY = 2147480000u;
 static const uint64_t POOL_SEED = 1, QUERY_SEED = 2;
-static const double MAX_OUT_ERROR = 2.5e-3, MAX_LSE_ERROR = 1e-4;
+static const double MAX_OUT_ERROR = 2.5e-3, MAX_FP8_ERROR = 4e-3, MAX_LSE_ERROR = 1e-4;
 static const size_t COLD_BYTES = (size_t)768 << 20; /* read between two uses of a page: many times the L2 cache */
 
 /* A failed CUDA call ends the bench. */
 static void cuda_check(int error, const char *what) {
     if (error == cudaSuccess) return;
-    fprintf(stderr, "bench_hopper: %s: %s\n", what, cudaGetErrorString((cudaError_t)error));
+    fprintf(stderr, "bench_decode: %s: %s\n", what, cudaGetErrorString((cudaError_t)error));
     exit(1);
 }
 #define CUDA(call) cuda_check((int)(call), #call)
@@ -41,7 +44,7 @@ static void cuda_check(int error, const char *what) {
 static void *host_allocate(size_t bytes) {
     void *memory = malloc(bytes == 0 ? 1 : bytes);
     if (memory == NULL) {
-        fprintf(stderr, "bench_hopper: no memory for %zu bytes\n", bytes);
+        fprintf(stderr, "bench_decode: no memory for %zu bytes\n", bytes);
         exit(1);
     }
     return memory;
@@ -69,7 +72,7 @@ typedef struct {
 static void read_peers(peer_list *peers, const char *path) {
     FILE *file = fopen(path, "r");
     if (file == NULL) {
-        fprintf(stderr, "bench_hopper: cannot open %s\n", path);
+        fprintf(stderr, "bench_decode: cannot open %s\n", path);
         exit(1);
     }
     char line[512];
@@ -100,14 +103,9 @@ typedef struct {
 } tuning_row;
 
 static const tuning_row TUNINGS[] = {
-    {"equal", 1, 6, 0, 0, 0, 0},
-    {"aligned", 1, 6, 4, 0, 0, 0},
-    {"aligned_stages_4", 1, 4, 4, 0, 0, 0},
-    {"aligned_stages_3", 1, 3, 4, 0, 0, 0},
-    {"whole_stages_3", 1, 3, 4, 60, 32, 0},
-    {"two_blocks", 2, 3, 4, 0, 0, 0},
-    {"overlap_stages_3", 1, 3, 4, 0, 0, 1},
-    {"two_blocks_overlap", 2, 3, 4, 0, 0, 1},
+    {"one_block", 1, 0, 4, 0, 0, 0},
+    {"two_blocks", 2, 0, 4, 0, 0, 0},
+    {"overlap", 1, 0, 4, 0, 0, 1},
 };
 enum { TUNING_COUNT = sizeof TUNINGS / sizeof TUNINGS[0] };
 
@@ -117,13 +115,17 @@ enum { TUNING_COUNT = sizeof TUNINGS / sizeof TUNINGS[0] };
 typedef struct {
     void *pool; /* borrowed */
     size_t pool_bytes;
+    uint32_t *status; /* device */
     uint32_t multiprocessors;
+    uint32_t shared_bytes; /* that a block may have */
     double read_gbps;
 } device_state;
 
 typedef struct {
-    attn_hopper_decode decode; /* with set 0's page table */
-    uint32_t *lengths;         /* device */
+    attn_cuda_call call; /* with set 0's page table */
+    uint32_t query_length;
+    uint32_t *lengths; /* device */
+    attn_cuda_sequence *sequences;
     uint32_t *page_tables;     /* device [sets, batch, stride] */
     void *queries, *out;
     float *lse;
@@ -155,7 +157,7 @@ static uint32_t pages_of(const attn_shape *shape, uint32_t sequence) {
 
 /* Deals random pages of the pool to `sets` batches, one after the other. */
 static void deal_pages(loaded_shape *loaded, const attn_shape *shape, uint32_t stride) {
-    uint32_t *permutation = random_permutation(loaded->decode.pool_pages);
+    uint32_t *permutation = random_permutation(loaded->call.layer.pages);
     size_t entries = (size_t)loaded->sets * shape->batch * stride;
     uint32_t *tables = host_allocate(entries * sizeof *tables);
     uint32_t next = 0;
@@ -171,10 +173,51 @@ static void deal_pages(loaded_shape *loaded, const attn_shape *shape, uint32_t s
     free(permutation);
 }
 
-/* False if the pool is too small for the shape. */
-static bool load_shape(loaded_shape *loaded, const attn_shape *shape, const device_state *device) {
-    *loaded = (loaded_shape){0};
-    attn_hopper_decode *decode = &loaded->decode;
+/* What every shape is changed to, and how the pool stores it. */
+typedef struct {
+    uint32_t dtype, kv_dtype, element_bytes;
+    uint32_t head_dim, head_dim_v; /* 0: the shape's */
+    uint32_t query_length;
+    uint32_t batch_invariant;
+} variant;
+
+static attn_cuda_layer describe_layer(const attn_shape *shape, const variant *form, const device_state *device) {
+    uint32_t dim = form->head_dim ? form->head_dim : shape->head_dim;
+    attn_cuda_layer layer = {.memory = device->pool,
+                             .page_size = shape->page_size,
+                             .heads_q = shape->heads_q,
+                             .heads_kv = shape->heads_kv,
+                             .head_dim = dim,
+                             .head_dim_v = form->head_dim_v ? form->head_dim_v : dim,
+                             .dtype = form->dtype,
+                             .kv_dtype = form->kv_dtype,
+                             .element_bytes = form->element_bytes};
+    layer.tile_bytes = shape->page_size * (layer.head_dim + layer.head_dim_v) * layer.element_bytes;
+    layer.pages = (uint32_t)(device->pool_bytes / ((size_t)layer.tile_bytes * layer.heads_kv));
+    return layer;
+}
+
+/* Sequences of several query rows, all of them at their ends. */
+static void load_sequences(loaded_shape *loaded, const attn_shape *shape, uint32_t stride) {
+    size_t bytes = shape->batch * sizeof(attn_cuda_sequence);
+    attn_cuda_sequence *sequences = host_allocate(bytes);
+    for (uint32_t i = 0; i < shape->batch; i++) {
+        sequences[i] = (attn_cuda_sequence){.length = shape->lengths[i],
+                                            .query_length = loaded->query_length,
+                                            .page_offset = i * stride,
+                                            .first_query = i * loaded->query_length,
+                                            .first_out = i * loaded->query_length,
+                                            .total_length = shape->lengths[i]};
+    }
+    loaded->sequences = device_allocate(bytes);
+    CUDA(cudaMemcpy(loaded->sequences, sequences, bytes, cudaMemcpyHostToDevice));
+    free(sequences);
+}
+
+/* False if the pool is too small for the shape, or no kernel is built for it. */
+static bool load_shape(loaded_shape *loaded, const attn_shape *shape, const variant *form, const device_state *device) {
+    *loaded = (loaded_shape){.query_length = form->query_length};
+    attn_cuda_call *call = &loaded->call;
     uint64_t pages = 0, tokens = 0;
     uint32_t stride = 1;
     for (uint32_t i = 0; i < shape->batch; i++) {
@@ -183,38 +226,40 @@ static bool load_shape(loaded_shape *loaded, const attn_shape *shape, const devi
         tokens += shape->lengths[i];
         if (used > stride) stride = used;
     }
-    decode->pool_pages = (uint32_t)(device->pool_bytes / (attn_hopper_tile_bytes(shape->page_size) * shape->heads_kv));
-    if (pages > decode->pool_pages) return false;
+    call->layer = describe_layer(shape, form, device);
+    if (pages > call->layer.pages || !attn_cuda_decode_fits(&call->layer)) return false;
 
-    uint64_t sets = pages == 0 ? 1 : decode->pool_pages / pages;
+    uint64_t sets = pages == 0 ? 1 : call->layer.pages / pages;
     loaded->sets = sets < MAX_LAUNCHES ? (uint32_t)sets : MAX_LAUNCHES;
-    size_t rows = (size_t)shape->batch * shape->heads_q;
-    size_t row_bytes = ATTN_HOPPER_HEAD_DIM * 2;
-    loaded->bytes = (double)tokens * shape->heads_kv * 2.0 * (double)row_bytes + 2.0 * (double)(rows * row_bytes);
+    size_t rows = (size_t)shape->batch * shape->heads_q * form->query_length;
+    size_t query_elements = rows * call->layer.head_dim, out_elements = rows * call->layer.head_dim_v;
+    double token_bytes = (double)(call->layer.tile_bytes / shape->page_size * shape->heads_kv);
+    loaded->bytes = (double)tokens * token_bytes + 2.0 * (double)(query_elements + out_elements);
     loaded->lengths = device_allocate(shape->batch * sizeof(uint32_t));
-    loaded->queries = device_allocate(rows * row_bytes);
-    loaded->out = device_allocate(rows * row_bytes);
+    loaded->queries = device_allocate(query_elements * 2);
+    loaded->out = device_allocate(out_elements * 2);
     loaded->lse = device_allocate(rows * sizeof(float));
     CUDA(cudaMemcpy(loaded->lengths, shape->lengths, shape->batch * sizeof(uint32_t), cudaMemcpyHostToDevice));
-    bench_fill(loaded->queries, rows * ATTN_HOPPER_HEAD_DIM, QUERY_SEED);
+    bench_fill(loaded->queries, query_elements, form->dtype, QUERY_SEED);
     deal_pages(loaded, shape, stride);
+    if (form->query_length > 1) load_sequences(loaded, shape, stride);
 
-    decode->pool = device->pool;
-    decode->page_size = shape->page_size;
-    decode->heads_kv = shape->heads_kv;
-    decode->group = shape->heads_q / shape->heads_kv;
-    decode->batch = shape->batch;
-    decode->lengths = loaded->lengths;
-    decode->page_table = loaded->page_tables;
-    decode->page_table_stride = stride;
-    decode->queries = loaded->queries;
-    decode->out = loaded->out;
-    decode->lse = loaded->lse;
-    decode->scale = 1.0f / sqrtf((float)ATTN_HOPPER_HEAD_DIM);
+    call->batch = shape->batch;
+    call->lengths = loaded->lengths;
+    call->sequences = loaded->sequences;
+    call->page_table = loaded->page_tables;
+    call->page_table_stride = stride;
+    call->queries = loaded->queries;
+    call->out = loaded->out;
+    call->lse = loaded->lse;
+    call->status = device->status;
+    call->scale = 1.0f / sqrtf((float)call->layer.head_dim);
+    call->batch_invariant = form->batch_invariant;
     return true;
 }
 
 static void unload_shape(loaded_shape *loaded) {
+    CUDA(cudaFree(loaded->sequences));
     CUDA(cudaFree(loaded->lengths));
     CUDA(cudaFree(loaded->page_tables));
     CUDA(cudaFree(loaded->queries));
@@ -231,27 +276,47 @@ typedef struct {
     bool repeats; /* three runs bitwise equal */
 } check_result;
 
-static float bf16_to_float(uint16_t bits) {
+/* A launch: a shape, how it is run, and what it works in. */
+typedef struct {
+    const loaded_shape *loaded;
+    attn_cuda_tuning tuning;
+    attn_cuda_workspace workspace;
+} launcher;
+
+static int launch(const launcher *with, const attn_cuda_call *call, cudaStream_t stream) {
+    return attn_cuda_decode_launch(call, &with->tuning, &with->workspace, with->loaded->query_length, stream);
+}
+
+static size_t rows_of(const attn_cuda_call *call, uint32_t query_length) {
+    return (size_t)call->batch * query_length * call->layer.heads_q;
+}
+
+static float float_of(uint16_t bits, uint32_t dtype) {
     uint32_t word = (uint32_t)bits << 16;
     float value;
     memcpy(&value, &word, sizeof value);
-    return value;
+    if (dtype == ATTN_BF16) return value;
+    uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    float size = exponent == 0    ? ldexpf((float)mantissa, -24)
+                 : exponent == 31 ? (mantissa ? NAN : INFINITY)
+                                  : ldexpf((float)(mantissa + 1024), (int)exponent - 25);
+    return bits >> 15 ? -size : size;
 }
 
 /* Runs the kernel once on poisoned outputs and copies them to the host. */
-static void run_once(const attn_hopper_decode *decode, const attn_hopper_tuning *tuning, size_t rows, uint16_t *out,
-                     float *lse) {
-    size_t out_bytes = rows * ATTN_HOPPER_HEAD_DIM * 2;
-    CUDA(cudaMemset(decode->out, 0xff, out_bytes));
-    CUDA(cudaMemset(decode->lse, 0xff, rows * sizeof(float)));
-    CUDA(attn_hopper_decode_launch(decode, tuning, NULL));
+static void run_once(const launcher *with, size_t rows, uint16_t *out, float *lse) {
+    const attn_cuda_call *call = &with->loaded->call;
+    size_t out_bytes = rows * call->layer.head_dim_v * 2;
+    CUDA(cudaMemset(call->out, 0xff, out_bytes));
+    CUDA(cudaMemset(call->lse, 0xff, rows * sizeof(float)));
+    CUDA(launch(with, call, NULL));
     CUDA(cudaDeviceSynchronize());
-    CUDA(cudaMemcpy(out, decode->out, out_bytes, cudaMemcpyDeviceToHost));
-    CUDA(cudaMemcpy(lse, decode->lse, rows * sizeof(float), cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(out, call->out, out_bytes, cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(lse, call->lse, rows * sizeof(float), cudaMemcpyDeviceToHost));
     uint32_t status;
-    CUDA(cudaMemcpy(&status, decode->workspace, sizeof status, cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(&status, call->status, sizeof status, cudaMemcpyDeviceToHost));
     if (status != 0) {
-        fprintf(stderr, "bench_hopper: the kernel met a page index outside the pool\n");
+        fprintf(stderr, "bench_decode: the kernel met a page index outside the pool\n");
         exit(1);
     }
 }
@@ -260,47 +325,47 @@ static void run_once(const attn_hopper_decode *decode, const attn_hopper_tuning 
 typedef struct {
     uint32_t rows[CHECKED_ROWS];
     uint32_t count;
-    double out[CHECKED_ROWS * ATTN_HOPPER_HEAD_DIM];
+    double out[CHECKED_ROWS * 256];
     double lse[CHECKED_ROWS];
 } reference;
 
-static void compute_reference(reference *expected, const attn_hopper_decode *decode) {
-    uint32_t rows = decode->batch * decode->heads_kv * decode->group;
-    expected->count = rows < CHECKED_ROWS ? rows : CHECKED_ROWS;
+static void compute_reference(reference *expected, const loaded_shape *loaded) {
+    const attn_cuda_call *call = &loaded->call;
+    size_t rows = rows_of(call, loaded->query_length), dim = call->layer.head_dim_v;
+    expected->count = rows < CHECKED_ROWS ? (uint32_t)rows : CHECKED_ROWS;
     for (uint32_t i = 0; i < expected->count; i++) {
         expected->rows[i] = (uint32_t)(((uint64_t)i * rows + rows / 2) / expected->count % rows);
     }
     uint32_t *device_rows = device_allocate(expected->count * sizeof *device_rows);
-    double *out = device_allocate(expected->count * ATTN_HOPPER_HEAD_DIM * sizeof *out);
+    double *out = device_allocate(expected->count * dim * sizeof *out);
     double *lse = device_allocate(expected->count * sizeof *lse);
     CUDA(cudaMemcpy(device_rows, expected->rows, expected->count * sizeof *device_rows, cudaMemcpyHostToDevice));
-    bench_reference(decode, device_rows, expected->count, out, lse);
+    bench_reference(call, loaded->query_length, device_rows, expected->count, out, lse);
     CUDA(cudaDeviceSynchronize());
-    CUDA(cudaMemcpy(expected->out, out, expected->count * ATTN_HOPPER_HEAD_DIM * sizeof *out, cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(expected->out, out, expected->count * dim * sizeof *out, cudaMemcpyDeviceToHost));
     CUDA(cudaMemcpy(expected->lse, lse, expected->count * sizeof *lse, cudaMemcpyDeviceToHost));
     CUDA(cudaFree(device_rows));
     CUDA(cudaFree(out));
     CUDA(cudaFree(lse));
 }
 
-static check_result check_shape(const attn_hopper_decode *decode, const attn_hopper_tuning *tuning,
-                                const reference *expected) {
-    size_t rows = (size_t)decode->batch * decode->heads_kv * decode->group;
-    size_t elements = rows * ATTN_HOPPER_HEAD_DIM;
+static check_result check_shape(const launcher *with, const reference *expected) {
+    const attn_cuda_call *call = &with->loaded->call;
+    size_t rows = rows_of(call, with->loaded->query_length), dim = call->layer.head_dim_v, elements = rows * dim;
     uint16_t *out = host_allocate(elements * sizeof *out), *again = host_allocate(elements * sizeof *again);
     float *lse = host_allocate(rows * sizeof *lse), *lse_again = host_allocate(rows * sizeof *lse_again);
     check_result result = {0.0, 0.0, true};
-    run_once(decode, tuning, rows, out, lse);
+    run_once(with, rows, out, lse);
     for (int i = 0; i < 2; i++) {
-        run_once(decode, tuning, rows, again, lse_again);
+        run_once(with, rows, again, lse_again);
         result.repeats = result.repeats && memcmp(out, again, elements * sizeof *out) == 0 &&
                          memcmp(lse, lse_again, rows * sizeof *lse) == 0;
     }
     double difference = 0.0, norm = 0.0;
     for (uint32_t i = 0; i < expected->count; i++) {
-        for (size_t d = 0; d < ATTN_HOPPER_HEAD_DIM; d++) {
-            double want = expected->out[i * ATTN_HOPPER_HEAD_DIM + d];
-            double got = bf16_to_float(out[(size_t)expected->rows[i] * ATTN_HOPPER_HEAD_DIM + d]);
+        for (size_t d = 0; d < dim; d++) {
+            double want = expected->out[i * dim + d];
+            double got = float_of(out[(size_t)expected->rows[i] * dim + d], call->layer.dtype);
             difference += (got - want) * (got - want);
             norm += want * want;
         }
@@ -309,7 +374,7 @@ static check_result check_shape(const attn_hopper_decode *decode, const attn_hop
     }
     result.out_error = sqrt(difference / norm);
     for (size_t i = 0; i < elements; i++) {
-        if (isnan(bf16_to_float(out[i]))) result.out_error = NAN;
+        if (isnan(float_of(out[i], call->layer.dtype))) result.out_error = NAN;
     }
     free(out);
     free(again);
@@ -346,8 +411,8 @@ static float time_graph(cudaGraphExec_t graph, cudaStream_t stream) {
 }
 
 /* Microseconds of one decode. */
-static double time_shape(const loaded_shape *loaded, const attn_hopper_decode *decode,
-                         const attn_hopper_tuning *tuning) {
+static double time_shape(const launcher *with) {
+    const loaded_shape *loaded = with->loaded;
     double wanted = (double)COLD_BYTES / loaded->bytes + 1.0;
     uint32_t launches = wanted < MIN_LAUNCHES ? MIN_LAUNCHES : wanted > MAX_LAUNCHES ? MAX_LAUNCHES : (uint32_t)wanted;
     if (launches > loaded->sets && loaded->sets > MIN_LAUNCHES) launches = loaded->sets;
@@ -357,9 +422,9 @@ static double time_shape(const loaded_shape *loaded, const attn_hopper_decode *d
     cudaGraphExec_t executable;
     CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
     for (uint32_t i = 0; i < launches; i++) {
-        attn_hopper_decode launch = *decode;
-        launch.page_table += (size_t)(i % loaded->sets) * decode->batch * decode->page_table_stride;
-        CUDA(attn_hopper_decode_launch(&launch, tuning, stream));
+        attn_cuda_call call = loaded->call;
+        call.page_table += (size_t)(i % loaded->sets) * call.batch * call.page_table_stride;
+        CUDA(launch(with, &call, stream));
     }
     CUDA(cudaStreamEndCapture(stream, &graph));
     CUDA(cudaGraphInstantiate(&executable, graph, 0));
@@ -370,30 +435,47 @@ static double time_shape(const loaded_shape *loaded, const attn_hopper_decode *d
     return us;
 }
 
-/* Plain-read bandwidth in GB/s: the best of some grids, each the median of several reads. */
-static double measure_read(const device_state *device) {
-    uint32_t *sink = device_allocate(sizeof *sink);
-    cudaEvent_t begin, end;
-    CUDA(cudaEventCreate(&begin));
-    CUDA(cudaEventCreate(&end));
-    double best = 0.0;
-    for (uint32_t per_sm = 2; per_sm <= 32; per_sm *= 2) {
-        float times[9];
-        for (int i = 0; i < 9; i++) {
-            CUDA(cudaEventRecord(begin, NULL));
-            bench_read(device->pool, device->pool_bytes, per_sm * device->multiprocessors, sink);
-            CUDA(cudaEventRecord(end, NULL));
-            CUDA(cudaEventSynchronize(end));
-            CUDA(cudaEventElapsedTime(&times[i], begin, end));
-        }
-        qsort(times, 9, sizeof times[0], compare_floats);
-        double gbps = (double)device->pool_bytes / times[4] / 1e6;
-        if (gbps > best) best = gbps;
+/* Plain-read bandwidth in GB/s: the median of some reads. */
+static double measure_read(void) {
+    attn_cuda_reader *reader;
+    double gbps[9];
+    CUDA(attn_cuda_reader_create(0, (size_t)4 << 30, &reader));
+    float rates[9];
+    for (int i = 0; i < 9; i++) {
+        CUDA(attn_cuda_reader_measure(reader, &gbps[i]));
+        rates[i] = (float)(gbps[i] / 1e9);
     }
-    CUDA(cudaEventDestroy(begin));
-    CUDA(cudaEventDestroy(end));
-    CUDA(cudaFree(sink));
-    return best;
+    attn_cuda_reader_destroy(reader);
+    qsort(rates, 9, sizeof rates[0], compare_floats);
+    return rates[4];
+}
+
+/* When the thread blocks of one launch began and ended, after the device's clock; a line a block. */
+static void print_times(const launcher *with) {
+    uint32_t workers = with->tuning.workers;
+    size_t bytes = (size_t)workers * 4 * sizeof(uint64_t);
+    uint64_t *times = host_allocate(bytes);
+    launcher timed = *with;
+    timed.tuning.times = device_allocate(bytes);
+    for (uint32_t i = 0; i < 3; i++) {
+        attn_cuda_call call = with->loaded->call;
+        call.page_table += (size_t)(i % with->loaded->sets) * call.batch * call.page_table_stride;
+        CUDA(cudaMemset(timed.tuning.times, 0, bytes));
+        CUDA(launch(&timed, &call, NULL));
+    }
+    CUDA(cudaDeviceSynchronize());
+    CUDA(cudaMemcpy(times, timed.tuning.times, bytes, cudaMemcpyDeviceToHost));
+    uint64_t first = UINT64_MAX;
+    for (uint32_t w = 0; w < workers; w++) {
+        if (times[w * 4 + 1] < first) first = times[w * 4 + 1];
+    }
+    for (uint32_t w = 0; w < workers; w++) {
+        printf("# block %u on %llu: %llu %llu %llu\n", w, (unsigned long long)times[w * 4],
+               (unsigned long long)(times[w * 4 + 1] - first), (unsigned long long)(times[w * 4 + 2] - first),
+               (unsigned long long)(times[w * 4 + 3] - first));
+    }
+    CUDA(cudaFree(timed.tuning.times));
+    free(times);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -403,7 +485,8 @@ typedef struct {
     const char *shapes_path, *peers_path;
     const char *only_shape, *only_tuning;
     size_t pool_mib;
-    bool check_only;
+    bool check_only, times;
+    variant form;
 } options;
 
 /* Sums of logarithms of the ratios of one tuning. */
@@ -412,23 +495,52 @@ typedef struct {
     int count;
 } geometric_mean;
 
+static bool parse_dtype(variant *form, const char *name) {
+    form->dtype = strcmp(name, "fp16") == 0 ? ATTN_FP16 : ATTN_BF16;
+    form->kv_dtype = strcmp(name, "fp8") == 0 ? ATTN_BENCH_FP8 : form->dtype;
+    form->element_bytes = form->kv_dtype == ATTN_BENCH_FP8 ? 1 : 2;
+    return strcmp(name, "bf16") == 0 || strcmp(name, "fp16") == 0 || strcmp(name, "fp8") == 0;
+}
+
 static bool parse_options(options *chosen, int argc, char **argv) {
     if (argc < 3) return false;
-    *chosen = (options){.shapes_path = argv[1], .peers_path = argv[2], .pool_mib = 12288};
+    *chosen = (options){.shapes_path = argv[1],
+                        .peers_path = argv[2],
+                        .pool_mib = 12288,
+                        .form = {.dtype = ATTN_BF16, .kv_dtype = ATTN_BF16, .element_bytes = 2, .query_length = 1}};
     for (int i = 3; i < argc; i++) {
+        const char *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (strcmp(argv[i], "--check") == 0) {
             chosen->check_only = true;
-        } else if (i + 1 < argc && strcmp(argv[i], "--pool-mib") == 0) {
-            chosen->pool_mib = strtoul(argv[++i], NULL, 10);
-        } else if (i + 1 < argc && strcmp(argv[i], "--shape") == 0) {
-            chosen->only_shape = argv[++i];
-        } else if (i + 1 < argc && strcmp(argv[i], "--tuning") == 0) {
-            chosen->only_tuning = argv[++i];
-        } else {
+            continue;
+        }
+        if (strcmp(argv[i], "--times") == 0) {
+            chosen->times = true;
+            continue;
+        }
+        if (strcmp(argv[i], "--batch-invariant") == 0) {
+            chosen->form.batch_invariant = 1;
+            continue;
+        }
+        if (value == NULL) return false;
+        if (strcmp(argv[i], "--pool-mib") == 0) {
+            chosen->pool_mib = strtoul(value, NULL, 10);
+        } else if (strcmp(argv[i], "--shape") == 0) {
+            chosen->only_shape = value;
+        } else if (strcmp(argv[i], "--tuning") == 0) {
+            chosen->only_tuning = value;
+        } else if (strcmp(argv[i], "--head-dim") == 0) {
+            chosen->form.head_dim = (uint32_t)strtoul(value, NULL, 10);
+        } else if (strcmp(argv[i], "--head-dim-v") == 0) {
+            chosen->form.head_dim_v = (uint32_t)strtoul(value, NULL, 10);
+        } else if (strcmp(argv[i], "--query-length") == 0) {
+            chosen->form.query_length = (uint32_t)strtoul(value, NULL, 10);
+        } else if (strcmp(argv[i], "--dtype") != 0 || !parse_dtype(&chosen->form, value)) {
             return false;
         }
+        i++;
     }
-    return chosen->pool_mib > 0;
+    return chosen->pool_mib > 0 && chosen->form.query_length > 0;
 }
 
 static void print_row(const device_state *device, const peer_list *peers, const tuning_row *row, const char *name,
@@ -449,47 +561,64 @@ static void print_row(const device_state *device, const peer_list *peers, const 
     mean->count++;
 }
 
+static launcher prepare(const loaded_shape *loaded, const tuning_row *row, const device_state *device) {
+    launcher with = {.loaded = loaded};
+    const attn_cuda_layer *layer = &loaded->call.layer;
+    with.tuning = (attn_cuda_tuning){.workers = device->multiprocessors * row->blocks_per_sm,
+                                     .blocks_per_sm = row->blocks_per_sm,
+                                     .shared_bytes = device->shared_bytes,
+                                     .stages = row->stages,
+                                     .align_tiles = row->align_tiles,
+                                     .whole_workers = row->whole_workers,
+                                     .whole_tiles = row->whole_tiles,
+                                     .overlap_launches = row->overlap_launches};
+    with.workspace.rows = loaded->call.batch_invariant ? 16 : 64;
+    with.workspace.slots = 2 * with.tuning.workers;
+    if (loaded->call.batch_invariant) with.workspace.slots = 1 << 16;
+    size_t bytes = attn_cuda_workspace_bytes(with.workspace.slots, with.workspace.rows, layer->head_dim_v);
+    with.workspace.memory = device_allocate(bytes);
+    CUDA(cudaMemset(with.workspace.memory, 0, bytes));
+    return with;
+}
+
 /* Checks and times one shape with every tuning. False if a check failed. */
 static bool bench_shape(const options *chosen, device_state *device, const peer_list *peers, const attn_shape *shape,
                         geometric_mean *means) {
     static reference expected;
     loaded_shape loaded;
-    if (shape->head_dim != ATTN_HOPPER_HEAD_DIM || !load_shape(&loaded, shape, device)) {
-        printf("# %s: not run: head_dim %u, or a pool too small\n", shape->name, shape->head_dim);
+    if (!load_shape(&loaded, shape, &chosen->form, device)) {
+        printf("# %s: not run: no kernel for it, or a pool too small\n", shape->name);
         return true;
     }
     bool good = true;
-    bench_poison_tails(&loaded.decode, false, POOL_SEED);
+    double most = chosen->form.kv_dtype == ATTN_BENCH_FP8 ? MAX_FP8_ERROR : MAX_OUT_ERROR;
+    bench_poison_tails(&loaded.call, false, POOL_SEED);
     CUDA(cudaDeviceSynchronize());
-    compute_reference(&expected, &loaded.decode);
+    compute_reference(&expected, &loaded);
     check_result checked[TUNING_COUNT];
     for (int pass = 0; pass < 2; pass++) {
         for (int t = 0; t < TUNING_COUNT; t++) {
             const tuning_row *row = &TUNINGS[t];
             if (chosen->only_tuning != NULL && strcmp(chosen->only_tuning, row->name) != 0) continue;
-            if (row->blocks_per_sm == 2 && loaded.decode.group > 8) continue;
-            attn_hopper_tuning tuning = {device->multiprocessors * row->blocks_per_sm,
-                                         row->blocks_per_sm,
-                                         row->stages,
-                                         row->align_tiles,
-                                         row->whole_workers,
-                                         row->whole_tiles,
-                                         row->overlap_launches};
-            attn_hopper_decode decode = loaded.decode;
-            size_t workspace_bytes = attn_hopper_workspace_bytes(tuning.workers, decode.group);
-            decode.workspace = device_allocate(workspace_bytes);
-            CUDA(cudaMemset(decode.workspace, 0, workspace_bytes));
+            launcher with = prepare(&loaded, row, device);
+            int error = launch(&with, &loaded.call, NULL);
+            if (error == cudaErrorInvalidValue) { /* the tuning is not built for this shape */
+                CUDA(cudaFree(with.workspace.memory));
+                continue;
+            }
+            CUDA(error);
             if (pass == 0) {
-                checked[t] = check_shape(&decode, &tuning, &expected);
-                good = good && checked[t].out_error <= MAX_OUT_ERROR && checked[t].lse_error <= MAX_LSE_ERROR &&
+                checked[t] = check_shape(&with, &expected);
+                good = good && checked[t].out_error <= most && checked[t].lse_error <= MAX_LSE_ERROR &&
                        checked[t].repeats;
             } else {
-                double us = chosen->check_only ? 0.0 : time_shape(&loaded, &decode, &tuning);
+                double us = chosen->check_only ? 0.0 : time_shape(&with);
                 print_row(device, peers, row, shape->name, loaded.bytes, us, &checked[t], &means[t]);
+                if (chosen->times) print_times(&with);
             }
-            CUDA(cudaFree(decode.workspace));
+            CUDA(cudaFree(with.workspace.memory));
         }
-        if (pass == 0) bench_poison_tails(&loaded.decode, true, POOL_SEED);
+        if (pass == 0) bench_poison_tails(&loaded.call, true, POOL_SEED);
         CUDA(cudaDeviceSynchronize());
     }
     fflush(stdout);
@@ -500,7 +629,9 @@ static bool bench_shape(const options *chosen, device_state *device, const peer_
 int main(int argc, char **argv) {
     options chosen;
     if (!parse_options(&chosen, argc, argv)) {
-        fprintf(stderr, "usage: bench_hopper SHAPES PEERS [--pool-mib N] [--check] [--shape NAME] [--tuning NAME]\n");
+        fprintf(stderr, "usage: bench_decode SHAPES PEERS [--pool-mib N] [--check] [--times] [--shape NAME] [--tuning NAME]\n"
+                        "       [--dtype bf16|fp16|fp8] [--head-dim N] [--head-dim-v N] [--query-length N] "
+                        "[--batch-invariant]\n");
         return 2;
     }
     static peer_list peers;
@@ -508,7 +639,7 @@ int main(int argc, char **argv) {
     attn_shape_list shapes;
     attn_status status = attn_shape_list_read(&shapes, chosen.shapes_path);
     if (attn_failed(status)) {
-        fprintf(stderr, "bench_hopper: %s\n", status.message);
+        fprintf(stderr, "bench_decode: %s\n", status.message);
         attn_shape_list_fini(&shapes);
         return 1;
     }
@@ -517,9 +648,12 @@ int main(int argc, char **argv) {
     device_state device = {.pool_bytes = chosen.pool_mib << 20,
                            .multiprocessors = (uint32_t)properties.multiProcessorCount};
     device.pool = device_allocate(device.pool_bytes);
-    bench_fill(device.pool, device.pool_bytes / 2, POOL_SEED);
+    device.shared_bytes = (uint32_t)properties.sharedMemPerBlockOptin;
+    device.status = device_allocate(sizeof *device.status);
+    CUDA(cudaMemset(device.status, 0, sizeof *device.status));
+    bench_fill(device.pool, device.pool_bytes / chosen.form.element_bytes, chosen.form.kv_dtype, POOL_SEED);
     CUDA(cudaDeviceSynchronize());
-    device.read_gbps = chosen.check_only ? 1.0 : measure_read(&device);
+    device.read_gbps = chosen.check_only ? 1.0 : measure_read();
     int driver = 0;
     CUDA(cudaDriverGetVersion(&driver));
     printf("# %s, %u multiprocessors, CUDA driver API %d, read bandwidth %.0f GB/s, pool %zu MiB\n", properties.name,
@@ -540,7 +674,7 @@ int main(int argc, char **argv) {
                TUNINGS[t].name, means[t].count, exp(means[t].fa3 / means[t].count),
                exp(means[t].best / means[t].count));
     }
-    if (!chosen.check_only) printf("# read bandwidth after all: %.0f GB/s\n", measure_read(&device));
+    if (!chosen.check_only) printf("# read bandwidth after all: %.0f GB/s\n", measure_read());
     if (!good) printf("# FAILED: an error above its limit, or runs that differ\n");
     CUDA(cudaFree(device.pool));
     attn_shape_list_fini(&shapes);

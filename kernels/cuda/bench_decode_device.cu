@@ -1,98 +1,125 @@
-#include "kernels/cuda/bench_hopper_device.h"
+#include "kernels/cuda/bench_decode_device.h"
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime_api.h>
+
+#include "kernels/attention.h"
+#include "kernels/cuda/layout.cuh"
+#include "kernels/cuda/results.cuh"
 
 namespace {
 
-constexpr uint32_t HEAD_DIM = ATTN_HOPPER_HEAD_DIM;
+constexpr uint32_t MAX_DIM = 256;
 
-/* SplitMix64's finisher, as a bf16 uniform in (-2, 2). */
-__device__ __nv_bfloat16 random_element(uint64_t seed, uint64_t place) {
+/* SplitMix64's finisher, as a float uniform in (-2, 2). */
+__device__ float random_number(uint64_t seed, uint64_t place) {
     uint64_t x = (place + 1) * 0x9e3779b97f4a7c15u + seed;
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
     x = (x ^ x >> 27) * 0x94d049bb133111ebu;
     x ^= x >> 31;
-    return __float2bfloat16((float)(x >> 40) * (4.0f / 16777216.0f) - 2.0f);
+    return (float)(x >> 40) * (4.0f / 16777216.0f) - 2.0f;
 }
 
-__global__ void fill_kernel(__nv_bfloat16 *memory, size_t elements, uint64_t seed) {
+__device__ void set_random(void *memory, size_t i, uint32_t dtype, uint64_t seed) {
+    float number = random_number(seed, i);
+    if (dtype == ATTN_BF16) ((__nv_bfloat16 *)memory)[i] = __float2bfloat16(number);
+    if (dtype == ATTN_FP16) ((__half *)memory)[i] = __float2half(number);
+    if (dtype == ATTN_BENCH_FP8) ((__nv_fp8_e4m3 *)memory)[i] = __nv_fp8_e4m3(number);
+}
+
+__device__ double element_at(const void *memory, size_t i, uint32_t dtype) {
+    if (dtype == ATTN_BF16) return (double)__bfloat162float(((const __nv_bfloat16 *)memory)[i]);
+    if (dtype == ATTN_FP16) return (double)__half2float(((const __half *)memory)[i]);
+    return (double)(float)((const __nv_fp8_e4m3 *)memory)[i];
+}
+
+__global__ void fill_kernel(void *memory, size_t elements, uint32_t dtype, uint64_t seed) {
     size_t step = (size_t)gridDim.x * blockDim.x;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < elements; i += step) {
-        memory[i] = random_element(seed, i);
+        set_random(memory, i, dtype, seed);
     }
 }
 
-/* Element index of a page's first row of keys of one head. */
-__device__ size_t tile_element(const attn_hopper_decode &decode, uint32_t page, uint32_t head) {
-    return ((size_t)page * decode.heads_kv + head) * decode.page_size * 2 * HEAD_DIM;
+__device__ const uint32_t *table_of(const attn_cuda_call &call, uint32_t sequence) {
+    return call.page_table + (size_t)sequence * call.page_table_stride;
 }
 
-/* A block a (sequence, head), a thread a column. */
-__global__ void poison_kernel(attn_hopper_decode decode, bool restore, uint64_t seed) {
-    uint32_t sequence = blockIdx.x / decode.heads_kv, head = blockIdx.x % decode.heads_kv;
-    uint32_t length = decode.lengths[sequence];
-    uint32_t live = length % decode.page_size;
+/* A block a (sequence, head), a thread a piece. */
+__global__ void poison_kernel(attn_cuda_call call, bool restore, uint64_t seed) {
+    const attn_cuda_layer &layer = call.layer;
+    uint32_t sequence = blockIdx.x / layer.heads_kv, head = blockIdx.x % layer.heads_kv;
+    uint32_t length = call.lengths[sequence], live = length % layer.page_size;
     if (live == 0) return;
-    uint32_t page = decode.page_table[(size_t)sequence * decode.page_table_stride + length / decode.page_size];
-    __nv_bfloat16 *pool = (__nv_bfloat16 *)decode.pool;
-    size_t keys = tile_element(decode, page, head);
-    for (uint32_t row = live; row < decode.page_size; row++) {
-        for (uint32_t half = 0; half < 2; half++) {
-            size_t place = keys + ((size_t)half * decode.page_size + row) * HEAD_DIM + threadIdx.x;
-            pool[place] = restore ? random_element(seed, place) : __ushort_as_bfloat16(0x7fff);
+    uint32_t page = table_of(call, sequence)[length / layer.page_size];
+    for (uint32_t half = 0; half < 2; half++) {
+        uint32_t row_bytes = (half ? layer.head_dim_v : layer.head_dim) * layer.element_bytes;
+        for (uint32_t slot = live; slot < layer.page_size; slot++) {
+            if (threadIdx.x * layout::PIECE_BYTES >= row_bytes) continue;
+            char *piece = layout::pool_piece(layer, page, head, slot, half, threadIdx.x);
+            for (uint32_t byte = 0; byte < layout::PIECE_BYTES; byte += layer.element_bytes) {
+                if (restore) {
+                    set_random(layer.memory, (size_t)(piece + byte - layer.memory) / layer.element_bytes,
+                               layer.kv_dtype, seed);
+                } else {
+                    for (uint32_t i = 0; i < layer.element_bytes; i++)
+                        piece[byte + i] = (char)0xff;
+                }
+            }
         }
     }
 }
 
-/* A block an output row; a warp every eighth token, with a state of its own; a lane four columns. */
-__global__ void reference_kernel(attn_hopper_decode decode, const uint32_t *rows, double *out, double *lse) {
-    constexpr uint32_t WARPS = 8;
-    __shared__ double outs[WARPS][HEAD_DIM];
+/* A block an output row; a warp every eighth token, with a state of its own; a lane every 32nd column. */
+__global__ void reference_kernel(attn_cuda_call call, uint32_t query_length, const uint32_t *rows, double *out,
+                                 double *lse) {
+    constexpr uint32_t WARPS = 8, COLUMNS = MAX_DIM / 32;
+    __shared__ double outs[WARPS][MAX_DIM];
     __shared__ double maxima[WARPS], sums[WARPS];
-    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    uint32_t row = rows[blockIdx.x];
-    uint32_t heads_q = decode.heads_kv * decode.group;
-    uint32_t sequence = row / heads_q, head = row % heads_q / decode.group;
-    uint32_t length = decode.lengths[sequence];
-    const __nv_bfloat16 *pool = (const __nv_bfloat16 *)decode.pool;
-    double query[4], accumulated[4] = {0.0, 0.0, 0.0, 0.0};
-    for (uint32_t i = 0; i < 4; i++) {
-        query[i] =
-            (double)__bfloat162float(((const __nv_bfloat16 *)decode.queries)[(size_t)row * HEAD_DIM + lane * 4 + i]);
+    const attn_cuda_layer &layer = call.layer;
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = rows[blockIdx.x];
+    uint32_t heads_q = layer.heads_q, head = row % heads_q / (heads_q / layer.heads_kv);
+    uint32_t query = row / heads_q, sequence = query / query_length;
+    uint32_t length = call.lengths[sequence], ahead = query_length - 1 - query % query_length;
+    length = length > ahead ? length - ahead : 0;
+    double elements[COLUMNS] = {}, accumulated[COLUMNS] = {};
+    for (uint32_t i = 0; i < COLUMNS && i * 32 + lane < layer.head_dim; i++) {
+        elements[i] = element_at(call.queries, (size_t)row * layer.head_dim + i * 32 + lane, layer.dtype);
     }
     double maximum = -INFINITY, sum = 0.0;
+    uint32_t a_piece = layout::PIECE_BYTES / layer.element_bytes;
     for (uint32_t token = warp; token < length; token += WARPS) {
-        uint32_t page = decode.page_table[(size_t)sequence * decode.page_table_stride + token / decode.page_size];
-        uint32_t slot = token % decode.page_size;
-        uint32_t column = ((lane / 2) ^ (slot & 7)) * 8 + lane % 2 * 4;
-        const __nv_bfloat16 *key = pool + tile_element(decode, page, head) + slot * HEAD_DIM + column;
-        const __nv_bfloat16 *value = key + decode.page_size * HEAD_DIM;
+        uint32_t page = table_of(call, sequence)[token / layer.page_size], slot = token % layer.page_size;
         double score = 0.0;
-        for (uint32_t i = 0; i < 4; i++) {
-            score += query[i] * (double)__bfloat162float(key[i]);
+        for (uint32_t i = 0; i < COLUMNS && i * 32 + lane < layer.head_dim; i++) {
+            uint32_t column = i * 32 + lane;
+            const char *piece = layout::pool_piece(layer, page, head, slot, false, column / a_piece);
+            score += elements[i] * element_at(piece, column % a_piece, layer.kv_dtype);
         }
         for (uint32_t step = 16; step > 0; step /= 2) {
             score += __shfl_xor_sync(0xffffffffu, score, step);
         }
-        score *= (double)decode.scale;
+        score *= (double)call.scale;
         double most = fmax(maximum, score);
         double factor = exp(maximum - most), weight = exp(score - most);
         maximum = most;
         sum = sum * factor + weight;
-        for (uint32_t i = 0; i < 4; i++) {
-            accumulated[i] = accumulated[i] * factor + weight * (double)__bfloat162float(value[i]);
+        for (uint32_t i = 0; i < COLUMNS && i * 32 + lane < layer.head_dim_v; i++) {
+            uint32_t column = i * 32 + lane;
+            const char *piece = layout::pool_piece(layer, page, head, slot, true, column / a_piece);
+            accumulated[i] = accumulated[i] * factor + weight * element_at(piece, column % a_piece, layer.kv_dtype);
         }
     }
-    for (uint32_t i = 0; i < 4; i++) {
-        outs[warp][lane * 4 + i] = accumulated[i];
+    for (uint32_t i = 0; i < COLUMNS; i++) {
+        outs[warp][i * 32 + lane] = accumulated[i];
     }
     if (lane == 0) {
         maxima[warp] = maximum;
         sums[warp] = sum;
     }
     __syncthreads();
-    if (threadIdx.x >= HEAD_DIM) return;
+    if (threadIdx.x >= layer.head_dim_v) return;
     double most = -INFINITY, total = 0.0, merged = 0.0;
     for (uint32_t w = 0; w < WARPS; w++) {
         most = fmax(most, maxima[w]);
@@ -102,44 +129,21 @@ __global__ void reference_kernel(attn_hopper_decode decode, const uint32_t *rows
         total += sums[w] * factor;
         merged += outs[w][threadIdx.x] * factor;
     }
-    out[(size_t)blockIdx.x * HEAD_DIM + threadIdx.x] = total > 0.0 ? merged / total : 0.0;
+    out[(size_t)blockIdx.x * layer.head_dim_v + threadIdx.x] = total > 0.0 ? merged / total : 0.0;
     if (threadIdx.x == 0) lse[blockIdx.x] = total > 0.0 ? most + log(total) : -INFINITY;
-}
-
-__global__ void __launch_bounds__(512) read_kernel(const uint4 *memory, size_t count, uint32_t *sink) {
-    constexpr uint32_t LOADS = 8;
-    uint32_t sum = 0;
-    size_t step = (size_t)gridDim.x * blockDim.x * LOADS;
-    for (size_t base = (size_t)blockIdx.x * blockDim.x * LOADS + threadIdx.x; base < count; base += step) {
-        uint4 loaded[LOADS];
-#pragma unroll
-        for (uint32_t i = 0; i < LOADS; i++) {
-            size_t place = base + i * blockDim.x;
-            loaded[i] = place < count ? __ldcs(&memory[place]) : make_uint4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < LOADS; i++) {
-            sum += loaded[i].x ^ loaded[i].y ^ loaded[i].z ^ loaded[i].w;
-        }
-    }
-    if (sum == 0x9e3779b9u) *sink = sum; /* almost never: it keeps the loads */
 }
 
 } /* namespace */
 
-extern "C" void bench_fill(void *memory, size_t elements, uint64_t seed) {
-    fill_kernel<<<2048, 256>>>((__nv_bfloat16 *)memory, elements, seed);
+extern "C" void bench_fill(void *memory, size_t elements, uint32_t dtype, uint64_t seed) {
+    fill_kernel<<<2048, 256>>>(memory, elements, dtype, seed);
 }
 
-extern "C" void bench_poison_tails(const attn_hopper_decode *decode, int restore, uint64_t seed) {
-    poison_kernel<<<decode->batch * decode->heads_kv, HEAD_DIM>>>(*decode, restore != 0, seed);
+extern "C" void bench_poison_tails(const attn_cuda_call *call, int restore, uint64_t seed) {
+    poison_kernel<<<call->batch * call->layer.heads_kv, 32>>>(*call, restore != 0, seed);
 }
 
-extern "C" void bench_reference(const attn_hopper_decode *decode, const uint32_t *rows, uint32_t count, double *out,
-                                double *lse) {
-    reference_kernel<<<count, 256>>>(*decode, rows, out, lse);
-}
-
-extern "C" void bench_read(const void *memory, size_t bytes, uint32_t blocks, uint32_t *sink) {
-    read_kernel<<<blocks, 512>>>((const uint4 *)memory, bytes / 16, sink);
+extern "C" void bench_reference(const attn_cuda_call *call, uint32_t query_length, const uint32_t *rows, uint32_t count,
+                                double *out, double *lse) {
+    reference_kernel<<<count, 256>>>(*call, query_length, rows, out, lse);
 }

@@ -34,7 +34,7 @@ typedef struct {
     uint32_t whole_tiles;   /* ..and is at most so many tiles */
     /* Programmatic dependent launch: nothing that a decode reads may come from the launch before. */
     int overlap_launches;
-    uint64_t *times; /* NULL, or device [workers, 4]: multiprocessor, begin, first tile, end; ns of the global timer */
+    uint64_t *times; /* NULL, or device [workers, 4]: multiprocessor, begin, share found, end; ns of the global timer */
 } attn_cuda_tuning;
 
 /*

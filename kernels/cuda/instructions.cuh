@@ -108,6 +108,19 @@ __device__ inline uint32_t atomic_add_acquire_release(uint32_t *word, uint32_t n
 
 __device__ inline void prefetch_l2(const void *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
+/* Of the device's clock, which ticks a microsecond or finer. */
+__device__ inline uint64_t global_time_ns() {
+    uint64_t time;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
+    return time;
+}
+
+__device__ inline uint32_t multiprocessor() {
+    uint32_t number;
+    asm volatile("mov.u32 %0, %smid;" : "=r"(number));
+    return number;
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* Programmatic dependent launch: both are no-ops in an ordinary launch */
 

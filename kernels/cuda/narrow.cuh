@@ -533,6 +533,7 @@ struct arguments {
     line::cut cut;
     attn_cuda_workspace workspace;
     uint32_t stages;
+    uint64_t *times; /* attn_cuda_tuning */
 };
 
 template <typename S>
@@ -554,6 +555,10 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
         }
         ptx::barrier_init_fence();
     }
+    if (with.times != nullptr && threadIdx.x == 0) {
+        with.times[blockIdx.x * 4] = ptx::multiprocessor();
+        with.times[blockIdx.x * 4 + 1] = ptx::global_time_ns();
+    }
     ptx::launch_dependents();
     line::share mine = line::find_share<S::TOKENS>(call, with.cut, gridDim.x, blockIdx.x, lane);
     __syncthreads();
@@ -570,7 +575,10 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
                                 warp / WARPS,
                                 warp % WARPS,
                                 lane};
+        if (with.times != nullptr && threadIdx.x == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();
         consume<S>(own, mine, memory, ring);
+        if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
+            atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
     }
 }
 
@@ -593,7 +601,7 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     if (error != cudaSuccess) return error;
     attn_cuda_workspace slots = workspace;
     slots.rows = S::ROWS;
-    arguments with = {{S::ROWS / group, tuning.align_tiles, tuning.whole_workers, tuning.whole_tiles}, slots, stages};
+    arguments with = {{S::ROWS / group, tuning.align_tiles, tuning.whole_workers, tuning.whole_tiles}, slots, stages, tuning.times};
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
