@@ -383,7 +383,8 @@ static void fp8_saturates_what_is_too_large_and_keeps_nan(void **state) {
         decode_sequences(&pool, sequences, 1, &options);
         uint16_t out[sizeof extremes / sizeof *extremes], largest;
         memcpy(out, sequence.out, sizeof out);
-        attn_elements_from_floats(ATTN_BF16, &(float){448 * pool.v_scales[LAYER * 2]}, &largest, 1);
+        float expected = 448 * pool.v_scales[LAYER * 2];
+        attn_elements_from_floats(ATTN_BF16, &expected, &largest, 1);
         assert_int_equal(out[0], largest);
         assert_int_equal(out[1], largest | 0x8000);
         assert_int_equal(out[2], largest);
