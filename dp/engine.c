@@ -72,6 +72,8 @@ static attn_status start_rank(dp_engine *engine, uint32_t index) {
                 .isa = config->isa,
                 .device = index,
                 .cpus = cpus,
+                .k_scales = config->k_scales,
+                .v_scales = config->v_scales,
             },
         .index = index,
         .max_queue = config->max_queue,
@@ -104,6 +106,8 @@ attn_status dp_engine_create(const dp_config *config, dp_engine **engine) {
     ATTN_TRY_GOTO(status, dp_sequences_init(&created->sequences, config), fail);
     for (uint32_t r = 0; r < config->ranks; r++)
         ATTN_TRY_GOTO(status, start_rank(created, r), fail);
+    created->config.k_scales = NULL; /* the backends have their own */
+    created->config.v_scales = NULL;
     /* A pinned rank works on its own cores, not on the submitter's. */
     if (!config->pin_cpus) created->small_bytes = attn_backend_small_bytes(dp_rank_backend(created->ranks[0].rank));
     *engine = created;

@@ -40,6 +40,8 @@ typedef struct dp_engine dp_engine;
 
 typedef struct {
     attn_geometry geometry;
+    const float *k_scales;     /* fp8: see attn_backend_config; borrowed until create returns */
+    const float *v_scales;     /* likewise */
     const char *backend;       /* kernels backend kind: "cpu", "reference", .. */
     const char *isa;           /* cpu: see attn_backend_config; NULL: auto */
     uint32_t ranks;            /* 1 .. DP_MAX_RANKS */

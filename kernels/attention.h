@@ -26,6 +26,14 @@
  *   out = sum over visible t of exp(score(t) - LSE) v[t]
  * With nothing visible: out = 0 and LSE = -inf (the sink's value, if there is one).
  *
+ * The pool stores key and value rows as they come or, where the geometry says so, in fp8: OCP e4m3, with
+ * 448 for its largest number, a NaN of each sign and no infinities. Each layer and KV head then has a scale
+ * for its keys and one for its values:
+ *   stored = e4m3(x / scale): a float32 division, then rounded to nearest, ties to even; what is larger than
+ *            448, infinity too, becomes +-448; NaN stays NaN, with its sign
+ *   k[t] and v[t] above are stored * scale
+ * Queries, outs, and key and value rows on their way to the pool keep the geometry's dtype.
+ *
  * Safety (docs/design.md, "the split plan"): loop extents come from the lengths of this very call;
  * a plan is a checked hint; a page index outside the pool fails the call with ATTN_INTERNAL before
  * it is used; pool slots at and beyond a sequence's length, and page-table entries beyond its last
@@ -50,12 +58,13 @@ typedef enum {
     ATTN_BF16 = 1,
     ATTN_FP16 = 2,
     ATTN_FP32 = 3,
+    ATTN_FP8_E4M3 = 4, /* of stored keys and values only */
 } attn_dtype;
 
-/* Bytes of one element: 2 or 4. */
+/* Bytes of one element: 1, 2 or 4. */
 size_t attn_dtype_bytes(attn_dtype dtype);
 
-/* "bf16", "fp16", "fp32". A literal. */
+/* "bf16", "fp16", "fp32", "fp8_e4m3". A literal. */
 const char *attn_dtype_name(attn_dtype dtype);
 
 typedef struct {
@@ -64,20 +73,24 @@ typedef struct {
     uint32_t heads_kv;
     uint32_t head_dim;   /* 32 .. 256, a multiple of 8 */
     uint32_t head_dim_v; /* likewise */
-    attn_dtype dtype;
-    uint32_t page_size; /* tokens: 16, 32, 64 or 128 */
+    attn_dtype dtype;    /* of all rows: bf16, fp16 or fp32 */
+    uint32_t page_size;  /* tokens: 16, 32, 64 or 128 */
+    attn_dtype kv_dtype; /* of the pool: 0, dtype (the same), or with bf16 and fp16 ATTN_FP8_E4M3; see attn_kv_dtype */
 } attn_geometry;
+
+/* What keys and values are stored as: kv_dtype, or dtype where that is 0. */
+attn_dtype attn_kv_dtype(const attn_geometry *geometry);
 
 /* ATTN_INVALID_ARGUMENT, naming the field, if no backend supports the geometry. */
 attn_status attn_geometry_check(const attn_geometry *geometry);
 
-/* Bytes of one row of q, k, v and out of one token. */
+/* Bytes of one row of q, k, v and out of one token, in dtype: as they come and go. */
 size_t attn_query_row_bytes(const attn_geometry *geometry);
 size_t attn_key_row_bytes(const attn_geometry *geometry);
 size_t attn_value_row_bytes(const attn_geometry *geometry);
 size_t attn_out_row_bytes(const attn_geometry *geometry);
 
-/* Bytes of one page of the pool: K and V of page_size tokens, all heads, all layers. */
+/* Bytes of one page of the pool: K and V of page_size tokens, all heads, all layers, in kv_dtype. */
 size_t attn_page_bytes(const attn_geometry *geometry);
 
 #define ATTN_MAX_QUERY_LENGTH 128
@@ -183,12 +196,17 @@ typedef struct {
     const char *isa;  /* cpu: "auto" (or NULL), "avx512bf16", "avx512", "avx2", "portable" */
     uint32_t device;  /* cuda: device index; counts on from 0 again where there are fewer devices */
     const int *cpus;  /* cpu: the cores to pin the workers to, [workers]; or NULL */
+
+    /* fp8 only: [layers, heads_kv] each, finite and above 0; NULL: all 1. Borrowed until create returns. */
+    const float *k_scales;
+    const float *v_scales;
 } attn_backend_config;
 
 /*
  * Creates a backend with an empty pool. The caller destroys it.
- * ATTN_INVALID_ARGUMENT: unknown kind or isa, bad geometry. ATTN_UNAVAILABLE: this machine cannot
- * run it (says why). ATTN_RESOURCE_EXHAUSTED: no memory for the pool (says how much was asked for).
+ * ATTN_INVALID_ARGUMENT: unknown kind or isa, bad geometry, a scale that is not finite and above 0 (names
+ * its index), scales without fp8. ATTN_UNAVAILABLE: this machine, or this kind, cannot run it (says why).
+ * ATTN_RESOURCE_EXHAUSTED: no memory for the pool (says how much was asked for).
  */
 attn_status attn_backend_create(const attn_backend_config *config, attn_backend **backend);
 

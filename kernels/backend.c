@@ -1,6 +1,7 @@
 /* Which backends there are, and the way to them: every argument is checked here, once for all. */
 #include "kernels/backend.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "base/status.h"
@@ -30,12 +31,34 @@ static attn_status refuse_kind(const char *kind) {
                       "no backend \"%s\": there are \"auto\", \"cpu\", \"reference\" and \"cuda\"", kind);
 }
 
+/* `scales` is the configuration's field `name`. */
+static attn_status check_scales(const attn_geometry *geometry, const char *name, const float *scales) {
+    size_t count = (size_t)geometry->layers * geometry->heads_kv;
+    if (!scales) return attn_ok();
+    if (attn_kv_dtype(geometry) != ATTN_FP8_E4M3) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "%s: keys and values in %s have no scales", name,
+                          attn_dtype_name(attn_kv_dtype(geometry)));
+    }
+    for (size_t n = 0; n < count; n++) {
+        if (isfinite(scales[n]) && scales[n] > 0) continue;
+        return attn_error(ATTN_INVALID_ARGUMENT,
+                          "%s[%zu] (layer %zu, KV head %zu) is %g: it must be finite and above 0", name, n,
+                          n / geometry->heads_kv, n % geometry->heads_kv, (double)scales[n]);
+    }
+    return attn_ok();
+}
+
 attn_status attn_backend_create(const attn_backend_config *config, attn_backend **backend) {
     const attn_backend_ops *ops = find_kind(config->kind);
     *backend = NULL;
     if (!ops) return refuse_kind(config->kind);
     ATTN_TRY(attn_geometry_check(&config->geometry));
+    ATTN_TRY(check_scales(&config->geometry, "k_scales", config->k_scales));
+    ATTN_TRY(check_scales(&config->geometry, "v_scales", config->v_scales));
     if (config->pages == 0) return attn_error(ATTN_INVALID_ARGUMENT, "a backend needs at least one page");
+    if (attn_kv_dtype(&config->geometry) == ATTN_FP8_E4M3 && !ops->stores_fp8) {
+        return attn_error(ATTN_UNAVAILABLE, "the %s backend stores no keys and values in fp8_e4m3", ops->kind);
+    }
     return ops->create(config, backend);
 }
 

@@ -20,9 +20,10 @@
 typedef struct {
     const char *kind;     /* attn_backend_config.kind */
     uint64_t small_bytes; /* attn_backend_small_bytes */
+    bool stores_fp8;      /* takes geometries with kv_dtype ATTN_FP8_E4M3; others are refused before create */
 
     /*
-     * The geometry, and that pages > 0, have been checked. Makes a backend whose base has been through
+     * The geometry, the scales, and that pages > 0, have been checked. Makes a backend whose base has been through
      * attn_backend_init. Errors as attn_backend_create.
      */
     attn_status (*create)(const attn_backend_config *config, attn_backend **backend);
@@ -37,12 +38,18 @@ typedef struct {
     void (*poison)(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots);
 } attn_backend_ops;
 
+/* What the stored keys and values of one layer and KV head are multiplied by. */
+typedef struct {
+    float key, value;
+} attn_scale;
+
 /* The first member of every backend. Owned by the thread that drives it, but for plans_rejected. */
 struct attn_backend {
     const attn_backend_ops *ops;
     attn_geometry geometry;
     uint32_t pages;
-    attn_line line; /* workers, tiles; the live batch during a decode */
+    attn_scale *scales; /* attn_backend_keep_scales; NULL: no fp8, or not kept here */
+    attn_line line;     /* workers, tiles; the live batch during a decode */
     attn_plan_identity identity;
     _Atomic uint64_t plans_rejected; /* read by any thread */
     char description[160];           /* attn_backend_describe; the backend fills it at creation */
@@ -55,6 +62,15 @@ struct attn_backend {
 void attn_backend_init(attn_backend *backend, const attn_backend_ops *ops, const attn_backend_config *config,
                        uint32_t tile_tokens, uint32_t block_queries, uint32_t workers);
 void attn_backend_fini(attn_backend *backend);
+
+/*
+ * With fp8: keeps the configuration's scales, 1 where it has none, until attn_backend_fini. Else does nothing.
+ * ATTN_RESOURCE_EXHAUSTED. A backend that keeps them elsewhere (on a device) need not call it.
+ */
+attn_status attn_backend_keep_scales(attn_backend *backend, const attn_backend_config *config);
+
+/* The scales of a layer and KV head, as kept; 1 and 1 if none are. */
+attn_scale attn_backend_scale(const attn_backend *backend, uint32_t layer, uint32_t head);
 
 /*
  * Is the batch one that a backend may run? Layer, lengths, query lengths, parts, pointers, scale:

@@ -15,7 +15,27 @@ void attn_backend_init(attn_backend *backend, const attn_backend_ops *ops, const
     attn_line_init(&backend->line, &config->geometry, tile_tokens, block_queries, workers);
 }
 
-void attn_backend_fini(attn_backend *backend) { attn_line_fini(&backend->line); }
+void attn_backend_fini(attn_backend *backend) {
+    free(backend->scales);
+    attn_line_fini(&backend->line);
+}
+
+attn_status attn_backend_keep_scales(attn_backend *backend, const attn_backend_config *config) {
+    if (attn_kv_dtype(&config->geometry) != ATTN_FP8_E4M3) return attn_ok();
+    size_t count = (size_t)config->geometry.layers * config->geometry.heads_kv;
+    backend->scales = calloc(count, sizeof *backend->scales);
+    if (!backend->scales) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for %zu pairs of scales", count);
+    for (size_t n = 0; n < count; n++) {
+        backend->scales[n].key = config->k_scales ? config->k_scales[n] : 1;
+        backend->scales[n].value = config->v_scales ? config->v_scales[n] : 1;
+    }
+    return attn_ok();
+}
+
+attn_scale attn_backend_scale(const attn_backend *backend, uint32_t layer, uint32_t head) {
+    if (!backend->scales) return (attn_scale){1, 1};
+    return backend->scales[(size_t)layer * backend->geometry.heads_kv + head];
+}
 
 /* ------------------------------------------------------------------------------------------- */
 /* Is a batch sound? */

@@ -1,9 +1,10 @@
 /*
- * Element types: conversions between bf16, fp16 and float.
+ * Element types: conversions between bf16, fp16, e4m3 and float.
  *
  * Conversions to float are exact. Conversions from float round to nearest, ties to even; what is too
  * large becomes infinity; NaN stays NaN, with its sign and the top of its payload, and quiet.
- * Subnormals are kept. All are pure functions: any thread, the same bits on every machine.
+ * Subnormals are kept. e4m3 has no infinities and one NaN of each sign: what is too large, infinity
+ * included, becomes +-448. All are pure functions: any thread, the same bits on every machine.
  */
 #ifndef ATTND_KERNELS_DTYPE_H
 #define ATTND_KERNELS_DTYPE_H
@@ -38,10 +39,19 @@ static inline uint16_t attn_float_to_bf16(float value) {
 float attn_fp16_to_float(uint16_t value);
 uint16_t attn_float_to_fp16(float value);
 
+float attn_e4m3_to_float(uint8_t value);
+uint8_t attn_float_to_e4m3(float value);
+
 /* `count` elements at `source` (any alignment) to floats. The ranges do not overlap. */
 void attn_elements_to_floats(attn_dtype dtype, const void *source, float *destination, size_t count);
 
 /* `count` floats to elements at `destination` (any alignment). The ranges do not overlap. */
 void attn_elements_from_floats(attn_dtype dtype, const float *source, void *destination, size_t count);
+
+/*
+ * `count` elements at `source` (any alignment) as an fp8 pool stores them: e4m3(element / scale), a float32
+ * division. The ranges do not overlap.
+ */
+void attn_elements_to_e4m3(attn_dtype dtype, const void *source, float scale, uint8_t *codes, size_t count);
 
 #endif

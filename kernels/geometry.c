@@ -17,8 +17,13 @@ size_t attn_out_row_bytes(const attn_geometry *geometry) {
     return (size_t)geometry->heads_q * geometry->head_dim_v * attn_dtype_bytes(geometry->dtype);
 }
 
+attn_dtype attn_kv_dtype(const attn_geometry *geometry) {
+    return geometry->kv_dtype ? geometry->kv_dtype : geometry->dtype;
+}
+
 size_t attn_page_bytes(const attn_geometry *geometry) {
-    return (attn_key_row_bytes(geometry) + attn_value_row_bytes(geometry)) * geometry->page_size * geometry->layers;
+    size_t elements = (size_t)geometry->heads_kv * (geometry->head_dim + geometry->head_dim_v);
+    return elements * attn_dtype_bytes(attn_kv_dtype(geometry)) * geometry->page_size * geometry->layers;
 }
 
 /* Wide enough for any model; they keep every product of the geometry's numbers within 64 bits. */
@@ -48,6 +53,18 @@ static attn_status check_heads(const attn_geometry *geometry) {
     return attn_ok();
 }
 
+static attn_status check_dtypes(const attn_geometry *geometry) {
+    if (geometry->dtype != ATTN_BF16 && geometry->dtype != ATTN_FP16 && geometry->dtype != ATTN_FP32) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "geometry.dtype is %d: it must be bf16, fp16 or fp32",
+                          (int)geometry->dtype);
+    }
+    attn_dtype stored = attn_kv_dtype(geometry);
+    if (stored == geometry->dtype || (stored == ATTN_FP8_E4M3 && geometry->dtype != ATTN_FP32)) return attn_ok();
+    return attn_error(ATTN_INVALID_ARGUMENT, "geometry.kv_dtype is %s: with dtype %s it must be %s",
+                      attn_dtype_name(stored), attn_dtype_name(geometry->dtype),
+                      geometry->dtype == ATTN_FP32 ? "the same" : "the same or fp8_e4m3");
+}
+
 attn_status attn_geometry_check(const attn_geometry *geometry) {
     if (geometry->layers < 1 || geometry->layers > MAX_LAYERS) {
         return attn_error(ATTN_INVALID_ARGUMENT, "geometry.layers is %u: it must be 1 to %d", geometry->layers,
@@ -56,10 +73,7 @@ attn_status attn_geometry_check(const attn_geometry *geometry) {
     ATTN_TRY(check_heads(geometry));
     ATTN_TRY(check_head_dim("head_dim", geometry->head_dim));
     ATTN_TRY(check_head_dim("head_dim_v", geometry->head_dim_v));
-    if (geometry->dtype != ATTN_BF16 && geometry->dtype != ATTN_FP16 && geometry->dtype != ATTN_FP32) {
-        return attn_error(ATTN_INVALID_ARGUMENT, "geometry.dtype is %d: it must be bf16, fp16 or fp32",
-                          (int)geometry->dtype);
-    }
+    ATTN_TRY(check_dtypes(geometry));
     uint32_t size = geometry->page_size;
     if (size != 16 && size != 32 && size != 64 && size != 128) {
         return attn_error(ATTN_INVALID_ARGUMENT, "geometry.page_size is %u: it must be 16, 32, 64 or 128 tokens", size);

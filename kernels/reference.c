@@ -5,7 +5,7 @@
  * held against, so it shares nothing with them but the interface: no split plan (a plan offered to it
  * is checked, counted and logged like everywhere), and in default mode no partials and no combine.
  *
- * The pool: keys [page][layer][head][slot][head_dim] and values likewise, in the geometry's dtype.
+ * The pool: keys [page][layer][head][slot][head_dim] and values likewise, in the geometry's kv_dtype.
  */
 #include <math.h>
 #include <stdio.h>
@@ -38,14 +38,23 @@ static unsigned char *key_at(const reference_backend *self, uint32_t layer, uint
                              uint32_t slot) {
     const attn_geometry *g = &self->base.geometry;
     size_t row = (((size_t)page * g->layers + layer) * g->heads_kv + head) * g->page_size + slot;
-    return self->keys + row * g->head_dim * attn_dtype_bytes(g->dtype);
+    return self->keys + row * g->head_dim * attn_dtype_bytes(attn_kv_dtype(g));
 }
 
 static unsigned char *value_at(const reference_backend *self, uint32_t layer, uint32_t head, uint32_t page,
                                uint32_t slot) {
     const attn_geometry *g = &self->base.geometry;
     size_t row = (((size_t)page * g->layers + layer) * g->heads_kv + head) * g->page_size + slot;
-    return self->values + row * g->head_dim_v * attn_dtype_bytes(g->dtype);
+    return self->values + row * g->head_dim_v * attn_dtype_bytes(attn_kv_dtype(g));
+}
+
+/* One row of one head to its place in the pool. */
+static void store(const attn_geometry *g, const unsigned char *row, uint32_t count, float scale, unsigned char *place) {
+    if (attn_kv_dtype(g) == ATTN_FP8_E4M3) {
+        attn_elements_to_e4m3(g->dtype, row, scale, place, count);
+    } else {
+        memcpy(place, row, count * attn_dtype_bytes(g->dtype));
+    }
 }
 
 static attn_status reference_append(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
@@ -58,8 +67,9 @@ static attn_status reference_append(attn_backend *backend, uint32_t layer, const
     for (uint64_t token = position; token < position + tokens; token++) {
         uint32_t page = pages[token / g->page_size], slot = (uint32_t)(token % g->page_size);
         for (uint32_t head = 0; head < g->heads_kv; head++) {
-            memcpy(key_at(self, layer, head, page, slot), key, key_bytes);
-            memcpy(value_at(self, layer, head, page, slot), value, value_bytes);
+            attn_scale scale = attn_backend_scale(backend, layer, head);
+            store(g, key, g->head_dim, scale.key, key_at(self, layer, head, page, slot));
+            store(g, value, g->head_dim_v, scale.value, value_at(self, layer, head, page, slot));
             key += key_bytes;
             value += value_bytes;
         }
@@ -70,19 +80,19 @@ static attn_status reference_append(attn_backend *backend, uint32_t layer, const
 static void reference_copy_page(attn_backend *backend, uint32_t from, uint32_t to) {
     const reference_backend *self = of(backend);
     const attn_geometry *g = &backend->geometry;
-    size_t tokens = (size_t)g->page_size * g->layers;
-    memcpy(key_at(self, 0, 0, to, 0), key_at(self, 0, 0, from, 0), attn_key_row_bytes(g) * tokens);
-    memcpy(value_at(self, 0, 0, to, 0), value_at(self, 0, 0, from, 0), attn_value_row_bytes(g) * tokens);
+    size_t rows = (size_t)g->page_size * g->layers * g->heads_kv, element = attn_dtype_bytes(attn_kv_dtype(g));
+    memcpy(key_at(self, 0, 0, to, 0), key_at(self, 0, 0, from, 0), rows * g->head_dim * element);
+    memcpy(value_at(self, 0, 0, to, 0), value_at(self, 0, 0, from, 0), rows * g->head_dim_v * element);
 }
 
 static void reference_poison(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots) {
     const reference_backend *self = of(backend);
     const attn_geometry *g = &backend->geometry;
+    size_t element = attn_dtype_bytes(attn_kv_dtype(g));
     for (uint32_t layer = 0; layer < g->layers; layer++) {
         for (uint32_t head = 0; head < g->heads_kv; head++) { /* all bits set is NaN in every dtype */
-            memset(key_at(self, layer, head, page, first_slot), 0xff, slots * g->head_dim * attn_dtype_bytes(g->dtype));
-            memset(value_at(self, layer, head, page, first_slot), 0xff,
-                   slots * g->head_dim_v * attn_dtype_bytes(g->dtype));
+            memset(key_at(self, layer, head, page, first_slot), 0xff, slots * g->head_dim * element);
+            memset(value_at(self, layer, head, page, first_slot), 0xff, slots * g->head_dim_v * element);
         }
     }
 }
@@ -102,13 +112,18 @@ static void load_query(const reference_backend *self, row_name row, float *eleme
     attn_elements_to_floats(g->dtype, rows + offset, elements, g->head_dim);
 }
 
-static double score_of(const attn_batch *batch, const float *query, const float *key, uint32_t head_dim) {
+static double score_of(const attn_batch *batch, const float *query, const float *key, uint32_t head_dim,
+                       double key_scale) {
     double dot = 0;
     for (uint32_t d = 0; d < head_dim; d++) {
         dot += (double)query[d] * key[d];
     }
-    double score = dot * batch->scale;
+    double score = dot * key_scale * batch->scale;
     return batch->softcap > 0 ? batch->softcap * tanh(score / batch->softcap) : score;
+}
+
+static uint32_t kv_head_of(const reference_backend *self, row_name row) {
+    return row.head / (self->base.geometry.heads_q / self->base.geometry.heads_kv);
 }
 
 /* scores[begin .. end - 1], and the largest of them. */
@@ -116,13 +131,13 @@ static double score_tokens(reference_backend *self, row_name row, uint64_t begin
     const attn_geometry *g = &self->base.geometry;
     const uint32_t *pages = row.batch->pages + row.batch->page_offsets[row.sequence];
     float query[MAX_HEAD_DIM], key[MAX_HEAD_DIM];
-    double largest = -INFINITY;
+    uint32_t layer = row.batch->layer, head = kv_head_of(self, row);
+    double key_scale = attn_backend_scale(&self->base, layer, head).key, largest = -INFINITY;
     load_query(self, row, query);
     for (uint64_t t = begin; t < end; t++) {
-        const unsigned char *stored = key_at(self, row.batch->layer, row.head / (g->heads_q / g->heads_kv),
-                                             pages[t / g->page_size], (uint32_t)(t % g->page_size));
-        attn_elements_to_floats(g->dtype, stored, key, g->head_dim);
-        self->scores[t] = score_of(row.batch, query, key, g->head_dim);
+        const unsigned char *stored = key_at(self, layer, head, pages[t / g->page_size], (uint32_t)(t % g->page_size));
+        attn_elements_to_floats(attn_kv_dtype(g), stored, key, g->head_dim);
+        self->scores[t] = score_of(row.batch, query, key, g->head_dim, key_scale);
         largest = fmax(largest, self->scores[t]);
     }
     return largest;
@@ -137,15 +152,17 @@ static double attend(reference_backend *self, row_name row, uint64_t begin, uint
     const attn_geometry *g = &self->base.geometry;
     const uint32_t *pages = row.batch->pages + row.batch->page_offsets[row.sequence];
     float value[MAX_HEAD_DIM];
+    uint32_t layer = row.batch->layer, head = kv_head_of(self, row);
+    double value_scale = attn_backend_scale(&self->base, layer, head).value;
     double largest = score_tokens(self, row, begin, end);
     if (sink) largest = fmax(largest, *sink);
     if (largest == -INFINITY) return -INFINITY;
 
     double sum = sink ? exp(*sink - largest) : 0;
     for (uint64_t t = begin; t < end; t++) {
-        const unsigned char *stored = value_at(self, row.batch->layer, row.head / (g->heads_q / g->heads_kv),
-                                               pages[t / g->page_size], (uint32_t)(t % g->page_size));
-        attn_elements_to_floats(g->dtype, stored, value, g->head_dim_v);
+        const unsigned char *stored =
+            value_at(self, layer, head, pages[t / g->page_size], (uint32_t)(t % g->page_size));
+        attn_elements_to_floats(attn_kv_dtype(g), stored, value, g->head_dim_v);
         double weight = exp(self->scores[t] - largest);
         sum += weight;
         for (uint32_t e = 0; e < g->head_dim_v; e++) {
@@ -153,7 +170,7 @@ static double attend(reference_backend *self, row_name row, uint64_t begin, uint
         }
     }
     for (uint32_t e = 0; e < g->head_dim_v; e++) {
-        out[e] /= sum;
+        out[e] = out[e] / sum * value_scale;
     }
     return largest + log(sum);
 }
@@ -293,8 +310,9 @@ static bool allocate(reference_backend *self) {
     const attn_geometry *g = &self->base.geometry;
     size_t tokens = (size_t)self->base.pages * g->page_size;
     size_t chunks = attn_line_min_chunk_slots(g, self->base.pages);
-    self->keys = calloc(tokens * g->layers, attn_key_row_bytes(g));
-    self->values = calloc(tokens * g->layers, attn_value_row_bytes(g));
+    size_t rows = tokens * g->layers, head_bytes = (size_t)g->heads_kv * attn_dtype_bytes(attn_kv_dtype(g));
+    self->keys = calloc(rows, head_bytes * g->head_dim);
+    self->values = calloc(rows, head_bytes * g->head_dim_v);
     self->scores = calloc(tokens, sizeof *self->scores);
     self->chunk_outs = calloc(chunks, g->head_dim_v * sizeof *self->chunk_outs);
     self->chunk_lses = calloc(chunks, sizeof *self->chunk_lses);
@@ -314,7 +332,7 @@ static attn_status reference_create(const attn_backend_config *config, attn_back
     if (!self) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a reference backend");
     attn_backend_init(&self->base, &attn_reference_backend_ops, config, TILE_TOKENS, BLOCK_QUERIES, 1);
     snprintf(self->base.description, sizeof self->base.description, "reference: float64, 1 worker");
-    if (!allocate(self)) {
+    if (!allocate(self) || attn_failed(attn_backend_keep_scales(&self->base, config))) {
         reference_destroy(&self->base);
         return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a pool of %zu bytes", bytes);
     }
@@ -324,6 +342,7 @@ static attn_status reference_create(const attn_backend_config *config, attn_back
 
 const attn_backend_ops attn_reference_backend_ops = {
     .kind = "reference",
+    .stores_fp8 = true,
     .create = reference_create,
     .destroy = reference_destroy,
     .append = reference_append,

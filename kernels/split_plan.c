@@ -301,6 +301,7 @@ static uint64_t hash_geometry(const attn_geometry *geometry) {
     hash = mix(hash, geometry->head_dim);
     hash = mix(hash, geometry->head_dim_v);
     hash = mix(hash, geometry->dtype);
+    hash = mix(hash, attn_kv_dtype(geometry));
     return mix(hash, geometry->page_size);
 }
 

@@ -11,6 +11,7 @@
 _Static_assert((int)ATTND__V1__DTYPE__DTYPE_BF16 == (int)ATTN_BF16, "dtype");
 _Static_assert((int)ATTND__V1__DTYPE__DTYPE_FP16 == (int)ATTN_FP16, "dtype");
 _Static_assert((int)ATTND__V1__DTYPE__DTYPE_FP32 == (int)ATTN_FP32, "dtype");
+_Static_assert((int)ATTND__V1__DTYPE__DTYPE_FP8_E4M3 == (int)ATTN_FP8_E4M3, "dtype");
 
 attn_status layer_check_dtype(const call *call, Attnd__V1__DType dtype, const char *field) {
     attn_dtype served = server_get_parts(call->server)->config->geometry.dtype;

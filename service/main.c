@@ -128,6 +128,8 @@ static attn_status create_engine_on(const char *backend) {
     if (quotas == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for the tenants");
     dp_config engine = {
         .geometry = config->geometry,
+        .k_scales = config->k_scales,
+        .v_scales = config->v_scales,
         .backend = backend,
         .isa = config->isa,
         .ranks = config->ranks,

@@ -14,6 +14,7 @@ static void fill_geometry(const attn_geometry *geometry, Attnd__V1__Geometry *me
     message->head_dim_v = geometry->head_dim_v;
     message->dtype = (Attnd__V1__DType)geometry->dtype;
     message->page_size = geometry->page_size;
+    message->kv_dtype = (Attnd__V1__DType)attn_kv_dtype(geometry);
 }
 
 static void fill_limits(const attn_config *config, Attnd__V1__Limits *message) {

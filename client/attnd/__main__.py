@@ -16,11 +16,12 @@ def _info(client: attnd.Client, arguments: argparse.Namespace) -> None:
     for address in client.addresses:
         info = client.info(address)
         g, limits = info.geometry, info.limits
+        stored = "" if g.kv_dtype == g.dtype else f", keys and values stored in {g.kv_dtype_name}"
         state = "draining" if info.draining else f"up {info.uptime:.0f} s"
         print(f"{address}: attnd {info.version}, {info.backend} ({info.backend_detail}), {state}")
         print(
             f"  geometry: {g.layers} layers, {g.heads_q} query heads on {g.heads_kv} KV heads, "
-            f"head_dim {g.head_dim}, head_dim_v {g.head_dim_v}, {g.dtype_name}, pages of {g.page_size} tokens"
+            f"head_dim {g.head_dim}, head_dim_v {g.head_dim_v}, {g.dtype_name}, pages of {g.page_size} tokens{stored}"
         )
         print(
             f"  limits: {limits.message_bytes} bytes a message, {limits.batch} sequences a step, "

@@ -21,6 +21,10 @@ _DTYPES: dict[pb.DType, tuple[str, Any]] = {
     pb.DTYPE_FP16: ("fp16", np.dtype(np.float16)),
     pb.DTYPE_FP32: ("fp32", np.dtype(np.float32)),
 }
+_KV_DTYPES: dict[pb.DType, tuple[str, Any]] = {
+    **_DTYPES,
+    pb.DTYPE_FP8_E4M3: ("fp8_e4m3", np.dtype(ml_dtypes.float8_e4m3fn)),
+}
 
 
 class Placement(enum.Enum):
@@ -50,6 +54,8 @@ class Geometry:
     dtype: np.dtype[Any]  #: of q, k, v and out: ml_dtypes.bfloat16, numpy.float16 or numpy.float32
     dtype_name: str  #: "bf16", "fp16" or "fp32"
     page_size: int  #: tokens a page
+    kv_dtype: np.dtype[Any]  #: what the server stores keys and values as: dtype, or ml_dtypes.float8_e4m3fn
+    kv_dtype_name: str  #: that of dtype, or "fp8_e4m3"
 
     @property
     def q_row(self) -> tuple[int, int]:
@@ -73,7 +79,7 @@ class Geometry:
 
     @property
     def kv_token_bytes(self) -> int:
-        """Bytes of one token's K and V of one layer."""
+        """Bytes of one token's K and V of one layer on their way to the server: in dtype, whatever kv_dtype is."""
         return self.heads_kv * (self.head_dim + self.head_dim_v) * self.dtype.itemsize
 
 
@@ -224,19 +230,38 @@ def dtype_code(geometry: Geometry) -> pb.DType:
     return next(code for code, (name, _) in _DTYPES.items() if name == geometry.dtype_name)
 
 
+def _geometry_of(g: pb.Geometry, stored: pb.DType) -> Geometry:
+    dtype_name, dtype = _DTYPES[g.dtype]
+    kv_dtype_name, kv_dtype = _KV_DTYPES[stored]
+    return Geometry(
+        layers=g.layers,
+        heads_q=g.heads_q,
+        heads_kv=g.heads_kv,
+        head_dim=g.head_dim,
+        head_dim_v=g.head_dim_v,
+        dtype=dtype,
+        dtype_name=dtype_name,
+        page_size=g.page_size,
+        kv_dtype=kv_dtype,
+        kv_dtype_name=kv_dtype_name,
+    )
+
+
 def server_info_of(address: str, message: pb.GetServerInfoResponse) -> ServerInfo:
-    """Reads a GetServerInfo response. InvalidArgument if its dtype is one this client does not know."""
+    """Reads a GetServerInfo response. InvalidArgument if its dtypes are none that this client knows."""
     g = message.geometry
     if g.dtype not in _DTYPES:
         raise InvalidArgument(f"geometry.dtype: {int(g.dtype)} is unknown to this client; upgrade it", address)
-    dtype_name, dtype = _DTYPES[g.dtype]
+    stored = g.kv_dtype or g.dtype  # a server that does not tell stores what it is sent
+    if stored not in _KV_DTYPES:
+        raise InvalidArgument(f"geometry.kv_dtype: {int(stored)} is unknown to this client; upgrade it", address)
     return ServerInfo(
         address=address,
         version=message.version,
         instance=message.instance,
         backend=message.backend,
         backend_detail=message.backend_detail,
-        geometry=Geometry(g.layers, g.heads_q, g.heads_kv, g.head_dim, g.head_dim_v, dtype, dtype_name, g.page_size),
+        geometry=_geometry_of(g, stored),
         ranks=tuple(
             RankInfo(
                 rank=r.rank,

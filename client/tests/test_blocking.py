@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import grpc
+import ml_dtypes
 import numpy as np
 import pytest
 from fake_server import FakeServer
@@ -52,6 +53,31 @@ def run_step(client: attnd.Client, oracle: Oracle, sequences, lengths=None, opti
 
 
 # -- Steps and reads
+
+
+def test_the_geometry_tells_what_keys_and_values_are_stored_as() -> None:
+    stored = {
+        pb.DTYPE_UNSPECIFIED: ("bf16", ml_dtypes.bfloat16),  # a server that does not tell
+        pb.DTYPE_BF16: ("bf16", ml_dtypes.bfloat16),
+        pb.DTYPE_FP8_E4M3: ("fp8_e4m3", ml_dtypes.float8_e4m3fn),
+    }
+    for code, (name, kv_dtype) in stored.items():
+        with FakeServer(dtype=pb.DTYPE_BF16) as server:
+            server.geometry.kv_dtype = code
+            with attnd.Client(server.address) as client:
+                g = client.geometry
+                assert (g.kv_dtype_name, g.kv_dtype) == (name, kv_dtype)
+                assert (g.dtype_name, g.dtype) == ("bf16", ml_dtypes.bfloat16)
+                assert g.kv_token_bytes == 2 * (16 + 24) * 2
+
+
+@pytest.mark.parametrize(("field", "code"), [("dtype", pb.DTYPE_FP8_E4M3), ("dtype", 99), ("kv_dtype", 99)])
+def test_a_dtype_that_the_client_does_not_know_is_refused_by_its_field(field: str, code: int) -> None:
+    with FakeServer() as server:
+        setattr(server.geometry, field, code)
+        refused = pytest.raises(attnd.InvalidArgument, match=rf"geometry\.{field}: ")
+        with attnd.Client(server.address) as client, refused:
+            _ = client.geometry
 
 
 @pytest.mark.parametrize("stream", [True, False])

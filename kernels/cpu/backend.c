@@ -7,6 +7,11 @@
  * batch_invariant mode each chunk of it. A piece ends as out rows (the run is a whole unit), as a
  * partial in its slot, or as the partial result of a spread sequence. Who finishes a cut unit last
  * merges its partials, in the same round.
+ *
+ * FP8. The pool holds what a row is rounded to, e4m3(element / scale), in the geometry's dtype: bf16 and fp16 have
+ * every such number, so the kernels are those of bf16 and fp16. A page thus takes twice attn_page_bytes. A
+ * run is of one KV head: its key scale goes into the softmax scale of its scores, and its value scale into
+ * its outputs as they leave the kernel, before anything is merged.
  */
 #define _GNU_SOURCE /* mmap flags */
 #include <stdatomic.h>
@@ -21,6 +26,7 @@
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/pool.h"
 #include "kernels/cpu/workers.h"
+#include "kernels/dtype.h"
 
 #define MAX_HEAD_DIM 256
 
@@ -62,6 +68,7 @@ typedef struct {
     partial_store chunks;    /* batch_invariant: of the current wave */
     size_t chunk_bytes;      /* reserved at chunks.memory */
     uint32_t group;
+    bool is_fp8;
     const attn_plan *plan; /* of the current decode: accepted, or NULL */
 } cpu_backend;
 
@@ -95,6 +102,30 @@ typedef struct {
     const char *values;
 } append_job;
 
+/* `count` elements of a row in the geometry's dtype, rounded as fp8 stores them: `rounded`. */
+static const char *round_row(const cpu_backend *self, const char *row, uint32_t count, float scale, char *rounded) {
+    attn_dtype dtype = self->base.geometry.dtype;
+    uint8_t codes[MAX_HEAD_DIM];
+    float floats[MAX_HEAD_DIM];
+    attn_elements_to_e4m3(dtype, row, scale, codes, count);
+    attn_elements_to_floats(ATTN_FP8_E4M3, codes, floats, count);
+    self->kernels->from_floats(dtype, floats, rounded, count);
+    return rounded;
+}
+
+/* Writes one head's key and value row to a slot. */
+static void write_row(cpu_backend *self, uint32_t layer, uint32_t page, uint32_t slot, uint32_t head, const char *key,
+                      const char *value) {
+    const attn_geometry *geometry = &self->base.geometry;
+    char rounded_key[MAX_HEAD_DIM * 2], rounded_value[MAX_HEAD_DIM * 2];
+    if (self->is_fp8) {
+        attn_scale scale = attn_backend_scale(&self->base, layer, head);
+        key = round_row(self, key, geometry->head_dim, scale.key, rounded_key);
+        value = round_row(self, value, geometry->head_dim_v, scale.value, rounded_value);
+    }
+    attn_cpu_pool_write(&self->pool, layer, page, slot, head, key, value);
+}
+
 /*
  * Writes rows first .. end - 1 of the job, a block of 16 tokens and head at a time: the lines of a
  * block of keys are written by all its tokens while they are in the cache.
@@ -113,8 +144,8 @@ static void write_rows(cpu_backend *self, const append_job *job, uint32_t first,
         for (uint32_t head = 0; head < heads; head++) {
             for (uint32_t row = first; row < first + count; row++) {
                 size_t index = (size_t)row * heads + head;
-                attn_cpu_pool_write(&self->pool, job->layer, page, slot + row - first, head,
-                                    job->keys + index * key_bytes, job->values + index * value_bytes);
+                write_row(self, job->layer, page, slot + row - first, head, job->keys + index * key_bytes,
+                          job->values + index * value_bytes);
             }
         }
         first += count;
@@ -333,9 +364,21 @@ static void load_queries(const cpu_backend *self, const attn_run *run, worker_me
     }
 }
 
+/* The kernel's outputs are of stored values: times their scale. */
+static void scale_outs(const cpu_backend *self, uint32_t rows, float scale, worker_memory *memory) {
+    if (scale == 1.0f) return;
+    for (uint32_t row = 0; row < rows; row++) {
+        float *out = memory->out + (size_t)row * self->pool.value_stride;
+        for (uint32_t c = 0; c < self->base.geometry.head_dim_v; c++) {
+            out[c] *= scale;
+        }
+    }
+}
+
 static bool attend_piece(const cpu_backend *self, const piece *piece, const attn_cpu_span *next,
                          worker_memory *memory) {
     const attn_batch *batch = self->base.line.batch;
+    attn_scale scale = attn_backend_scale(&self->base, piece->span.layer, piece->span.head);
     attn_cpu_job job = {
         .pool = &self->pool,
         .span = piece->span,
@@ -343,12 +386,14 @@ static bool attend_piece(const cpu_backend *self, const piece *piece, const attn
         .rows = piece->run.queries * self->group,
         .queries = memory->queries,
         .visible = memory->visible,
-        .scale = batch->scale,
+        .scale = batch->scale * scale.key,
         .softcap = batch->softcap,
         .out = memory->out,
         .lse = memory->lse,
     };
-    return self->kernels->attend(&job);
+    if (!self->kernels->attend(&job)) return false;
+    scale_outs(self, job.rows, scale.value, memory);
+    return true;
 }
 
 /* Default mode: the run is the unit, or goes to one of the worker's slots. */
@@ -400,6 +445,18 @@ static bool output_is_a_value(const cpu_backend *self, const attn_run *run) {
     return true;
 }
 
+/* A value row in the geometry's dtype, times its scale. */
+static void scale_value(const cpu_backend *self, float scale, char *value) {
+    const attn_geometry *geometry = &self->base.geometry;
+    float floats[MAX_HEAD_DIM];
+    if (scale == 1.0f) return;
+    self->kernels->to_floats(geometry->dtype, value, floats, geometry->head_dim_v);
+    for (uint32_t c = 0; c < geometry->head_dim_v; c++) {
+        floats[c] *= scale;
+    }
+    self->kernels->from_floats(geometry->dtype, floats, value, geometry->head_dim_v);
+}
+
 static bool write_value(const cpu_backend *self, const piece *piece) {
     const attn_geometry *geometry = &self->base.geometry;
     const attn_run *run = &piece->run;
@@ -410,6 +467,7 @@ static bool write_value(const cpu_backend *self, const piece *piece) {
     if (page >= self->pool.pages) return false;
     attn_cpu_pool_read_value(&self->pool, piece->span.layer, page, (uint32_t)(token % geometry->page_size),
                              piece->span.head, value);
+    scale_value(self, attn_backend_scale(&self->base, piece->span.layer, piece->span.head).value, value);
     for (uint32_t q = 0; q < run->queries; q++) {
         char *out = find_destination(self, run, q * self->group).out;
         for (uint32_t j = 0; j < self->group; j++)
@@ -577,15 +635,17 @@ static attn_status cpu_create(const attn_backend_config *config, attn_backend **
     uint32_t workers = config->workers > 0 ? config->workers : 1;
     self->kernels = kernels;
     self->group = config->geometry.heads_q / config->geometry.heads_kv;
+    self->is_fp8 = attn_kv_dtype(&config->geometry) == ATTN_FP8_E4M3;
     attn_backend_init(&self->base, &attn_cpu_backend_ops, config, ATTN_CPU_TILE_TOKENS, ATTN_CPU_MAX_ROWS / self->group,
                       workers);
     uint64_t chunks = attn_line_min_chunk_slots(&config->geometry, config->pages);
     ATTN_TRY_GOTO(status, allocate_memories(self, workers, chunks > workers ? chunks : workers), cleanup);
     ATTN_TRY_GOTO(status, reserve_chunks(self, chunks), cleanup);
+    ATTN_TRY_GOTO(status, attn_backend_keep_scales(&self->base, config), cleanup);
     ATTN_TRY_GOTO(status, attn_cpu_pool_init(&self->pool, &config->geometry, config->pages), cleanup);
     ATTN_TRY_GOTO(status, attn_cpu_workers_create(workers, config->cpus, &self->workers), cleanup);
-    snprintf(self->base.description, sizeof self->base.description, "cpu, %s, %u worker%s", kernels->name, workers,
-             workers == 1 ? "" : "s");
+    snprintf(self->base.description, sizeof self->base.description, "cpu, %s, %u worker%s%s", kernels->name, workers,
+             workers == 1 ? "" : "s", self->is_fp8 ? ", fp8 in 16 bits" : "");
     *backend = &self->base;
     return status;
 cleanup:
@@ -604,6 +664,7 @@ static void cpu_poison(attn_backend *backend, uint32_t page, uint32_t first_slot
 const attn_backend_ops attn_cpu_backend_ops = {
     .kind = "cpu",
     .small_bytes = 1024 * 1024,
+    .stores_fp8 = true,
     .create = cpu_create,
     .destroy = cpu_destroy,
     .append = cpu_append,

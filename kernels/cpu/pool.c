@@ -112,6 +112,7 @@ void attn_cpu_pool_write(attn_cpu_pool *pool, uint32_t layer, uint32_t page, uin
         write_key_fp32(lane, key, geometry->head_dim);
         memcpy(row, value, (size_t)geometry->head_dim_v * 4);
         break;
+    case ATTN_FP8_E4M3: break; /* no dtype of rows */
     }
 }
 
@@ -157,6 +158,7 @@ static void poison_slot(attn_cpu_pool *pool, char *head, uint32_t slot) {
     case ATTN_BF16: write_key_bf16(lane, nan_row, pool->geometry.head_dim); break;
     case ATTN_FP16: write_key_fp16(lane, nan_row, pool->geometry.head_dim); break;
     case ATTN_FP32: write_key_fp32(lane, nan_row, pool->geometry.head_dim); break;
+    case ATTN_FP8_E4M3: break; /* no dtype of rows */
     }
     memset(value_row(pool, head, slot), 0xff, pool->value_stride * element);
 }

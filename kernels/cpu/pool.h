@@ -1,5 +1,6 @@
 /*
- * The CPU backend's KV pool: where every key and value element lives, and nothing else.
+ * The CPU backend's KV pool: where every key and value element lives, and nothing else. Elements are of
+ * the geometry's dtype, whatever its kv_dtype: what fp8 rounds them to is the backend's business.
  *
  * LAYOUT. One anonymous mapping, page after page; a page holds its layers, a layer its KV heads, and a
  * head one tile of keys and then one of values, each contiguous:

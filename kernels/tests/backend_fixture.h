@@ -5,10 +5,11 @@
  *
  * The fixture is hostile on purpose: pages are handed out in random order and are full of NaN before
  * they are written, entries of page tables beyond their last page are 2147480000, rows lie at odd
- * addresses, outputs are garbage before a decode, and layer 0 is never written: tests use LAYER.
+ * addresses, outputs are garbage before a decode, and layer 0 is never written: tests use LAYER. A pool
+ * of fp8 has a random scale for every layer and head, small enough that some elements saturate.
  *
- * The oracle (sequence_errors) is float64 on the test's own copy of the rows; it shares no code with
- * any backend, the reference included.
+ * The oracle (sequence_errors) is float64 on the test's own copy of the rows, of fp8 on what is meant by
+ * their stored values; it shares no code with any backend, the reference included.
  */
 #ifndef ATTND_KERNELS_TESTS_BACKEND_FIXTURE_H
 #define ATTND_KERNELS_TESTS_BACKEND_FIXTURE_H
@@ -31,16 +32,21 @@ typedef struct {
     const char *kind;
     const char *isa;
     uint64_t work_limit; /* multiply-adds that a case may ask of it, for tests that choose */
+    attn_dtype kv_dtype; /* of its pools, where dtype allows it and the geometry has none; 0: as dtype */
 } backend_row;
 
-enum { BACKEND_ROWS = 6 };
+enum { BACKEND_ROWS = 10 };
 extern const backend_row backend_rows[BACKEND_ROWS];
 
 #define ON_BACKEND(test, label, row)                                                                                   \
     { #test " on " label, test, NULL, NULL, (void *)&backend_rows[row] }
 #define ON_EVERY_BACKEND(test)                                                                                         \
     ON_BACKEND(test, "reference", 0), ON_BACKEND(test, "cpu portable", 1), ON_BACKEND(test, "cpu avx2", 2),            \
-        ON_BACKEND(test, "cpu avx512", 3), ON_BACKEND(test, "cpu avx512bf16", 4), ON_BACKEND(test, "cuda", 5)
+        ON_BACKEND(test, "cpu avx512", 3), ON_BACKEND(test, "cpu avx512bf16", 4), ON_BACKEND(test, "cuda", 5),         \
+        ON_EVERY_FP8_BACKEND(test)
+#define ON_EVERY_FP8_BACKEND(test)                                                                                     \
+    ON_BACKEND(test, "reference, fp8", 6), ON_BACKEND(test, "cpu portable, fp8", 7),                                   \
+        ON_BACKEND(test, "cpu auto, fp8", 8), ON_BACKEND(test, "cuda, fp8", 9)
 
 /* Built with ASan or TSan: tests that choose their size choose a smaller one. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -70,7 +76,9 @@ float random_uniform(test_random *random, float low, float high);
 
 typedef struct {
     attn_backend *backend;
-    attn_geometry geometry;
+    attn_geometry geometry; /* with the row's kv_dtype */
+    float *k_scales;        /* [layers, heads_kv] of fp8; NULL: none */
+    float *v_scales;
     test_random random;
     uint32_t pages;
     uint32_t *free_pages; /* [free_count] in random order, full of NaN */
@@ -86,6 +94,11 @@ void pool_open(test_pool *pool, const backend_row *row, const attn_geometry *geo
 void pool_close(test_pool *pool);
 
 uint32_t pool_pages_for(const attn_geometry *geometry, uint64_t tokens);
+
+/* What a key or value row of one head means once the pool's LAYER has stored it: `count` elements, `scales` the pool's.
+ */
+void pool_meant_row(const test_pool *pool, const float *scales, uint32_t head, const unsigned char *row, uint32_t count,
+                    double *meant);
 
 /* ------------------------------------------------------------------------------------------- */
 /* Sequences */
@@ -178,6 +191,7 @@ typedef struct {
     double lse;           /* largest absolute error */
     double largest_score; /* absolute */
     double largest_lse;   /* absolute */
+    bool of_fp8;          /* the keys and values */
 } decode_errors;
 
 /*

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/dtype.h"
 #include "kernels/tests/backend_fixture.h"
 
 static const decode_options plain_options = {.scale = 0.125f};
@@ -54,13 +55,24 @@ static void bad_geometry_is_refused_naming_the_field(void **state) {
         const char *field;
         attn_geometry geometry;
     } cases[] = {
-        {"layers", {0, 8, 2, 64, 64, ATTN_BF16, 16}},      {"heads_kv", {1, 8, 0, 64, 64, ATTN_BF16, 16}},
-        {"heads_q", {1, 0, 2, 64, 64, ATTN_BF16, 16}},     {"heads_q", {1, 7, 2, 64, 64, ATTN_BF16, 16}},
-        {"heads_q", {1, 34, 2, 64, 64, ATTN_BF16, 16}},    {"head_dim", {1, 8, 2, 24, 64, ATTN_BF16, 16}},
-        {"head_dim", {1, 8, 2, 68, 64, ATTN_BF16, 16}},    {"head_dim", {1, 8, 2, 264, 64, ATTN_BF16, 16}},
-        {"head_dim_v", {1, 8, 2, 64, 260, ATTN_BF16, 16}}, {"dtype", {1, 8, 2, 64, 64, (attn_dtype)4, 16}},
-        {"page_size", {1, 8, 2, 64, 64, ATTN_BF16, 0}},    {"page_size", {1, 8, 2, 64, 64, ATTN_BF16, 48}},
-        {"page_size", {1, 8, 2, 64, 64, ATTN_BF16, 256}},
+        {"layers", {0, 8, 2, 64, 64, ATTN_BF16, 16, 0}},
+        {"heads_kv", {1, 8, 0, 64, 64, ATTN_BF16, 16, 0}},
+        {"heads_q", {1, 0, 2, 64, 64, ATTN_BF16, 16, 0}},
+        {"heads_q", {1, 7, 2, 64, 64, ATTN_BF16, 16, 0}},
+        {"heads_q", {1, 34, 2, 64, 64, ATTN_BF16, 16, 0}},
+        {"head_dim", {1, 8, 2, 24, 64, ATTN_BF16, 16, 0}},
+        {"head_dim", {1, 8, 2, 68, 64, ATTN_BF16, 16, 0}},
+        {"head_dim", {1, 8, 2, 264, 64, ATTN_BF16, 16, 0}},
+        {"head_dim_v", {1, 8, 2, 64, 260, ATTN_BF16, 16, 0}},
+        {".dtype", {1, 8, 2, 64, 64, ATTN_FP8_E4M3, 16, 0}},
+        {".dtype", {1, 8, 2, 64, 64, ATTN_FP8_E4M3, 16, ATTN_FP8_E4M3}},
+        {".dtype", {1, 8, 2, 64, 64, (attn_dtype)5, 16, 0}},
+        {"kv_dtype", {1, 8, 2, 64, 64, ATTN_FP32, 16, ATTN_FP8_E4M3}},
+        {"kv_dtype", {1, 8, 2, 64, 64, ATTN_BF16, 16, ATTN_FP16}},
+        {"kv_dtype", {1, 8, 2, 64, 64, ATTN_FP16, 16, (attn_dtype)5}},
+        {"page_size", {1, 8, 2, 64, 64, ATTN_BF16, 0, 0}},
+        {"page_size", {1, 8, 2, 64, 64, ATTN_BF16, 48, 0}},
+        {"page_size", {1, 8, 2, 64, 64, ATTN_BF16, 256, 0}},
     };
     const backend_row *row = *state;
     for (size_t n = 0; n < sizeof cases / sizeof *cases; n++) {
@@ -73,7 +85,7 @@ static void bad_geometry_is_refused_naming_the_field(void **state) {
 
 static void a_pool_beyond_all_memory_is_refused(void **state) {
     const backend_row *row = *state;
-    attn_geometry geometry = {4096, 4096, 4096, 256, 256, ATTN_FP32, 128};
+    attn_geometry geometry = {4096, 4096, 4096, 256, 256, ATTN_FP32, 128, 0};
     if (FIXTURE_SANITIZED) skip(); /* a sanitizer's allocator aborts instead */
     attn_status status = create(row->kind, row->isa, &geometry, 100000);
     if (status.code == ATTN_UNAVAILABLE) skip();
@@ -84,7 +96,7 @@ static void a_backend_tells_its_geometry_and_itself(void **state) {
     test_pool pool;
     pool_open(&pool, *state, &plain_geometry, 4, 2, 1);
     const attn_geometry *geometry = attn_backend_geometry(pool.backend);
-    assert_memory_equal(geometry, &plain_geometry, sizeof *geometry);
+    assert_memory_equal(geometry, &pool.geometry, sizeof *geometry);
     assert_true(strlen(attn_backend_describe(pool.backend)) > 0);
     assert_int_equal(attn_backend_plans_rejected(pool.backend), 0);
     pool_close(&pool);
@@ -92,12 +104,46 @@ static void a_backend_tells_its_geometry_and_itself(void **state) {
 
 static void sizes_of_rows_and_pages_follow_the_geometry(void **state) {
     (void)state;
-    attn_geometry geometry = {3, 8, 2, 64, 96, ATTN_BF16, 32};
+    attn_geometry geometry = {3, 8, 2, 64, 96, ATTN_BF16, 32, 0};
+    assert_int_equal(attn_kv_dtype(&geometry), ATTN_BF16);
     assert_int_equal(attn_query_row_bytes(&geometry), 8 * 64 * 2);
     assert_int_equal(attn_key_row_bytes(&geometry), 2 * 64 * 2);
     assert_int_equal(attn_value_row_bytes(&geometry), 2 * 96 * 2);
     assert_int_equal(attn_out_row_bytes(&geometry), 8 * 96 * 2);
     assert_int_equal(attn_page_bytes(&geometry), 2 * (64 + 96) * 2 * 32 * 3);
+    geometry.kv_dtype = ATTN_FP8_E4M3; /* changes what is stored, not what comes and goes */
+    assert_int_equal(attn_kv_dtype(&geometry), ATTN_FP8_E4M3);
+    assert_int_equal(attn_key_row_bytes(&geometry), 2 * 64 * 2);
+    assert_int_equal(attn_value_row_bytes(&geometry), 2 * 96 * 2);
+    assert_int_equal(attn_page_bytes(&geometry), 2 * (64 + 96) * 32 * 3);
+}
+
+/* In the configuration of a geometry with this kv_dtype: k_scales or v_scales of which number 3 is `scale`. */
+static attn_status create_with_scale(const backend_row *row, attn_dtype kv_dtype, bool of_values, float scale) {
+    float scales[LAYERS * 2] = {1, 1, 1, scale};
+    attn_backend *backend = NULL;
+    attn_backend_config config = {.kind = row->kind, .geometry = plain_geometry, .pages = 4, .isa = row->isa};
+    config.geometry.kv_dtype = kv_dtype;
+    *(of_values ? &config.v_scales : &config.k_scales) = scales;
+    attn_status status = attn_backend_create(&config, &backend);
+    if (attn_failed(status)) assert_null(backend);
+    attn_backend_destroy(backend);
+    return status;
+}
+
+static void a_scale_that_is_none_is_refused_by_its_index(void **state) {
+    static const float wrong[] = {0, -1, NAN, INFINITY};
+    for (uint32_t of_values = 0; of_values < 2; of_values++) {
+        for (size_t n = 0; n < sizeof wrong / sizeof *wrong; n++) {
+            attn_status status = create_with_scale(*state, ATTN_FP8_E4M3, of_values, wrong[n]);
+            assert_int_equal(status.code, ATTN_INVALID_ARGUMENT);
+            assert_non_null(
+                strstr(status.message, of_values ? "v_scales[3] (layer 1, KV head 1)" : "k_scales[3] (layer"));
+        }
+        attn_status status = create_with_scale(*state, ATTN_BF16, of_values, 1);
+        assert_int_equal(status.code, ATTN_INVALID_ARGUMENT);
+        assert_non_null(strstr(status.message, of_values ? "v_scales" : "k_scales"));
+    }
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -146,13 +192,22 @@ static void an_empty_range_gives_zero_and_minus_infinity(void **state) {
     }
 }
 
-/* Row `row` of the last decode is the value row of `token`, head by head and bit by bit. */
-static void assert_row_is_value(const test_sequence *sequence, const attn_geometry *g, uint32_t row, uint32_t token) {
+/* Row `row` of the last decode is the value row of `token`, as it is meant, head by head and bit by bit. */
+static void assert_row_is_value(const test_pool *pool, const test_sequence *sequence, uint32_t row, uint32_t token) {
+    const attn_geometry *g = &pool->geometry;
     size_t bytes = g->head_dim_v * attn_dtype_bytes(g->dtype);
     for (uint32_t head = 0; head < g->heads_q; head++) {
-        const unsigned char *value = sequence->values + token * attn_value_row_bytes(g);
-        assert_memory_equal(sequence->out + row * attn_out_row_bytes(g) + head * bytes,
-                            value + head / (g->heads_q / g->heads_kv) * bytes, bytes);
+        uint32_t kv_head = head / (g->heads_q / g->heads_kv);
+        const unsigned char *value = sequence->values + token * attn_value_row_bytes(g) + kv_head * bytes;
+        double meant[256];
+        float floats[256];
+        unsigned char expected[256 * sizeof(float)];
+        pool_meant_row(pool, pool->v_scales, kv_head, value, g->head_dim_v, meant);
+        for (uint32_t e = 0; e < g->head_dim_v; e++) {
+            floats[e] = (float)meant[e];
+        }
+        attn_elements_from_floats(g->dtype, floats, expected, g->head_dim_v);
+        assert_memory_equal(sequence->out + row * attn_out_row_bytes(g) + head * bytes, expected, bytes);
     }
 }
 
@@ -170,11 +225,11 @@ static void a_row_that_sees_one_token_is_its_value(void **state) {
         sequence_init(&read, &pool, (sequence_spec){.stored = 1, .query_length = 5, .read = true});
         sequence_init(&windowed, &pool, (sequence_spec){.stored = 200, .query_length = 3});
         decode_sequences(&pool, sequences, 3, &options);
-        assert_row_is_value(&first, &geometry, 0, 0);
+        assert_row_is_value(&pool, &first, 0, 0);
         for (uint32_t row = 0; row < 5; row++)
-            assert_row_is_value(&read, &geometry, row, 0);
+            assert_row_is_value(&pool, &read, row, 0);
         for (uint32_t row = 0; row < 3; row++)
-            assert_row_is_value(&windowed, &geometry, row, 200 + row);
+            assert_row_is_value(&pool, &windowed, row, 200 + row);
         for (uint32_t i = 0; i < 3; i++)
             sequence_fini(sequences[i]);
         pool_close(&pool);
@@ -239,21 +294,31 @@ static void poison_within_the_length_is_seen(void **state) {
     pool_close(&pool);
 }
 
+static void decode_layer(test_pool *pool, test_sequence *const *sequences, uint32_t layer) {
+    test_batch batch;
+    test_batch_init(&batch, sequences, 1, &plain_options);
+    batch.batch.layer = layer;
+    decode_batch(pool, &batch, NULL);
+    test_batch_fini(&batch);
+}
+
 static void a_copied_page_holds_the_same_rows_in_all_layers(void **state) {
     test_pool pool;
     test_sequence sequence, *sequences[] = {&sequence};
     pool_open(&pool, *state, &plain_geometry, 60, 2, 4);
     sequence_init(&sequence, &pool, (sequence_spec){.stored = 333, .query_length = 1, .read = true});
-    /* The same rows in layer 0, so that both layers give the same outputs. */
+    /* The same rows in layer 0; of fp8 its scales are others, and so are its outputs. */
     assert_int_equal(attn_backend_append(pool.backend, 0, sequence.pages, sequence.page_count, 0, 333, sequence.keys,
                                          sequence.values)
                          .code,
                      ATTN_OK);
-    decode_sequences(&pool, sequences, 1, &plain_options);
     size_t bytes = sequence_out_bytes(&sequence, &pool.geometry);
-    unsigned char *before = malloc(bytes);
+    unsigned char *before = malloc(LAYERS * bytes);
     assert_non_null(before);
-    memcpy(before, sequence.out, bytes);
+    for (uint32_t layer = 0; layer < LAYERS; layer++) {
+        decode_layer(&pool, sequences, layer);
+        memcpy(before + layer * bytes, sequence.out, bytes);
+    }
 
     for (uint32_t p = 0; p < sequence.page_count; p++) {
         uint32_t copy = pool.free_pages[--pool.free_count];
@@ -262,12 +327,8 @@ static void a_copied_page_holds_the_same_rows_in_all_layers(void **state) {
         sequence.pages[p] = copy;
     }
     for (uint32_t layer = 0; layer < LAYERS; layer++) {
-        test_batch batch;
-        test_batch_init(&batch, sequences, 1, &plain_options);
-        batch.batch.layer = layer;
-        decode_batch(&pool, &batch, NULL);
-        assert_memory_equal(sequence.out, before, bytes);
-        test_batch_fini(&batch);
+        decode_layer(&pool, sequences, layer);
+        assert_memory_equal(sequence.out, before + layer * bytes, bytes);
     }
     free(before);
     sequence_fini(&sequence);
@@ -300,6 +361,58 @@ static void layers_do_not_touch_each_other(void **state) {
     decode_sequences(&pool, sequences, 1, &plain_options);
     decode_errors errors = sequence_errors(&pool, &sequence, &plain_options, 1000000);
     assert_errors_within_bounds(&errors, ATTN_BF16, "after writing another layer");
+    sequence_fini(&sequence);
+    pool_close(&pool);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* What fp8 has no number for */
+
+/* Of a sequence of one token the output is its value. */
+static void fp8_saturates_what_is_too_large_and_keeps_nan(void **state) {
+    static const uint16_t extremes[] = {0x7f80, 0xff80, 0x7f7f, 0x7fc0, 0xffc0, 0x8000}; /* bf16 */
+    for (uint32_t no_lse = 0; no_lse < 2; no_lse++) {
+        decode_options options = {.scale = 0.125f, .no_lse = no_lse};
+        test_pool pool;
+        test_sequence sequence, *sequences[] = {&sequence};
+        pool_open(&pool, *state, &plain_geometry, 4, 1, 8);
+        sequence_init(&sequence, &pool, (sequence_spec){.stored = 1, .query_length = 1, .read = true});
+        memcpy(sequence.values, extremes, sizeof extremes);
+        assert_int_equal(
+            attn_backend_append(pool.backend, LAYER, sequence.pages, 1, 0, 1, sequence.keys, sequence.values).code,
+            ATTN_OK);
+        decode_sequences(&pool, sequences, 1, &options);
+        uint16_t out[sizeof extremes / sizeof *extremes], largest;
+        memcpy(out, sequence.out, sizeof out);
+        float expected = 448 * pool.v_scales[LAYER * 2];
+        attn_elements_from_floats(ATTN_BF16, &expected, &largest, 1);
+        assert_int_equal(out[0], largest);
+        assert_int_equal(out[1], largest | 0x8000);
+        assert_int_equal(out[2], largest);
+        assert_true((out[3] & 0x7fff) > 0x7f80 && (out[4] & 0x7fff) > 0x7f80);
+        assert_int_equal(out[5] & 0x7fff, 0);
+        sequence_fini(&sequence);
+        pool_close(&pool);
+    }
+}
+
+/* An infinite key is the largest one, and so is its score: finite. */
+static void fp8_scores_of_infinite_keys_are_finite(void **state) {
+    test_pool pool;
+    test_sequence sequence, *sequences[] = {&sequence};
+    pool_open(&pool, *state, &plain_geometry, 20, 2, 8);
+    sequence_init(&sequence, &pool, (sequence_spec){.stored = 100, .query_length = 1, .read = true});
+    const uint16_t infinite = 0x7f80;
+    for (uint32_t head = 0; head < 2; head++) {
+        memcpy(sequence.keys + 50 * sequence.key_row_bytes + head * 64 * 2, &infinite, sizeof infinite);
+    }
+    assert_int_equal(attn_backend_append(pool.backend, LAYER, sequence.pages, sequence.page_count, 0, 100,
+                                         sequence.keys, sequence.values)
+                         .code,
+                     ATTN_OK);
+    decode_sequences(&pool, sequences, 1, &plain_options);
+    decode_errors errors = sequence_errors(&pool, &sequence, &plain_options, 1000000);
+    assert_errors_within_bounds(&errors, ATTN_BF16, "with an infinite key");
     sequence_fini(&sequence);
     pool_close(&pool);
 }
@@ -451,6 +564,7 @@ int main(void) {
         cmocka_unit_test(destroying_nothing_is_fine),
         cmocka_unit_test(sizes_of_rows_and_pages_follow_the_geometry),
         ON_EVERY_BACKEND(bad_geometry_is_refused_naming_the_field),
+        ON_EVERY_BACKEND(a_scale_that_is_none_is_refused_by_its_index),
         ON_EVERY_BACKEND(a_pool_beyond_all_memory_is_refused),
         ON_EVERY_BACKEND(a_backend_tells_its_geometry_and_itself),
         ON_EVERY_BACKEND(an_empty_batch_does_nothing),
@@ -462,6 +576,8 @@ int main(void) {
         ON_EVERY_BACKEND(a_copied_page_holds_the_same_rows_in_all_layers),
         ON_EVERY_BACKEND(a_page_copied_to_itself_stays_as_it_is),
         ON_EVERY_BACKEND(layers_do_not_touch_each_other),
+        ON_EVERY_FP8_BACKEND(fp8_saturates_what_is_too_large_and_keeps_nan),
+        ON_EVERY_FP8_BACKEND(fp8_scores_of_infinite_keys_are_finite),
         ON_EVERY_BACKEND(a_page_outside_the_pool_fails_the_decode_and_appends_nothing),
         ON_EVERY_BACKEND(a_page_table_too_short_fails_the_decode),
         ON_EVERY_BACKEND(a_page_outside_the_pool_fails_the_append_and_writes_nothing),

@@ -167,8 +167,8 @@ static void any_batch_and_any_workers_give_the_same_bits(void **state) {
 
 static void so_do_they_in_fp16_and_fp32_with_large_pages_and_other_dims(void **state) {
     const backend_row *row = *state;
-    static const attn_geometry geometries[] = {{LAYERS, 6, 1, 72, 96, ATTN_FP16, 128},
-                                               {LAYERS, 5, 5, 128, 32, ATTN_FP32, 64}};
+    static const attn_geometry geometries[] = {{LAYERS, 6, 1, 72, 96, ATTN_FP16, 128, 0},
+                                               {LAYERS, 5, 5, 128, 32, ATTN_FP32, 64, 0}};
     for (uint32_t n = 0; n < 2; n++) {
         check_any_batch_and_workers(row, &geometries[n], &variants[n].options, 4, 2);
     }
@@ -193,7 +193,7 @@ static void a_batch_of_more_chunks_than_slots_gives_the_same_bits(void **state) 
     uint32_t count = is_reference(*state) ? 30 : CROWDED; /* it keeps one row's chunks at a time, whatever the batch */
     static test_sequence sequences[CROWDED], *batch[CROWDED];
     static kept_output expected[CROWDED];
-    static const attn_geometry geometry = {LAYERS, 128, 8, 32, 256, ATTN_BF16, 16};
+    static const attn_geometry geometry = {LAYERS, 128, 8, 32, 256, ATTN_BF16, 16, 0};
     const decode_options *options = &variants[0].options;
     uint32_t looked_at = FIXTURE_SANITIZED ? 13 : 1;
     test_pool pool;

@@ -1,4 +1,4 @@
-/* bf16 and fp16 conversions, held against ldexp and against their own definition of rounding. */
+/* bf16, fp16 and e4m3 conversions, held against ldexp and against their own definition of rounding. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -126,6 +126,108 @@ static void too_small_for_fp16_becomes_signed_zero(void **state) {
     assert_int_equal(attn_float_to_fp16(0x1p-149f), 0);
 }
 
+/* ------------------------------------------------------------------------------------------- */
+/* e4m3 */
+
+/* By the definition of the format: 4 bits of exponent, bias 7, 3 of fraction. */
+static double e4m3_value_of(uint32_t code) {
+    int exponent = code >> 3 & 0xf, fraction = code & 7;
+    double magnitude = exponent == 0 ? ldexp(fraction, -9) : ldexp(8 + fraction, exponent - 10);
+    return code & 0x80 ? -magnitude : magnitude;
+}
+
+static void every_e4m3_code_round_trips(void **state) {
+    (void)state;
+    for (uint32_t code = 0; code < 256; code++) {
+        float value = attn_e4m3_to_float((uint8_t)code);
+        if ((code & 0x7f) == 0x7f) {
+            assert_true(isnan(value) && (signbit(value) != 0) == (code >> 7));
+        } else {
+            assert_true(value == e4m3_value_of(code) && (signbit(value) != 0) == (code >> 7));
+        }
+        assert_int_equal(attn_float_to_e4m3(value), code);
+    }
+    assert_true(attn_e4m3_to_float(0x7e) == 448);
+    assert_true(attn_e4m3_to_float(1) == 0x1p-9f);
+}
+
+static void e4m3_rounds_to_nearest_even_subnormals_included(void **state) {
+    (void)state;
+    for (uint32_t low = 0; low < 0x7e; low++) {
+        uint32_t even = low & 1 ? low + 1 : low;
+        float middle = (float)((e4m3_value_of(low) + e4m3_value_of(low + 1)) / 2);
+        for (uint32_t sign = 0; sign <= 0x80; sign += 0x80) {
+            float direction = sign ? -1.0f : 1.0f;
+            assert_int_equal(attn_float_to_e4m3(direction * middle), sign | even);
+            assert_int_equal(attn_float_to_e4m3(direction * nextafterf(middle, 0)), sign | low);
+            assert_int_equal(attn_float_to_e4m3(direction * nextafterf(middle, INFINITY)), sign | (low + 1));
+        }
+    }
+    assert_int_equal(attn_float_to_e4m3(0x1p-149f), 0);
+    assert_int_equal(attn_float_to_e4m3(-0x1p-149f), 0x80);
+}
+
+static void e4m3_saturates_and_keeps_nan_with_its_sign(void **state) {
+    static const float large[] = {448, 463.9f, 464, 480, 1e30f, 3.4e38f, INFINITY};
+    static const uint32_t nans[] = {0x7fc00000, 0x7f800001, 0x7fffffff};
+    (void)state;
+    for (size_t n = 0; n < sizeof large / sizeof *large; n++) {
+        assert_int_equal(attn_float_to_e4m3(large[n]), 0x7e);
+        assert_int_equal(attn_float_to_e4m3(-large[n]), 0xfe);
+    }
+    for (size_t n = 0; n < sizeof nans / sizeof *nans; n++) {
+        assert_int_equal(attn_float_to_e4m3(attn_float_of_bits(nans[n])), 0x7f);
+        assert_int_equal(attn_float_to_e4m3(attn_float_of_bits(nans[n] | 0x80000000)), 0xff);
+    }
+}
+
+/* Exact in the dtypes that rows may have beside it, too. */
+static void every_e4m3_value_is_one_of_bf16_and_of_fp16(void **state) {
+    (void)state;
+    for (uint32_t code = 0; code < 256; code++) {
+        float value = attn_e4m3_to_float((uint8_t)code);
+        if (isnan(value)) continue;
+        assert_true(attn_bf16_to_float(attn_float_to_bf16(value)) == value);
+        assert_true(attn_fp16_to_float(attn_float_to_fp16(value)) == value);
+    }
+}
+
+static void rows_become_codes_of_what_they_are_over_the_scale(void **state) {
+    static const attn_dtype dtypes[] = {ATTN_BF16, ATTN_FP16};
+    static const float scales[] = {1, 0.013f, 3.7f};
+    (void)state;
+    for (size_t n = 0; n < 6; n++) {
+        enum { COUNT = 256 };
+        unsigned char rows[1 + 2 * COUNT];
+        float elements[COUNT];
+        uint8_t codes[COUNT + 1] = {0};
+        for (int i = 0; i < COUNT; i++) {
+            elements[i] = (float)(i - 100) * 0.0625f;
+        }
+        attn_elements_from_floats(dtypes[n % 2], elements, rows + 1, COUNT);
+        attn_elements_to_e4m3(dtypes[n % 2], rows + 1, scales[n / 2], codes, COUNT);
+        for (int i = 0; i < COUNT; i++) {
+            assert_int_equal(codes[i], attn_float_to_e4m3(elements[i] / scales[n / 2]));
+        }
+        attn_elements_to_e4m3(dtypes[n % 2], rows + 1, 1, codes, 0);
+        assert_int_equal(codes[COUNT], 0);
+    }
+}
+
+static void rows_of_codes_convert_like_their_elements(void **state) {
+    uint8_t codes[256], back[256];
+    float floats[256];
+    (void)state;
+    for (uint32_t code = 0; code < 256; code++) {
+        codes[code] = (uint8_t)code;
+    }
+    attn_elements_to_floats(ATTN_FP8_E4M3, codes, floats, 256);
+    attn_elements_from_floats(ATTN_FP8_E4M3, floats, back, 256);
+    assert_memory_equal(back, codes, sizeof codes);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+
 static void rows_convert_at_any_alignment(void **state) {
     (void)state;
     static const attn_dtype dtypes[] = {ATTN_BF16, ATTN_FP16, ATTN_FP32};
@@ -146,9 +248,11 @@ static void names_and_sizes_are_those_of_the_dtypes(void **state) {
     assert_int_equal(attn_dtype_bytes(ATTN_BF16), 2);
     assert_int_equal(attn_dtype_bytes(ATTN_FP16), 2);
     assert_int_equal(attn_dtype_bytes(ATTN_FP32), 4);
+    assert_int_equal(attn_dtype_bytes(ATTN_FP8_E4M3), 1);
     assert_string_equal(attn_dtype_name(ATTN_BF16), "bf16");
     assert_string_equal(attn_dtype_name(ATTN_FP16), "fp16");
     assert_string_equal(attn_dtype_name(ATTN_FP32), "fp32");
+    assert_string_equal(attn_dtype_name(ATTN_FP8_E4M3), "fp8_e4m3");
 }
 
 int main(void) {
@@ -160,6 +264,12 @@ int main(void) {
         cmocka_unit_test(what_is_too_large_becomes_infinite),
         cmocka_unit_test(nan_stays_nan_with_its_sign),
         cmocka_unit_test(too_small_for_fp16_becomes_signed_zero),
+        cmocka_unit_test(every_e4m3_code_round_trips),
+        cmocka_unit_test(e4m3_rounds_to_nearest_even_subnormals_included),
+        cmocka_unit_test(e4m3_saturates_and_keeps_nan_with_its_sign),
+        cmocka_unit_test(every_e4m3_value_is_one_of_bf16_and_of_fp16),
+        cmocka_unit_test(rows_become_codes_of_what_they_are_over_the_scale),
+        cmocka_unit_test(rows_of_codes_convert_like_their_elements),
         cmocka_unit_test(rows_convert_at_any_alignment),
         cmocka_unit_test(names_and_sizes_are_those_of_the_dtypes),
     };

@@ -20,7 +20,7 @@ static uint32_t below(uint32_t limit) {
     return (uint32_t)((random_state >> 33) % limit);
 }
 
-static const attn_geometry geometry = {1, 8, 2, 64, 64, ATTN_BF16, 16};
+static const attn_geometry geometry = {1, 8, 2, 64, 64, ATTN_BF16, 16, 0};
 
 static uint32_t lengths[MAX_BATCH], query_lengths[MAX_BATCH];
 static const void *new_keys[MAX_BATCH];

@@ -10,9 +10,11 @@
 #include <string.h>
 
 #include "service/config/document.h"
+#include "service/config/scales.h"
 #include "service/config/settings.h"
 
 #define FILE_BYTES_MAX      (1 << 20)
+#define SCALES_BYTES_MAX    (4 << 20)
 #define PLACE_BYTES         256
 #define TOKEN_BYTES_MIN     16
 #define TOKEN_BYTES_MAX     4096
@@ -36,25 +38,6 @@ static uint32_t usable_cores(void) {
     cpu_set_t cores;
     if (sched_getaffinity(0, sizeof(cores), &cores) != 0) return 1;
     return (uint32_t)CPU_COUNT(&cores);
-}
-
-/* The defaults that depend on other settings, and what must hold between settings. */
-static attn_status complete(attn_config *config) {
-    uint32_t cores = usable_cores();
-    if (config->geometry.head_dim_v == 0) config->geometry.head_dim_v = config->geometry.head_dim;
-    ATTN_TRY(attn_geometry_check(&config->geometry));
-    if (config->pages == 0) {
-        uint64_t fit = DEFAULT_POOL_BYTES / attn_page_bytes(&config->geometry);
-        config->pages = fit > DEFAULT_PAGES_LEAST ? (uint32_t)fit : DEFAULT_PAGES_LEAST;
-    }
-    if (config->threads == 0) config->threads = config->ranks > 0 ? cores / config->ranks : cores;
-    if (config->threads == 0) config->threads = 1;
-    if (config->cq_threads == 0) config->cq_threads = cores < 4 ? 1 : 2;
-    if (config->test_fail_rank >= (int32_t)config->ranks) {
-        return attn_error(ATTN_INVALID_ARGUMENT, "--test-fail-rank: %d is not below ranks.count (%u)",
-                          config->test_fail_rank, config->ranks);
-    }
-    return attn_ok();
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -222,6 +205,69 @@ static attn_status apply_file(attn_config *config, const char *path) {
     explicit_bzero(yaml, size);
     free(yaml);
     return status;
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* The whole */
+
+static attn_status read_scales(const attn_config *config, float *k_scales, float *v_scales) {
+    char *text = NULL;
+    char place[PLACE_BYTES];
+    size_t size = 0;
+    ATTN_TRY(read_file("geometry.kv_scales_file", config->kv_scales_file, SCALES_BYTES_MAX, &text, &size));
+    snprintf(place, sizeof(place), "geometry.kv_scales_file: %.200s", config->kv_scales_file);
+    attn_status status = attn_scales_read(text, size, place, &config->geometry, k_scales, v_scales);
+    free(text);
+    return status;
+}
+
+/* Scales where nothing is scaled are somebody's mistake. */
+static attn_status refuse_scales(const attn_config *config) {
+    const char *given = NULL;
+    if (config->v_scale != 1) given = "v_scale";
+    if (config->k_scale != 1) given = "k_scale";
+    if (config->kv_scales_file != NULL) given = "kv_scales_file";
+    if (given == NULL) return attn_ok();
+    return attn_error(ATTN_INVALID_ARGUMENT, "geometry.%s: scales are for kv_dtype fp8_e4m3; this cache is %s", given,
+                      attn_dtype_name(attn_kv_dtype(&config->geometry)));
+}
+
+static attn_status complete_scales(attn_config *config) {
+    if (attn_kv_dtype(&config->geometry) != ATTN_FP8_E4M3) return refuse_scales(config);
+    size_t count = (size_t)config->geometry.layers * config->geometry.heads_kv;
+    float *k_scales = attn_config_allocate(config, count * sizeof(*k_scales));
+    float *v_scales = attn_config_allocate(config, count * sizeof(*v_scales));
+    if (k_scales == NULL || v_scales == NULL) {
+        return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for the configuration");
+    }
+    if (config->kv_scales_file != NULL) ATTN_TRY(read_scales(config, k_scales, v_scales));
+    for (size_t i = 0; i < count; i++) {
+        if (k_scales[i] == 0) k_scales[i] = config->k_scale;
+        if (v_scales[i] == 0) v_scales[i] = config->v_scale;
+    }
+    config->k_scales = k_scales;
+    config->v_scales = v_scales;
+    return attn_ok();
+}
+
+/* The defaults that depend on other settings, and what must hold between settings. */
+static attn_status complete(attn_config *config) {
+    uint32_t cores = usable_cores();
+    if (config->geometry.head_dim_v == 0) config->geometry.head_dim_v = config->geometry.head_dim;
+    ATTN_TRY(attn_geometry_check(&config->geometry));
+    ATTN_TRY(complete_scales(config));
+    if (config->pages == 0) {
+        uint64_t fit = DEFAULT_POOL_BYTES / attn_page_bytes(&config->geometry);
+        config->pages = fit > DEFAULT_PAGES_LEAST ? (uint32_t)fit : DEFAULT_PAGES_LEAST;
+    }
+    if (config->threads == 0) config->threads = config->ranks > 0 ? cores / config->ranks : cores;
+    if (config->threads == 0) config->threads = 1;
+    if (config->cq_threads == 0) config->cq_threads = cores < 4 ? 1 : 2;
+    if (config->test_fail_rank >= (int32_t)config->ranks) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "--test-fail-rank: %d is not below ranks.count (%u)",
+                          config->test_fail_rank, config->ranks);
+    }
+    return attn_ok();
 }
 
 attn_status attn_config_parse(const char *yaml, size_t size, const char *name, attn_config *config) {

@@ -42,7 +42,12 @@ typedef struct {
     const char *ready_file;                     /* written when serving, one listening address a line; NULL: none */
 
     /* geometry */
-    attn_geometry geometry; /* complete: head_dim_v is filled in */
+    attn_geometry geometry;     /* complete: head_dim_v is filled in */
+    float k_scale;              /* of an fp8 cache, where its file gives no other; else 1 */
+    float v_scale;              /* likewise */
+    const char *kv_scales_file; /* text, scales.h; NULL: none */
+    const float *k_scales;      /* [layers, heads_kv] from these three; NULL: the cache is not fp8 */
+    const float *v_scales;      /* likewise */
 
     /* ranks */
     const char *backend; /* "auto", "cpu", "reference", "cuda" */
@@ -95,7 +100,7 @@ attn_status attn_config_read(int argc, char *const *argv, attn_config *config, a
 
 /*
  * The same from YAML text alone: `name` stands for the file in messages. For tests and fuzzing.
- * token_file is read from the file system.
+ * token_file and kv_scales_file are read from the file system.
  */
 attn_status attn_config_parse(const char *yaml, size_t size, const char *name, attn_config *config);
 

@@ -68,6 +68,9 @@ static void without_flags_the_defaults_are_a_complete_loopback_server(void **sta
     assert_in_range(config.cq_threads, 1, 2);
     assert_int_equal(config.geometry.layers, 16);
     assert_int_equal(config.geometry.head_dim_v, config.geometry.head_dim);
+    assert_int_equal(attn_kv_dtype(&config.geometry), ATTN_BF16);
+    assert_true(config.k_scale == 1 && config.v_scale == 1);
+    assert_true(config.k_scales == NULL && config.v_scales == NULL);
     assert_int_equal(attn_geometry_check(&config.geometry).code, ATTN_OK);
     assert_int_equal(config.pages, 512); /* of 2 MiB: 1 GiB */
     assert_int_equal(config.max_message_bytes, 64 << 20);
@@ -179,10 +182,11 @@ static void help_and_version_are_found_among_other_flags(void **state) {
 }
 
 static void help_names_every_flag_within_the_width_of_a_terminal(void **state) {
-    static const char *const flags[] = {"--listen ",       "--backend ",    "--isa ",       "--ranks ",
-                                        "--threads ",      "--head-dim-v ", "--page-size ", "--max-queue ",
-                                        "--metrics-port ", "--config ",     "--version ",   "--help ",
-                                        "--ready-file ",   "--grace-ms ",   "--cq-threads "};
+    static const char *const flags[] = {"--listen ",       "--backend ",    "--isa ",           "--ranks ",
+                                        "--threads ",      "--head-dim-v ", "--page-size ",     "--max-queue ",
+                                        "--metrics-port ", "--config ",     "--version ",       "--help ",
+                                        "--ready-file ",   "--grace-ms ",   "--cq-threads ",    "--kv-dtype ",
+                                        "--k-scale ",      "--v-scale ",    "--kv-scales-file "};
     char *help = attn_config_help();
     (void)state;
     assert_non_null(help);
@@ -220,7 +224,7 @@ static void unknown_keys_are_refused_with_their_path_and_the_known_ones(void **s
     (void)state;
     assert_refused("geometry:\n  layers: 2\n  hed_dim: 64\n",
                    "t.yaml: geometry.hed_dim: unknown key; here are: layers, heads_q, heads_kv, head_dim, "
-                   "head_dim_v, dtype, page_size");
+                   "head_dim_v, dtype, kv_dtype, k_scale, v_scale, kv_scales_file, page_size");
     assert_refused("sever: {}\n",
                    "t.yaml: sever: unknown key; here are: server, geometry, ranks, limits, metrics, log, auth");
     assert_refused("auth: {tenants: [{name: a, token: 0123456789abcdef}, {nam: b}]}\n",
@@ -232,6 +236,12 @@ static void wrong_values_are_refused_with_their_path(void **state) {
     (void)state;
     assert_refused("geometry: {head_dim: 33}", "t.yaml: geometry.head_dim: 33 is not a multiple of 8");
     assert_refused("geometry: {dtype: int8}", "t.yaml: geometry.dtype: 'int8' is none of bf16, fp16, fp32");
+    assert_refused("geometry: {kv_dtype: fp8}", "t.yaml: geometry.kv_dtype: 'fp8' is none of auto, fp8_e4m3");
+    assert_refused("geometry: {k_scale: 0}", "t.yaml: geometry.k_scale: '0' is not a finite number above 0");
+    assert_refused("geometry: {v_scale: nan}", "t.yaml: geometry.v_scale: 'nan' is not a finite number above 0");
+    assert_refused("geometry: {v_scale: 1e99}", "t.yaml: geometry.v_scale: '1e99' is not a finite number above 0");
+    assert_refused("geometry: {v_scale: 1 2}", "t.yaml: geometry.v_scale: '1 2' is not a finite number above 0");
+    assert_refused("geometry: {v_scale: ''}", "t.yaml: geometry.v_scale: '' is not a finite number above 0");
     assert_refused("geometry: {page_size: 48}", "t.yaml: geometry.page_size: '48' is none of 16, 32, 64, 128");
     assert_refused("ranks: {count: -1}", "t.yaml: ranks.count: '-1' is not a whole number");
     assert_refused("ranks: {count: 2.5}", "t.yaml: ranks.count: '2.5' is not a whole number");
@@ -283,6 +293,14 @@ static void settings_that_contradict_each_other_are_refused(void **state) {
                    "geometry.heads_q is 30: it must be a multiple of heads_kv (8), at most 4096");
     assert_refused("geometry: {heads_q: 34, heads_kv: 2}",
                    "geometry.heads_q is 34: at most 16 query heads may share one of the 2 KV heads");
+    assert_refused("geometry: {dtype: fp32, kv_dtype: fp8_e4m3}",
+                   "geometry.kv_dtype is fp8_e4m3: with dtype fp32 it must be the same");
+    assert_refused("geometry: {k_scale: 0.5}",
+                   "geometry.k_scale: scales are for kv_dtype fp8_e4m3; this cache is bf16");
+    assert_refused("geometry: {v_scale: 0.5}",
+                   "geometry.v_scale: scales are for kv_dtype fp8_e4m3; this cache is bf16");
+    assert_refused("geometry: {dtype: fp16, kv_scales_file: /no/such}",
+                   "geometry.kv_scales_file: scales are for kv_dtype fp8_e4m3; this cache is fp16");
 #ifndef ATTN_RELEASE
     assert_flags_refused((const char *const[]){"attnd", "--ranks", "2", "--test-fail-rank", "2", NULL},
                          "--test-fail-rank: 2 is not below ranks.count (2)");
@@ -311,6 +329,80 @@ static void addresses_are_checked(void **state) {
 }
 
 /* ------------------------------------------------------------------------------------------- */
+
+#define FP8 "geometry: {layers: 3, heads_q: 4, heads_kv: 2, kv_dtype: fp8_e4m3, k_scale: 0.5, v_scale: 0.25"
+
+static void an_fp8_cache_has_the_scales_of_its_settings(void **state) {
+    (void)state;
+    attn_config config = must_parse(FP8 "}");
+    assert_int_equal(config.geometry.kv_dtype, ATTN_FP8_E4M3);
+    for (int i = 0; i < 3 * 2; i++) {
+        assert_true(config.k_scales[i] == 0.5f && config.v_scales[i] == 0.25f);
+    }
+    attn_config_fini(&config);
+    config = must_read((const char *const[]){"attnd", "--kv-dtype", "fp8_e4m3", "--k-scale=1.5e-2", NULL});
+    assert_true(config.k_scales[0] == 1.5e-2f && config.v_scales[16 * 8 - 1] == 1);
+    assert_int_equal(config.pages, 1024); /* of 1 MiB: 1 GiB */
+    attn_config_fini(&config);
+}
+
+static char scales_path[64]; /* of the last file of scales */
+
+/* A configuration with a file of scales, which is gone again afterwards. */
+static attn_status parse_with_scales(const char *scales, size_t size, attn_config *config) {
+    char yaml[256];
+    strcpy(scales_path, "/tmp/attnd_config_test_XXXXXX");
+    int file = mkstemp(scales_path);
+    assert_int_equal(write(file, scales, size), size);
+    close(file);
+    snprintf(yaml, sizeof(yaml), FP8 ", kv_scales_file: %s}", scales_path);
+    attn_status status = attn_config_parse(yaml, strlen(yaml), "t.yaml", config);
+    unlink(scales_path);
+    return status;
+}
+
+static void a_file_of_scales_wins_where_it_has_them(void **state) {
+    static const char scales[] = "# scales\r\n\n2 v 3 4 # of the last layer\n0\tk 1e-2\n";
+    static const float k[] = {1e-2f, 1e-2f, 0.5f, 0.5f, 0.5f, 0.5f}, v[] = {0.25f, 0.25f, 0.25f, 0.25f, 3, 4};
+    attn_config config;
+    (void)state;
+    assert_string_equal(parse_with_scales(scales, sizeof(scales) - 1, &config).message, "");
+    assert_memory_equal(config.k_scales, k, sizeof(k));
+    assert_memory_equal(config.v_scales, v, sizeof(v));
+    attn_config_fini(&config);
+    assert_string_equal(parse_with_scales("", 0, &config).message, "");
+    assert_true(config.k_scales[0] == 0.5f);
+    attn_config_fini(&config);
+}
+
+/* `message` is what follows the file's name. */
+static void assert_scales_refused(const char *scales, const char *message) {
+    attn_config config;
+    char expected[256];
+    attn_status status = parse_with_scales(scales, strlen(scales), &config);
+    assert_int_equal(status.code, ATTN_INVALID_ARGUMENT);
+    snprintf(expected, sizeof(expected), "geometry.kv_scales_file: %s:%s", scales_path, message);
+    assert_string_equal(status.message, expected);
+}
+
+static void wrong_scales_are_refused_by_their_line(void **state) {
+    (void)state;
+    assert_scales_refused("0 k 1\n3 k 1\n", "2: 3 is not within 0 .. 2");
+    assert_scales_refused("k 1\n", "1: 'k' is not a whole number");
+    assert_scales_refused("0\n", "1: after the layer comes k or v, not ''");
+    assert_scales_refused("0 q 1\n", "1: after the layer comes k or v, not 'q'");
+    assert_scales_refused("0 k", "1: 0 scales; it must be one, or one for each of the 2 KV heads");
+    assert_scales_refused("\n0 k 1 2 3", "2: 3 scales; it must be one, or one for each of the 2 KV heads");
+    assert_scales_refused("0 k 1 x", "1: 'x' is not a finite number above 0");
+    assert_scales_refused("0 k -1", "1: '-1' is not a finite number above 0");
+    assert_scales_refused("0 k 1\n0 v 1\n0 k 1\n", "3: layer 0 has its k scales already");
+    attn_config config;
+    attn_status status = parse_with_scales("0 k 1\0", 6, &config);
+    assert_int_equal(status.code, ATTN_INVALID_ARGUMENT);
+    assert_non_null(strstr(status.message, "is not text"));
+    assert_refused(FP8 ", kv_scales_file: /no/such}",
+                   "geometry.kv_scales_file: cannot open '/no/such': No such file or directory");
+}
 
 static void tenants_have_names_tokens_and_quotas(void **state) {
     char path[] = "/tmp/attnd_config_test_XXXXXX";
@@ -373,6 +465,9 @@ int main(void) {
         cmocka_unit_test(an_empty_file_is_the_defaults),
         cmocka_unit_test(settings_that_contradict_each_other_are_refused),
         cmocka_unit_test(addresses_are_checked),
+        cmocka_unit_test(an_fp8_cache_has_the_scales_of_its_settings),
+        cmocka_unit_test(a_file_of_scales_wins_where_it_has_them),
+        cmocka_unit_test(wrong_scales_are_refused_by_their_line),
         cmocka_unit_test(tenants_have_names_tokens_and_quotas),
         cmocka_unit_test(wrong_tenants_are_refused_and_tokens_not_repeated),
     };

@@ -5,6 +5,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <inttypes.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,6 +15,7 @@ static const char *const backend_choices[] = {"auto", "cpu", "reference", "cuda"
 static const char *const isa_choices[] = {"auto", "avx512bf16", "avx512", "avx2", "portable", NULL};
 static const char *const page_size_choices[] = {"16", "32", "64", "128", NULL};
 static const char *const dtype_choices[] = {"bf16", "fp16", "fp32", NULL};
+static const char *const kv_dtype_choices[] = {"auto", "fp8_e4m3", NULL};
 static const char *const level_choices[] = {"debug", "info", "warn", "error", "off", NULL};
 
 #define AT(member) offsetof(attn_config, member)
@@ -42,6 +44,17 @@ const attn_setting attn_settings[] = {
      ATTN_SETTING_U32, AT(geometry.head_dim_v), 32, 256, 8, NULL},
     {"geometry", "dtype", "dtype", "TYPE", "bf16", "Of q, k, v and out: bf16, fp16 or fp32.", ATTN_SETTING_DTYPE,
      .offset = AT(geometry.dtype)},
+    {"geometry", "kv_dtype", "kv-dtype", "TYPE", "auto",
+     "What keys and values are stored as: auto (dtype) or, with bf16 and fp16, fp8_e4m3.", ATTN_SETTING_KV_DTYPE,
+     .offset = AT(geometry.kv_dtype)},
+    {"geometry", "k_scale", "k-scale", "X", "1", "fp8_e4m3: keys are stored as key / X.", ATTN_SETTING_SCALE,
+     .offset = AT(k_scale)},
+    {"geometry", "v_scale", "v-scale", "X", "1", "fp8_e4m3: values are stored as value / X.", ATTN_SETTING_SCALE,
+     .offset = AT(v_scale)},
+    {"geometry", "kv_scales_file", "kv-scales-file", "PATH", NULL,
+     "fp8_e4m3: scales by layer and KV head, instead of the two above where it has them. A line: LAYER k|v SCALE.., "
+     "one scale or one for each KV head.",
+     ATTN_SETTING_PATH, .offset = AT(kv_scales_file)},
     {"geometry", "page_size", "page-size", "N", "64", "Tokens a page: 16, 32, 64 or 128.", ATTN_SETTING_U32,
      AT(geometry.page_size), 16, 128, 0, page_size_choices},
 
@@ -147,6 +160,17 @@ attn_status attn_setting_number(const char *place, const char *text, uint64_t le
     if (errno != 0 || parsed < least || parsed > most) {
         return attn_error(ATTN_INVALID_ARGUMENT, "%s: %.40s is not within %" PRIu64 " .. %" PRIu64, place, text, least,
                           most);
+    }
+    *value = parsed;
+    return attn_ok();
+}
+
+attn_status attn_setting_scale(const char *place, const char *text, float *value) {
+    char *end;
+    float parsed = strtof(text, &end);
+    bool is_plain = text[0] != '\0' && strspn(text, "0123456789.eE+-") == strlen(text);
+    if (!is_plain || *end != '\0' || !isfinite(parsed) || parsed <= 0) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "%s: '%.40s' is not a finite number above 0", place, text);
     }
     *value = parsed;
     return attn_ok();
@@ -273,6 +297,11 @@ attn_status attn_setting_apply(const attn_setting *setting, const char *place, c
         ATTN_TRY(parse_choice(place, text, dtype_choices, &index));
         *(attn_dtype *)target = (attn_dtype)(ATTN_BF16 + index);
         return attn_ok();
+    case ATTN_SETTING_KV_DTYPE:
+        ATTN_TRY(parse_choice(place, text, kv_dtype_choices, &index));
+        *(attn_dtype *)target = index == 0 ? (attn_dtype)0 : ATTN_FP8_E4M3;
+        return attn_ok();
+    case ATTN_SETTING_SCALE: return attn_setting_scale(place, text, target);
     case ATTN_SETTING_LOG_LEVEL:
         ATTN_TRY(parse_choice(place, text, level_choices, &index));
         *(attn_log_level *)target = (attn_log_level)(ATTN_LOG_DEBUG + index);

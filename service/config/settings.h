@@ -21,6 +21,8 @@ typedef enum {
     ATTN_SETTING_IP_ADDRESS,
     ATTN_SETTING_METRICS_PORT,
     ATTN_SETTING_DTYPE,
+    ATTN_SETTING_KV_DTYPE,
+    ATTN_SETTING_SCALE, /* a float, above 0 */
     ATTN_SETTING_LOG_LEVEL,
     ATTN_SETTING_LISTEN, /* appended to the list */
 } attn_setting_kind;
@@ -52,6 +54,9 @@ attn_status attn_setting_apply(const attn_setting *setting, const char *place, c
 
 /* A number as every setting has it. */
 attn_status attn_setting_number(const char *place, const char *text, uint64_t least, uint64_t most, uint64_t *value);
+
+/* A scale as every setting and file has it: finite and above 0. */
+attn_status attn_setting_scale(const char *place, const char *text, float *value);
 
 /* A zeroed block that lives as long as the configuration; NULL if there is no memory. */
 void *attn_config_allocate(attn_config *config, size_t size);

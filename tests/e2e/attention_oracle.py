@@ -25,6 +25,18 @@ NUMPY_TYPES = {
 OUT_BOUND = {pb.DTYPE_BF16: 2.5e-3, pb.DTYPE_FP16: 5e-4, pb.DTYPE_FP32: 1e-5}
 LSE_BOUND = 1e-4
 
+# Over keys and values stored in fp8, OUT_BOUND times this: room for one more rounding to the type.
+FP8_MARGIN = 1.6
+
+
+def fp8_meant(rows, scales):
+    """What rows [tokens, g, d] mean once they are stored in fp8 with a scale [g] for each head: float64."""
+    scales = np.asarray(scales, dtype=np.float32)[None, :, None]
+    with np.errstate(over="ignore"):
+        scaled = np.asarray(rows, dtype=np.float32) / scales  # in float32, as the contract has it
+    stored = np.clip(scaled, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    return stored.astype(np.float64) * scales.astype(np.float64)
+
 
 def attend(q, k, v, scale, softcap=0.0, window=0, sinks=None, read_only=False):
     """Attention of the last `rows` tokens (or, read-only, of the end) over all of k and v: (out, lse), float64."""
@@ -101,12 +113,20 @@ class Layer:
 
 
 class Model:
-    """A frontend with a memory: drives a server through `api` and knows what every sequence holds."""
+    """A frontend with a memory: drives a server through `api` and knows what every sequence holds.
 
-    def __init__(self, api, seed=0):
+    Of a server that stores fp8, k_scales and v_scales [layers, g] are what it was configured with; None: 1.
+    """
+
+    def __init__(self, api, seed=0, k_scales=None, v_scales=None):
         self.api = api
         self.geometry = api.info().geometry
         self.dtype = NUMPY_TYPES[self.geometry.dtype]
+        self.is_fp8 = self.geometry.kv_dtype == pb.DTYPE_FP8_E4M3
+        self.out_bound = OUT_BOUND[self.geometry.dtype] * (FP8_MARGIN if self.is_fp8 else 1)
+        ones = np.ones((self.geometry.layers, self.geometry.heads_kv))
+        self.k_scales = ones if k_scales is None else k_scales
+        self.v_scales = ones if v_scales is None else v_scales
         self.random = np.random.default_rng(seed)
         self.stored = {}  # handle -> [(k, v)] a layer
 
@@ -301,6 +321,8 @@ class Model:
 
     def expected(self, handle, number, q, opts=None, length=None, read_only=False):
         k, v = (x[:length] for x in self.stored[handle][number])
+        if self.is_fp8:
+            k, v = fp8_meant(k, self.k_scales[number]), fp8_meant(v, self.v_scales[number])
         opts = opts or pb.AttentionOptions()
         return attend(
             q,
@@ -322,12 +344,12 @@ class Model:
             out, lse = self.expected(handle, number, q, opts, read_only=read_only)
             wanted.append(out)
             got.append(answer.outs[i].astype(np.float64))
-            check_out(got[-1], out, 2 * OUT_BOUND[self.geometry.dtype], f"sequences[{i}], layer {number}")
+            check_out(got[-1], out, 2 * self.out_bound, f"sequences[{i}], layer {number}")
             if opts is not None and opts.return_lse:
                 check_lse(answer.lses[i], lse, f"sequences[{i}], layer {number}")
         if opts is None or not opts.return_lse:
             assert answer.lses is None, "an LSE that nobody asked for"
-        check_out(np.concatenate(got), np.concatenate(wanted), OUT_BOUND[self.geometry.dtype], f"layer {number}")
+        check_out(np.concatenate(got), np.concatenate(wanted), self.out_bound, f"layer {number}")
 
 
 def check_out(got, wanted, bound, what):

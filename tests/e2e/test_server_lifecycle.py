@@ -63,6 +63,12 @@ BAD_FLAGS = {
     "group": (["--heads-q", "64", "--heads-kv", "1"], "heads"),
     "layers": (["--layers", "0"], "layers"),
     "dtype": (["--dtype", "int8"], "dtype"),
+    "kv_dtype": (["--kv-dtype", "fp8"], "kv-dtype"),
+    "kv_dtype with fp32": (["--dtype", "fp32", "--kv-dtype", "fp8_e4m3"], "geometry.kv_dtype"),
+    "k_scale": (["--kv-dtype", "fp8_e4m3", "--k-scale", "0"], "k-scale"),
+    "v_scale": (["--kv-dtype", "fp8_e4m3", "--v-scale", "inf"], "v-scale"),
+    "scale without fp8": (["--v-scale", "0.5"], "geometry.v_scale"),
+    "kv_scales_file": (["--kv-dtype", "fp8_e4m3", "--kv-scales-file", "/nonexistent/scales"], "/nonexistent/scales"),
     "page_size": (["--page-size", "48"], "page-size"),
     "backend": (["--backend", "tpu"], "backend"),
     "isa": (["--isa", "sse9"], "isa"),
@@ -86,6 +92,8 @@ BAD_CONFIGS = {
     "unknown section": ("geometri:\n  head_dim: 64\n", "geometri"),
     "wrong type": ("geometry:\n  head_dim: wide\n", "head_dim"),
     "out of range": ("geometry:\n  head_dim: 33\n", "geometry.head_dim"),
+    "kv_dtype": ("geometry:\n  kv_dtype: fp8_e5m2\n", "geometry.kv_dtype"),
+    "k_scale": ("geometry:\n  kv_dtype: fp8_e4m3\n  k_scale: -1\n", "geometry.k_scale"),
     "not yaml": ("geometry: [head_dim: {\n", ""),
     "short token": ("auth:\n  tenants:\n    - name: a\n      token: short\n", "token"),
     "same token": (
@@ -108,6 +116,25 @@ def test_a_wrong_config_is_refused_by_key_with_status_2(what, tmp_path):
     assert result.returncode == 2, result
     assert "wrong.yaml" in result.stderr and key in result.stderr
     assert "0123456789abcdef" not in result.stderr
+
+
+BAD_SCALES = {
+    "no such layer": ("0 k 1\n16 v 1\n", ":2: 16"),
+    "wrong count": ("# heads: 8\n3 v 1 2 3\n", ":2: 3 scales"),
+    "not a number": ("0 k one\n", ":1: 'one'"),
+    "not above 0": ("0 k 0.0\n", ":1: '0.0'"),
+    "given twice": ("5 k 1\n5 v 1\n5 k 1\n", ":3: layer 5"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_SCALES)
+def test_wrong_scales_are_refused_by_line_with_status_2(what, tmp_path):
+    text, words = BAD_SCALES[what]
+    path = tmp_path / "wrong.scales"
+    path.write_text(text)
+    result = run("--listen", "127.0.0.1:0", "--kv-dtype", "fp8_e4m3", "--kv-scales-file", str(path))
+    assert result.returncode == 2, result
+    assert f"geometry.kv_scales_file: {path}{words}" in result.stderr
 
 
 def test_flags_win_over_the_config(start_server, tmp_path):

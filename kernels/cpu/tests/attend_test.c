@@ -146,7 +146,7 @@ static void random_row(attn_dtype dtype, float *row, char *elements, uint32_t co
 /* One layer of three, KV head 1 of 2, pages in reverse order; everything else in the pool is NaN. */
 static fixture *fill_fixture(attn_dtype dtype, uint32_t head_dim, uint32_t head_dim_v, uint32_t page_size) {
     fixture *f = calloc(1, sizeof *f);
-    attn_geometry geometry = {3, 4, 2, head_dim, head_dim_v, dtype, page_size};
+    attn_geometry geometry = {3, 4, 2, head_dim, head_dim_v, dtype, page_size, 0};
     uint32_t count = (TOKENS + page_size - 1) / page_size;
     assert_int_equal(attn_cpu_pool_init(&f->pool, &geometry, count).code, ATTN_OK);
     for (uint32_t p = 0; p < count; p++) {
@@ -332,7 +332,7 @@ static void a_page_outside_the_pool_fails_the_kernel(void **state) {
 static void heads_exist_only_for_pages_of_the_pool(void **state) {
     (void)state;
     attn_cpu_pool pool;
-    attn_geometry geometry = {2, 2, 2, 64, 40, ATTN_FP16, 32};
+    attn_geometry geometry = {2, 2, 2, 64, 40, ATTN_FP16, 32, 0};
     assert_int_equal(attn_cpu_pool_init(&pool, &geometry, 5).code, ATTN_OK);
     assert_ptr_equal(attn_cpu_pool_head(&pool, 0, 0, 0), pool.memory);
     const char *last = attn_cpu_pool_head(&pool, 1, 4, 1);
@@ -346,7 +346,7 @@ static void heads_exist_only_for_pages_of_the_pool(void **state) {
 static void a_pool_larger_than_memory_is_refused_with_its_size(void **state) {
     (void)state;
     attn_cpu_pool pool;
-    attn_geometry geometry = {80, 64, 8, 256, 256, ATTN_FP32, 128};
+    attn_geometry geometry = {80, 64, 8, 256, 256, ATTN_FP32, 128, 0};
     attn_status status = attn_cpu_pool_init(&pool, &geometry, UINT32_MAX);
     assert_int_equal(status.code, ATTN_RESOURCE_EXHAUSTED);
     assert_non_null(strstr(status.message, "4294967295 pages"));
