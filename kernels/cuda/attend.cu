@@ -310,7 +310,8 @@ __device__ inline void deliver(const attn_cuda_work &work, const attn_cuda_piece
                                const attn_cuda_sequence &sequence, block_memory<T, ROWS> &memory,
                                const thread_sums<ROWS, PARTS> &mine) {
     constexpr uint32_t COUNT = thread_sums<ROWS, PARTS>::COUNT;
-    uint32_t rows = piece.queries * (work.call.layer.heads_q / work.call.layer.heads_kv), columns = work.call.layer.head_dim_v;
+    uint32_t group = work.call.layer.heads_q / work.call.layer.heads_kv;
+    uint32_t rows = piece.queries * group, columns = work.call.layer.head_dim_v;
     if (threadIdx.x < rows) {
         uint32_t row = threadIdx.x;
         float sum = memory.sum[row];
@@ -318,7 +319,8 @@ __device__ inline void deliver(const attn_cuda_work &work, const attn_cuda_piece
         if (piece.to == ATTN_CUDA_TO_SLOT) {
             work.slot_lse[(size_t)piece.slot * ATTN_CUDA_MAX_ROWS + row] = lse;
         } else {
-            destination to = find_destination(work.call, sequence, piece.head, piece.query_first, row, piece.slot);
+            destination to = find_destination(work.call, sequence, piece.query_first + row / group,
+                                              piece.head * group + row % group, piece.slot);
             if (to.sink != nullptr) {
                 row_weights weights = weigh(1, to.sink, [&](uint32_t) { return lse; });
                 memory.weight[row] = weight_of(weights, lse);
@@ -343,7 +345,8 @@ __device__ inline void deliver(const attn_cuda_work &work, const attn_cuda_piece
             work.slot_out[at] = out.x;
             work.slot_out[at + 1] = out.y;
         } else {
-            destination to = find_destination(work.call, sequence, piece.head, piece.query_first, row, piece.slot);
+            destination to = find_destination(work.call, sequence, piece.query_first + row / group,
+                                              piece.head * group + row % group, piece.slot);
             write_out<T>(work.call, to, 2 * pair, out.x * memory.weight[row]);
             write_out<T>(work.call, to, 2 * pair + 1, out.y * memory.weight[row]);
         }
@@ -396,10 +399,12 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const __grid_constant__ 
     attn_cuda_merge unit = work.merges[blockIdx.x];
     attn_cuda_sequence sequence = work.call.sequences[unit.sequence];
     const uint32_t *slots = work.slots + unit.first_slot;
-    uint32_t rows = unit.queries * (work.call.layer.heads_q / work.call.layer.heads_kv), columns = work.call.layer.head_dim_v;
+    uint32_t group = work.call.layer.heads_q / work.call.layer.heads_kv;
+    uint32_t rows = unit.queries * group, columns = work.call.layer.head_dim_v;
     uint32_t lane = threadIdx.x % 32;
     for (uint32_t row = threadIdx.x / 32; row < rows; row += WARPS) {
-        destination to = find_destination(work.call, sequence, unit.head, unit.query_first, row, 0);
+        destination to = find_destination(work.call, sequence, unit.query_first + row / group,
+                                          unit.head * group + row % group, 0);
         auto lse_of = [&](uint32_t c) { return work.slot_lse[(size_t)slots[c] * ATTN_CUDA_MAX_ROWS + row]; };
         row_weights weights = weigh(unit.slot_count, to.sink, lse_of);
         float sums[256 / 32] = {};

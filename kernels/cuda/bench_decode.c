@@ -564,7 +564,7 @@ static void print_row(const device_state *device, const peer_list *peers, const 
 static launcher prepare(const loaded_shape *loaded, const tuning_row *row, const device_state *device) {
     launcher with = {.loaded = loaded};
     const attn_cuda_layer *layer = &loaded->call.layer;
-    with.tuning = (attn_cuda_tuning){.workers = device->multiprocessors * row->blocks_per_sm,
+    with.tuning = (attn_cuda_tuning){.is_hopper = 1, .workers = device->multiprocessors * row->blocks_per_sm,
                                      .blocks_per_sm = row->blocks_per_sm,
                                      .shared_bytes = device->shared_bytes,
                                      .stages = row->stages,

@@ -18,23 +18,77 @@
 #define ATTND_KERNELS_CUDA_LINE_CUH
 
 #include "kernels/cuda/decode.h"
+#include "kernels/cuda/layout.cuh"
 #include "kernels/cuda/results.cuh"
 
 namespace line {
 
 constexpr uint32_t ALL_LANES = 0xffffffffu;
 
-/* How the rows and the line of a call are cut, besides the kernel's own tile. */
+/*
+ * How the rows and the line of a call are cut, besides the kernel's own tile; and what the host divides once, so that
+ * no thread has to.
+ */
 struct cut {
+    uint32_t group;         /* query heads a KV head */
+    uint32_t group_inverse; /* row / group is row * this >> 16, for rows of a block */
     uint32_t block_queries;
+    uint64_t workers_inverse; /* tiles / workers is tiles * this >> 40 */
+    uint32_t page_shift;      /* log2 of tokens of a page.. */
+    uint32_t block_shift;     /* ..and of a block of it (layout.cuh) */
+    uint32_t block_bytes;
     uint32_t align_tiles, whole_workers, whole_tiles; /* attn_cuda_tuning */
 };
+
+__host__ inline uint32_t log2_of(uint32_t power) {
+    uint32_t shift = 0;
+    while (1u << shift < power)
+        shift++;
+    return shift;
+}
+
+/* Of a kernel whose blocks have `rows` rows. */
+__host__ inline cut make_cut(const attn_cuda_layer &layer, const attn_cuda_tuning &tuning, uint32_t rows) {
+    cut made;
+    made.group = layer.heads_q / layer.heads_kv;
+    made.group_inverse = (65536 + made.group - 1) / made.group;
+    made.block_queries = rows / made.group;
+    made.workers_inverse = ((1ull << 40) + tuning.workers - 1) / tuning.workers;
+    made.page_shift = log2_of(layer.page_size);
+    made.block_shift = log2_of(layout::block_tokens(layer.page_size));
+    made.block_bytes = layer.tile_bytes >> (made.page_shift - made.block_shift);
+    made.align_tiles = tuning.align_tiles;
+    made.whole_workers = tuning.whole_workers;
+    made.whole_tiles = tuning.whole_tiles;
+    return made;
+}
+
+/* The query of row `row` of a block. */
+__device__ inline uint32_t query_of(const cut &cut, uint32_t row) { return row * cut.group_inverse >> 16; }
 
 /* ------------------------------------------------------------------------------------------- */
 /* Sequences */
 
-__device__ inline attn_cuda_sequence sequence_at(const attn_cuda_call &call, uint32_t i) {
-    if (call.sequences != nullptr) return call.sequences[i];
+/*
+ * What a kernel is compiled for. A simple call (is_simple) is what almost all decodes are; its kernels have no code for
+ * anything else, since what code a launch has to fetch, and the branches in it, are microseconds.
+ */
+template <uint32_t TOKENS_, bool SIMPLE_> struct rules {
+    static constexpr uint32_t TOKENS = TOKENS_; /* of a tile */
+    static constexpr bool SIMPLE = SIMPLE_;
+    static_assert(TOKENS == 64 || TOKENS == 128, "");
+};
+
+__host__ __device__ inline bool is_simple(const attn_cuda_call &call) {
+    return call.sequences == nullptr && call.window == 0 && call.softcap == 0 && !call.batch_invariant;
+}
+
+template <typename L> __device__ inline bool is_batch_invariant(const attn_cuda_call &call) {
+    return !L::SIMPLE && call.batch_invariant;
+}
+
+template <typename L> __device__ inline attn_cuda_sequence sequence_at(const attn_cuda_call &call, uint32_t i) {
+    if (!L::SIMPLE && call.sequences != nullptr) return call.sequences[i];
     attn_cuda_sequence sequence = {};
     sequence.length = __ldg(&call.lengths[i]);
     sequence.query_length = 1;
@@ -55,55 +109,54 @@ struct extent {
     uint32_t tiles;
 };
 
-/* Tiles that a worker takes together. */
-template <uint32_t TOKENS> __device__ inline uint32_t tiles_a_chunk(const attn_cuda_call &call) {
-    return call.batch_invariant ? ATTN_CHUNK_TOKENS / TOKENS : 1;
+/* log2 of the tiles that a worker takes together. */
+template <typename L> __device__ inline uint32_t chunk_shift(const attn_cuda_call &call) {
+    return is_batch_invariant<L>(call) ? (L::TOKENS == 64 ? 3 : 2) : 0;
 }
 
-template <uint32_t TOKENS>
+template <typename L>
 __device__ inline extent extent_of_tokens(const attn_cuda_call &call, uint32_t begin, uint32_t end) {
-    uint32_t chunk = tiles_a_chunk<TOKENS>(call), tokens = chunk * TOKENS;
+    uint32_t shift = chunk_shift<L>(call), token_shift = shift + (L::TOKENS == 64 ? 6 : 7);
     extent found;
     found.begin = begin;
     found.end = end;
-    found.first_token = begin / tokens * tokens;
-    uint32_t chunks = (end - found.first_token + tokens - 1) / tokens;
-    found.tiles = max(begin < end ? chunks : 1, 1) * chunk;
+    found.first_token = begin >> token_shift << token_shift;
+    uint32_t chunks = (end - found.first_token + (1u << token_shift) - 1) >> token_shift;
+    found.tiles = max(begin < end ? chunks : 1, 1) << shift;
     return found;
 }
 
 __device__ inline uint32_t blocks_of(const attn_cuda_sequence &sequence, const cut &cut) {
+    if (sequence.query_length <= cut.block_queries) return 1;
     return (sequence.query_length + cut.block_queries - 1) / cut.block_queries;
 }
 
-template <uint32_t TOKENS>
+template <typename L>
 __device__ inline extent extent_of_block(const attn_cuda_call &call, const attn_cuda_sequence &sequence,
                                          const cut &cut, uint32_t block) {
-    if (call.sequences == nullptr && call.window == 0) return extent_of_tokens<TOKENS>(call, 0, sequence.length);
+    if (L::SIMPLE) return extent_of_tokens<L>(call, 0, sequence.length);
     uint32_t first = block * cut.block_queries;
     uint32_t last = min(first + cut.block_queries, sequence.query_length) - 1;
     uint32_t begin = results::row_visible(sequence, call.window, first).x;
     uint32_t end = results::row_visible(sequence, call.window, last).y;
-    return extent_of_tokens<TOKENS>(call, min(begin, end), end);
+    return extent_of_tokens<L>(call, min(begin, end), end);
 }
 
-/* Tiles of one KV head of a sequence. */
-template <uint32_t TOKENS>
-__device__ inline uint32_t tiles_a_head(const attn_cuda_call &call, const attn_cuda_sequence &sequence,
-                                        const cut &cut) {
+/* Tiles of one KV head of sequence i. */
+template <typename L>
+__device__ __noinline__ uint32_t count_tiles_a_head(const attn_cuda_call &call, const cut &cut, uint32_t i) {
+    attn_cuda_sequence sequence = sequence_at<L>(call, i);
     uint32_t tiles = 0;
     for (uint32_t block = 0; block < blocks_of(sequence, cut); block++) {
-        tiles += extent_of_block<TOKENS>(call, sequence, cut, block).tiles;
+        tiles += extent_of_block<L>(call, sequence, cut, block).tiles;
     }
     return tiles;
 }
 
-template <uint32_t TOKENS>
-__device__ inline uint32_t tiles_a_head_at(const attn_cuda_call &call, const cut &cut, uint32_t i) {
-    if (call.sequences == nullptr && call.window == 0) {
-        return extent_of_tokens<TOKENS>(call, 0, __ldg(&call.lengths[i])).tiles;
-    }
-    return tiles_a_head<TOKENS>(call, sequence_at(call, i), cut);
+template <typename L>
+__device__ inline uint32_t tiles_a_head(const attn_cuda_call &call, const cut &cut, uint32_t i) {
+    if (L::SIMPLE) return extent_of_tokens<L>(call, 0, __ldg(&call.lengths[i])).tiles;
+    return count_tiles_a_head<L>(call, cut, i);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -129,7 +182,7 @@ __device__ inline uint32_t scan_lanes(uint32_t value, uint32_t lane) {
     return value;
 }
 
-template <uint32_t TOKENS>
+template <typename L>
 __device__ inline scan scan_batch(const attn_cuda_call &call, const cut &cut, uint32_t lane) {
     scan found;
     found.stretch = (call.batch + 31) / 32;
@@ -138,31 +191,27 @@ __device__ inline scan scan_batch(const attn_cuda_call &call, const cut &cut, ui
     found.most = 0;
     uint32_t first = lane * found.stretch;
     for (uint32_t i = first; i < first + found.stretch && i < call.batch; i++) {
-        uint32_t tiles = tiles_a_head_at<TOKENS>(call, cut, i);
+        uint32_t tiles = tiles_a_head<L>(call, cut, i);
         found.own += tiles;
         found.least = min(found.least, tiles);
         found.most = max(found.most, tiles);
     }
-    if (call.sequences != nullptr) found.least = 0;
+    if (!L::SIMPLE) found.least = call.sequences != nullptr || call.window != 0 ? 0 : found.least;
     found.through = scan_lanes(found.own, lane);
     return found;
 }
 
-/* The sequence in which tile `tile` of the line lies. By a whole warp, the same tile in all lanes. */
-template <uint32_t TOKENS>
-__device__ inline position locate(const attn_cuda_call &call, const cut &cut, const scan &scan, uint32_t tile,
-                                  uint32_t lane) {
-    uint32_t heads = call.layer.heads_kv;
-    uint32_t owner = __ffs(__ballot_sync(ALL_LANES, tile < scan.through * heads)) - 1;
-    position found = {owner * scan.stretch, __shfl_sync(ALL_LANES, (scan.through - scan.own) * heads, owner)};
-    if (scan.stretch == 1) return found;
-    for (;;) { /* 32 sequences of the stretch at a time */
+/* The sequence of a stretch that begins at `found` in which the tile lies: 32 sequences at a time. */
+template <typename L>
+__device__ inline position locate_in_stretch(const attn_cuda_call &call, const cut &cut, position found,
+                                                   uint32_t tile, uint32_t lane) {
+    for (;;) {
         uint32_t i = found.sequence + lane;
-        uint32_t tiles = i < call.batch ? tiles_a_head_at<TOKENS>(call, cut, i) * heads : 0;
+        uint32_t tiles = i < call.batch ? tiles_a_head<L>(call, cut, i) * call.layer.heads_kv : 0;
         uint32_t until = scan_lanes(tiles, lane);
         uint32_t holds = __ballot_sync(ALL_LANES, tile < found.begin + until);
         if (holds != 0) {
-            owner = __ffs(holds) - 1;
+            uint32_t owner = __ffs(holds) - 1;
             found.sequence += owner;
             found.begin += __shfl_sync(ALL_LANES, until - tiles, owner);
             return found;
@@ -170,6 +219,16 @@ __device__ inline position locate(const attn_cuda_call &call, const cut &cut, co
         found.begin += __shfl_sync(ALL_LANES, until, 31);
         found.sequence += 32;
     }
+}
+
+/* The sequence in which tile `tile` of the line lies. By a whole warp, the same tile in all lanes. */
+template <typename L>
+__device__ inline position locate(const attn_cuda_call &call, const cut &cut, const scan &scan, uint32_t tile,
+                                  uint32_t lane) {
+    uint32_t heads = call.layer.heads_kv;
+    uint32_t owner = __ffs(__ballot_sync(ALL_LANES, tile < scan.through * heads)) - 1;
+    position found = {owner * scan.stretch, __shfl_sync(ALL_LANES, (scan.through - scan.own) * heads, owner)};
+    return scan.stretch == 1 ? found : locate_in_stretch<L>(call, cut, found, tile, lane);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -182,50 +241,46 @@ struct unit {
     attn_cuda_sequence of;
 };
 
-template <uint32_t TOKENS>
+template <typename L>
 __device__ inline void load_unit(unit &found, const attn_cuda_call &call, const cut &cut) {
-    found.sees = extent_of_block<TOKENS>(call, found.of, cut, found.block);
+    found.sees = extent_of_block<L>(call, found.of, cut, found.block);
 }
 
 /* The unit of tile `tile`, which lies in the sequence at `place`. */
-template <uint32_t TOKENS>
+template <typename L>
 __device__ inline unit unit_at(const attn_cuda_call &call, const cut &cut, const position &place, uint32_t tile) {
     unit found;
     found.sequence = place.sequence;
-    found.of = sequence_at(call, place.sequence);
+    found.of = sequence_at<L>(call, place.sequence);
     found.block = 0;
-    load_unit<TOKENS>(found, call, cut);
-    uint32_t a_head = call.sequences == nullptr ? found.sees.tiles : tiles_a_head<TOKENS>(call, found.of, cut);
+    load_unit<L>(found, call, cut);
+    uint32_t a_head = L::SIMPLE ? found.sees.tiles : tiles_a_head<L>(call, cut, place.sequence);
     found.head = (tile - place.begin) / a_head;
     found.begin = place.begin + found.head * a_head;
-    while (tile >= found.begin + found.sees.tiles) {
+    while (!L::SIMPLE && tile >= found.begin + found.sees.tiles) {
         found.begin += found.sees.tiles;
         found.block++;
-        load_unit<TOKENS>(found, call, cut);
+        load_unit<L>(found, call, cut);
     }
     return found;
 }
 
 /* The unit after. There must be one. */
-template <uint32_t TOKENS> __device__ inline void next_unit(unit &found, const attn_cuda_call &call, const cut &cut) {
+template <typename L> __device__ inline void next_unit(unit &found, const attn_cuda_call &call, const cut &cut) {
     found.begin += found.sees.tiles;
-    if (call.sequences != nullptr && found.block + 1 < blocks_of(found.of, cut)) {
-        found.block++;
-        load_unit<TOKENS>(found, call, cut);
-        return;
-    }
-    found.block = 0;
-    if (++found.head == call.layer.heads_kv) {
-        found.head = 0;
-        found.of = sequence_at(call, ++found.sequence);
-        load_unit<TOKENS>(found, call, cut);
-    } else if (call.sequences != nullptr) {
-        load_unit<TOKENS>(found, call, cut);
-    }
+    bool is_last_block = L::SIMPLE || found.block + 1 == blocks_of(found.of, cut);
+    found.block = is_last_block ? 0 : found.block + 1;
+    bool is_last_head = is_last_block && found.head + 1 == call.layer.heads_kv;
+    if (is_last_block) found.head = is_last_head ? 0 : found.head + 1;
+    if (is_last_head) found.of = sequence_at<L>(call, ++found.sequence);
+    if (is_last_head || !L::SIMPLE) load_unit<L>(found, call, cut);
 }
 
 /* ------------------------------------------------------------------------------------------- */
 /* Shares */
+
+/* A share of fewer tiles is not worth the time that it takes to find its last run's begin. */
+constexpr uint32_t TURN_TILES = 24;
 
 /* A worker's share begin .. end - 1, which it does in the order turn .. end - 1, begin .. turn - 1. */
 struct share {
@@ -237,25 +292,23 @@ struct share {
 /* An equal share, or where all units are alike maybe a larger one that cuts none, or all into equal parts. */
 __device__ inline uint32_t choose_share(uint32_t total, uint32_t workers, uint32_t least, uint32_t most,
                                         const cut &cut) {
-    uint32_t equal = (total + workers - 1) / workers;
+    uint32_t equal = (uint32_t)((total + workers - 1) * cut.workers_inverse >> 40);
     if (least != most) return equal;
-    uint32_t unit = most;
-    uint32_t whole = (equal + unit - 1) / unit * unit;
-    if (whole <= equal + cut.align_tiles || (whole <= cut.whole_tiles && total / whole >= cut.whole_workers))
+    uint32_t unit = most, whole = equal <= unit ? unit : (equal + unit - 1) / unit * unit;
+    if (whole <= equal + cut.align_tiles || (whole <= cut.whole_tiles && total >= whole * cut.whole_workers))
         return whole;
-    uint32_t parts = unit / equal;
-    if (parts < 2) return equal;
-    uint32_t aligned = (unit + parts - 1) / parts;
+    if (unit < 2 * equal) return equal;
+    uint32_t parts = unit / equal, aligned = (unit + parts - 1) / parts;
     return aligned <= equal + cut.align_tiles ? aligned : equal;
 }
 
 /* By a whole warp; the same in all lanes. */
-template <uint32_t TOKENS>
+template <typename L>
 __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, uint32_t workers, uint32_t worker,
                                    uint32_t lane) {
-    scan batch = scan_batch<TOKENS>(call, cut, lane);
+    scan batch = scan_batch<L>(call, cut, lane);
     uint32_t total = __shfl_sync(ALL_LANES, batch.through, 31) * call.layer.heads_kv;
-    uint32_t chunk = tiles_a_chunk<TOKENS>(call);
+    uint32_t chunk = (1u << chunk_shift<L>(call)) - 1;
 #if __CUDA_ARCH__ >= 800
     uint32_t least = __reduce_min_sync(ALL_LANES, batch.least), most = __reduce_max_sync(ALL_LANES, batch.most);
 #else
@@ -263,17 +316,17 @@ __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, u
 #endif
     share mine;
     uint32_t tiles = choose_share(total, workers, least, most, cut);
-    mine.tiles_a_worker = (tiles + chunk - 1) / chunk * chunk;
+    mine.tiles_a_worker = (tiles + chunk) & ~chunk;
     uint64_t begin = (uint64_t)worker * mine.tiles_a_worker;
     mine.begin = begin < total ? (uint32_t)begin : total;
     mine.end = min(total, mine.begin + mine.tiles_a_worker);
     mine.turn = mine.end;
     mine.at_begin = mine.at_turn = {0, 0};
     if (mine.begin == mine.end) return mine;
-    mine.at_begin = locate<TOKENS>(call, cut, batch, mine.begin, lane);
-    if (call.batch_invariant) return mine;
-    mine.at_turn = locate<TOKENS>(call, cut, batch, mine.end - 1, lane);
-    unit last = unit_at<TOKENS>(call, cut, mine.at_turn, mine.end - 1);
+    mine.at_begin = locate<L>(call, cut, batch, mine.begin, lane);
+    if (is_batch_invariant<L>(call) || mine.tiles_a_worker < TURN_TILES) return mine;
+    mine.at_turn = locate<L>(call, cut, batch, mine.end - 1, lane);
+    unit last = unit_at<L>(call, cut, mine.at_turn, mine.end - 1);
     if (last.begin > mine.begin && last.begin + last.sees.tiles > mine.end) mine.turn = last.begin;
     return mine;
 }

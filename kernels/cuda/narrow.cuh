@@ -25,7 +25,8 @@ constexpr uint32_t WARPS = 4; /* of a group */
 constexpr uint32_t GROUP_THREADS = WARPS * 32;
 
 /* A kernel's shape. BLOCKS: 8-row blocks of queries. */
-template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t BLOCKS_, uint32_t GROUPS_, uint32_t BLOCKS_PER_SM_>
+template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t BLOCKS_, uint32_t GROUPS_, uint32_t BLOCKS_PER_SM_,
+          bool SIMPLE>
 struct shape {
     using KV = KV_;
     using IO = typename KV::IO;
@@ -36,6 +37,7 @@ struct shape {
     static constexpr uint32_t TOKENS = 64 * (DIM + DIM_V) * KV::BYTES <= 16384 ? 128 : 64;
     static constexpr uint32_t SLICES = TOKENS / 64; /* of 16 tokens, that a warp has of a tile */
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, false>;
+    using rules = line::rules<TOKENS, SIMPLE>;
 };
 
 /* What a block keeps in shared memory, behind the ring. */
@@ -78,17 +80,18 @@ struct softness {
     float scale, softcap, scale_log2;
 };
 
+template <typename S>
 __device__ inline softness softness_of(const attn_cuda_call &call, uint32_t head) {
     softness soft;
     soft.scale = call.scale;
-    if (call.layer.key_scales != nullptr) soft.scale *= call.layer.key_scales[head];
-    soft.softcap = call.softcap;
-    soft.scale_log2 = call.softcap > 0 ? LOG2_E : soft.scale * LOG2_E;
+    if (S::KV::BYTES == 1 && call.layer.key_scales != nullptr) soft.scale *= call.layer.key_scales[head];
+    soft.softcap = S::rules::SIMPLE ? 0 : call.softcap;
+    soft.scale_log2 = soft.softcap > 0 ? LOG2_E : soft.scale * LOG2_E;
     return soft;
 }
 
-/* tanh by one power: exact to a few units of 2^-24, absolutely. */
-__device__ inline float bend(float score, const softness &soft) {
+/* tanh by one power: exact to a few units of 2^-24, absolutely. Not inlined: few calls have a softcap. */
+static __device__ __noinline__ float bend(float score, const softness &soft) {
     float power = ptx::exp2_fast(score * soft.scale * (2.0f * LOG2_E / soft.softcap));
     return soft.softcap * (1.0f - 2.0f / (power + 1.0f));
 }
@@ -142,12 +145,11 @@ template <uint32_t COUNT> __device__ inline float narrow_to_fp16(uint32_t (&pair
 template <typename S>
 __device__ inline void load_rows(warp_rows<S> &mine, uint2 *visible, const attn_cuda_call &call, const line::cut &cut,
                                  const line::unit &unit, uint32_t lane) {
-    uint32_t group = call.layer.heads_q / call.layer.heads_kv, query_first = unit.block * cut.block_queries;
-    uint32_t queries = min(cut.block_queries, unit.of.query_length - query_first), rows = queries * group;
-    bool is_simple = call.sequences == nullptr && call.window == 0;
+    uint32_t query_first = unit.block * cut.block_queries;
+    uint32_t queries = S::rules::SIMPLE ? 1 : min(cut.block_queries, unit.of.query_length - query_first), rows = queries * cut.group;
     mine.all_begin = 0;
     mine.all_end = unit.sees.end;
-    if (!is_simple) {
+    if (!S::rules::SIMPLE) {
         uint2 first = results::row_visible(unit.of, call.window, query_first);
         uint2 last = results::row_visible(unit.of, call.window, query_first + queries - 1);
         mine.all_begin = last.x;
@@ -155,9 +157,9 @@ __device__ inline void load_rows(warp_rows<S> &mine, uint2 *visible, const attn_
     }
 #pragma unroll
     for (uint32_t b = 0; b < S::BLOCKS; b++) {
-        uint32_t row = b * 8 + lane / 4;
-        size_t query = (size_t)unit.of.first_query + query_first + row / group;
-        size_t at = query * call.layer.heads_q + unit.head * group + row % group;
+        uint32_t row = b * 8 + lane / 4, query = S::rules::SIMPLE ? 0 : line::query_of(cut, row);
+        size_t at = ((size_t)unit.of.first_query + query_first + query) * call.layer.heads_q + unit.head * cut.group +
+                    row - query * cut.group;
         if (row < rows) {
             load_row_pairs<S>(mine.queries[b], (const uint32_t *)call.queries + at * (S::DIM / 2), lane);
         } else {
@@ -173,7 +175,9 @@ __device__ inline void load_rows(warp_rows<S> &mine, uint2 *visible, const attn_
     }
     if (lane < S::ROWS) {
         uint2 sees = make_uint2(0, unit.sees.end);
-        if (!is_simple && lane < rows) sees = results::row_visible(unit.of, call.window, query_first + lane / group);
+        if (!S::rules::SIMPLE && lane < rows) {
+            sees = results::row_visible(unit.of, call.window, query_first + line::query_of(cut, lane));
+        }
         visible[lane] = sees;
     }
     __syncwarp();
@@ -191,7 +195,7 @@ struct slice_place {
 template <typename S>
 __device__ inline slice_place place_slice(uint32_t stage, uint32_t slice, uint32_t block_tokens, uint32_t warp) {
     using T = typename S::stage;
-    uint32_t token = slice * 64 + warp * 16, row = token % block_tokens;
+    uint32_t token = slice * 64 + warp * 16, row = token & (block_tokens - 1);
     produce::block_place at = produce::place_block<T>(stage, token - row, block_tokens);
     return {at.keys + row * T::KEY_CHUNK, at.values + row * T::VALUE_CHUNK, at.key_stride, at.value_stride};
 }
@@ -363,13 +367,13 @@ __device__ inline void attend(warp_state<S> &state, const warp_rows<S> &mine, co
 #pragma unroll
     for (uint32_t j = 0; j < S::SLICES; j++) {
         multiply_keys<S>(scores[j], mine, place_slice<S>(stage, j, block_tokens, warp), lane);
-        if (S::KV::BYTES == 1 || soft.softcap > 0) {
+        if (S::KV::BYTES == 1 || (!S::rules::SIMPLE && soft.softcap > 0)) {
 #pragma unroll
             for (uint32_t b = 0; b < S::BLOCKS; b++) {
 #pragma unroll
                 for (uint32_t i = 0; i < 4; i++) {
                     if (S::KV::BYTES == 1) scores[j][b][i] *= mine.factor[b][i % 2];
-                    if (soft.softcap > 0) scores[j][b][i] = bend(scores[j][b][i], soft);
+                    if (!S::rules::SIMPLE && soft.softcap > 0) scores[j][b][i] = bend(scores[j][b][i], soft);
                 }
             }
         }
@@ -432,8 +436,8 @@ template <typename S> struct group_context {
 template <typename S>
 __device__ inline void finish_run(const group_context<S> &own, const line::unit &unit, const rows::run &done) {
     uint32_t query_first = unit.block * own.cut.block_queries;
-    uint32_t queries = min(own.cut.block_queries, unit.of.query_length - query_first);
-    uint32_t count = queries * (own.call.layer.heads_q / own.call.layer.heads_kv);
+    uint32_t queries = S::rules::SIMPLE ? 1 : min(own.cut.block_queries, unit.of.query_length - query_first);
+    uint32_t count = queries * own.cut.group;
     ptx::named_barrier<GROUP_THREADS>(own.group);
     for (uint32_t index = own.warp; index < count; index += WARPS) {
         rows::row_state<S::DIM_V> merged = rows::empty_state<S::DIM_V>();
@@ -442,19 +446,19 @@ __device__ inline void finish_run(const group_context<S> &own, const line::unit 
             rows::merge_state(merged, rows::load_row<S::DIM_V>(own.memory.out[w][index], own.lane),
                               own.memory.maximum[w][index], own.memory.sum[w][index]);
         }
-        rows::place at = {unit, query_first, index};
-        rows::deliver_row<typename S::IO, S::DIM_V, S::ROWS, S::TOKENS>(own.call, own.work, at, done, own.by, merged,
+        rows::place at = {unit, own.cut, index};
+        rows::deliver_row<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(own.call, own.work, at, done, own.by, merged,
                                                                        own.lane);
     }
     ptx::named_barrier<GROUP_THREADS>(own.group); /* the states may be overwritten; the partials are written */
-    if (!rows::is_cut(own.call, unit, done)) return;
+    if (!rows::is_cut<typename S::rules>(own.call, unit, done)) return;
 
     if (own.warp == 0 && own.lane == 0)
-        own.memory.last_arriver = rows::arrive(own.call, own.work, unit, done, own.by);
+        own.memory.last_arriver = rows::arrive<typename S::rules>(own.call, own.work, unit, done, own.by);
     ptx::named_barrier<GROUP_THREADS>(own.group);
     if (!own.memory.last_arriver) return;
     for (uint32_t index = own.warp; index < count; index += WARPS) {
-        rows::merge_row<typename S::IO, S::DIM_V, S::ROWS>(own.call, own.work, {unit, query_first, index}, own.by,
+        rows::merge_row<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(own.call, own.work, {unit, own.cut, index}, own.by,
                                                            own.lane);
     }
 }
@@ -466,14 +470,15 @@ __device__ inline void do_run(const group_context<S> &own, const line::unit &uni
     warp_rows<S> mine;
     uint2 *visible = own.memory.visible[own.warp];
     load_rows<S>(mine, visible, own.call, own.cut, unit, own.lane);
-    softness soft = softness_of(own.call, unit.head);
+    softness soft = softness_of<S>(own.call, unit.head);
     warp_state<S> state;
     clear_state(state);
-    uint32_t block_tokens = layout::block_tokens(own.call.layer.page_size);
+    uint32_t block_tokens = 1u << own.cut.block_shift;
     produce::ring_place at = {done_before % ring.stages, done_before / ring.stages % 2};
     /* A stage's barrier tells only the last two fillings apart: those before this run's must be over. */
     if (turn_before != 0) ptx::barrier_wait(turn_before, parity);
     uint32_t first = unit.sees.first_token + (run.begin - unit.begin) * S::TOKENS;
+#pragma unroll 1
     for (uint32_t tile = run.begin; tile < run.end; tile++, first += S::TOKENS) {
         uint32_t stage = ring.memory + at.stage * ring.stage_bytes;
         ptx::barrier_wait(ring.full + at.stage * 8, at.parity);
@@ -497,15 +502,17 @@ __device__ inline void consume(const group_context<S> &own, const line::share &m
                                const produce::ring &ring) {
     uint32_t before = ptx::shared_address(&memory.group[(own.group + S::GROUPS - 1) % S::GROUPS].turn);
     uint32_t number = 0, tiles_done = 0;
+#pragma unroll 1
     for (uint32_t part = 0; part < 2; part++) {
         uint32_t begin = part == 0 ? mine.turn : mine.begin, end = part == 0 ? mine.end : mine.turn;
         if (begin == end) continue;
-        line::unit unit = line::unit_at<S::TOKENS>(own.call, own.cut, part == 0 ? mine.at_turn : mine.at_begin, begin);
+        line::unit unit = line::unit_at<typename S::rules>(own.call, own.cut, part == 0 ? mine.at_turn : mine.at_begin, begin);
         rows::run run;
+#pragma unroll 1
         for (run.begin = begin; run.begin < end; run.begin = run.end, number++) {
-            if (run.begin == unit.begin + unit.sees.tiles) line::next_unit<S::TOKENS>(unit, own.call, own.cut);
+            if (run.begin == unit.begin + unit.sees.tiles) line::next_unit<typename S::rules>(unit, own.call, own.cut);
             run.end = min(end, unit.begin + unit.sees.tiles);
-            if (own.call.batch_invariant) run.end = min(run.end, run.begin + own.by.tiles_a_chunk);
+            if (line::is_batch_invariant<typename S::rules>(own.call)) run.end = min(run.end, run.begin + (1u << own.by.chunk_shift));
             if (number % S::GROUPS == own.group) {
                 bool waits = S::GROUPS > 1 && number > 0;
                 do_run<S>(own, unit, run, ring, tiles_done, waits ? before : 0, (number - 1) / S::GROUPS % 2);
@@ -528,6 +535,22 @@ __device__ inline void prefetch_page_table(const attn_cuda_call &call) {
     if (entry < (size_t)call.batch * call.page_table_stride) ptx::prefetch_l2(call.page_table + entry);
 }
 
+/*
+ * The constant cache is cold when a launch begins, and what a launch is passed lies in several of its lines, which would
+ * be fetched one after the other as they are needed. So each warp first asks for another one.
+ */
+template <typename A>
+__device__ inline void fetch_constants(const attn_cuda_call &call, const A &with, uint32_t warp) {
+    uint32_t word = 0;
+    if (warp == 0) word = call.layer.heads_kv;
+    if (warp == 1) word = call.batch;
+    if (warp == 2) word = call.page_table_stride;
+    if (warp == 3) word = call.window;
+    if (warp == 4) word = with.cut.page_shift;
+    if (warp == 5) word = with.stages;
+    asm volatile("" ::"r"(word));
+}
+
 /* What a launch passes besides the call. */
 struct arguments {
     line::cut cut;
@@ -539,11 +562,15 @@ struct arguments {
 template <typename S>
 __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_SM)
     narrow_kernel(const __grid_constant__ attn_cuda_call call, const __grid_constant__ arguments with) {
+#if __CUDA_ARCH__ < 900
+    if (S::rules::SIMPLE) __trap();
+#endif
     extern __shared__ __align__(1024) char shared[];
     block_memory<S> &memory = *(block_memory<S> *)(shared + with.stages * S::stage::BYTES);
     produce::ring ring = {ptx::shared_address(shared), ptx::shared_address(memory.full),
                           ptx::shared_address(memory.empty), with.stages, S::stage::BYTES};
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    fetch_constants(call, with, warp);
     if (threadIdx.x == S::GROUPS * GROUP_THREADS) {
         prefetch_page_table(call);
         for (uint32_t stage = 0; stage < with.stages; stage++) {
@@ -560,18 +587,18 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
         with.times[blockIdx.x * 4 + 1] = ptx::global_time_ns();
     }
     ptx::launch_dependents();
-    line::share mine = line::find_share<S::TOKENS>(call, with.cut, gridDim.x, blockIdx.x, lane);
+    line::share mine = line::find_share<typename S::rules>(call, with.cut, gridDim.x, blockIdx.x, lane);
     __syncthreads();
     if (mine.begin == mine.end) return;
     if (warp == S::GROUPS * WARPS) {
-        produce::fill_ring<typename S::stage>(call, with.cut, mine, ring, lane);
+        produce::fill_ring<typename S::stage, typename S::rules>(call, with.cut, mine, ring, lane);
     } else {
         rows::workspace work = rows::view_workspace(with.workspace);
         group_context<S> own = {call,
                                 with.cut,
                                 work,
                                 memory.group[warp / WARPS],
-                                {blockIdx.x, mine.tiles_a_worker, line::tiles_a_chunk<S::TOKENS>(call)},
+                                {blockIdx.x, mine.tiles_a_worker, line::chunk_shift<typename S::rules>(call)},
                                 warp / WARPS,
                                 warp % WARPS,
                                 lane};
@@ -601,7 +628,7 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     if (error != cudaSuccess) return error;
     attn_cuda_workspace slots = workspace;
     slots.rows = S::ROWS;
-    arguments with = {{S::ROWS / group, tuning.align_tiles, tuning.whole_workers, tuning.whole_tiles}, slots, stages, tuning.times};
+    arguments with = {line::make_cut(call.layer, tuning, S::ROWS), slots, stages, tuning.times};
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -615,17 +642,26 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     return cudaLaunchKernelEx(&config, kernel, call, with);
 }
 
-/* Two groups have 168 registers a thread, one has 255: what does not fit the former has one. */
+/*
+ * Two groups have 168 registers a thread, one has 255: what does not fit the former has one. Before sm_90 all calls have
+ * the kernels that can do everything.
+ */
 template <typename KV, uint32_t DIM, uint32_t DIM_V>
 cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
                          const attn_cuda_workspace &workspace, uint32_t rows, cudaStream_t stream) {
     constexpr uint32_t GROUPS = DIM_V > 128 ? 1 : 2;
-    if (rows > 8) return launch<shape<KV, DIM, DIM_V, 2, 1, 1>>(call, tuning, workspace, stream);
-    if (DIM == 128 && KV::BYTES == 2 && tuning.blocks_per_sm == 2) {
-        return launch<shape<KV, 128, 128, 1, 1, 2>>(call, tuning, workspace, stream);
+    bool is_simple = line::is_simple(call) && tuning.is_hopper;
+    if (rows > 8) {
+        return is_simple ? launch<shape<KV, DIM, DIM_V, 2, 1, 1, true>>(call, tuning, workspace, stream)
+                         : launch<shape<KV, DIM, DIM_V, 2, 1, 1, false>>(call, tuning, workspace, stream);
     }
-    if (tuning.blocks_per_sm != 1) return cudaErrorInvalidValue;
-    return launch<shape<KV, DIM, DIM_V, 1, GROUPS, 1>>(call, tuning, workspace, stream);
+    if (tuning.blocks_per_sm == 2) {
+        return DIM == 128 && DIM_V == 128 && is_simple && KV::BYTES == 2
+                   ? launch<shape<KV, 128, 128, 1, 1, 2, true>>(call, tuning, workspace, stream)
+                   : cudaErrorInvalidValue;
+    }
+    return is_simple ? launch<shape<KV, DIM, DIM_V, 1, GROUPS, 1, true>>(call, tuning, workspace, stream)
+                     : launch<shape<KV, DIM, DIM_V, 1, GROUPS, 1, false>>(call, tuning, workspace, stream);
 }
 
 /* `rows`: a block's, 8 or 16. */

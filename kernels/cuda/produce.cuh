@@ -51,7 +51,8 @@ struct ring_place {
 /* What a stage is filled from. */
 template <uint32_t TOKENS> struct tile_source {
     static constexpr uint32_t MAX_BLOCKS = TOKENS / 16;
-    const char *blocks[MAX_BLOCKS]; /* of tokens, in the pool; NULL: the page is not of the pool */
+    uint32_t pages[MAX_BLOCKS];     /* of its blocks of tokens; not looked at before they are needed */
+    uint32_t first_block;           /* of the sequence */
     uint32_t tokens;                /* live ones of the tile; 0: nothing to copy */
     uint32_t new_begin, new_end;    /* rows of the tile that are new.. */
     uint32_t first_new;             /* ..and the first of them among all new rows */
@@ -62,50 +63,47 @@ template <uint32_t TOKENS> struct tile_source {
 struct lane_walk {
     line::position at;
     attn_cuda_sequence sequence;
-    uint32_t tiles_a_head;
+    uint32_t tiles; /* of the sequence */
 };
 
-template <uint32_t TOKENS>
+template <typename L>
 __device__ inline void enter_sequence(lane_walk &walk, const attn_cuda_call &call, const line::cut &cut) {
-    walk.sequence = line::sequence_at(call, walk.at.sequence);
-    walk.tiles_a_head = line::tiles_a_head<TOKENS>(call, walk.sequence, cut);
+    walk.sequence = line::sequence_at<L>(call, walk.at.sequence);
+    uint32_t a_head = L::SIMPLE ? line::extent_of_tokens<L>(call, 0, walk.sequence.length).tiles
+                                : line::tiles_a_head<L>(call, cut, walk.at.sequence);
+    walk.tiles = a_head * call.layer.heads_kv;
 }
 
-template <uint32_t TOKENS>
-__device__ inline tile_source<TOKENS> locate_tile(const attn_cuda_call &call, const line::cut &cut, lane_walk &walk,
-                                                  uint32_t tile) {
-    while (tile - walk.at.begin >= walk.tiles_a_head * call.layer.heads_kv) {
-        walk.at.begin += walk.tiles_a_head * call.layer.heads_kv;
+template <typename L>
+__device__ inline tile_source<L::TOKENS> locate_tile(const attn_cuda_call &call, const line::cut &cut, lane_walk &walk,
+                                                     uint32_t tile) {
+    constexpr uint32_t TOKENS = L::TOKENS;
+    while (tile - walk.at.begin >= walk.tiles) {
+        walk.at.begin += walk.tiles;
         walk.at.sequence++;
-        enter_sequence<TOKENS>(walk, call, cut);
+        enter_sequence<L>(walk, call, cut);
     }
     const attn_cuda_sequence &sequence = walk.sequence;
     tile_source<TOKENS> source;
     uint32_t within = tile - walk.at.begin;
-    source.head = within / walk.tiles_a_head;
-    within -= source.head * walk.tiles_a_head;
-    line::extent sees = line::extent_of_block<TOKENS>(call, sequence, cut, 0);
-    for (uint32_t block = 1; within >= sees.tiles; block++) {
+    line::extent sees = line::extent_of_block<L>(call, sequence, cut, 0);
+    uint32_t a_head = L::SIMPLE ? sees.tiles : walk.tiles / call.layer.heads_kv;
+    source.head = within / a_head;
+    within -= source.head * a_head;
+    for (uint32_t block = 1; !L::SIMPLE && within >= sees.tiles; block++) {
         within -= sees.tiles;
-        sees = line::extent_of_block<TOKENS>(call, sequence, cut, block);
+        sees = line::extent_of_block<L>(call, sequence, cut, block);
     }
     uint32_t first = sees.first_token + within * TOKENS;
     source.tokens = first < sees.end ? min(TOKENS, sees.end - first) : 0;
 
-    uint32_t page_size = call.layer.page_size, block_tokens = layout::block_tokens(page_size);
-    uint32_t block_bytes = call.layer.tile_bytes / (page_size / block_tokens);
     const uint32_t *table = call.page_table + sequence.page_offset;
+    source.first_block = first >> cut.block_shift;
 #pragma unroll
     for (uint32_t i = 0; i < tile_source<TOKENS>::MAX_BLOCKS; i++) {
-        source.blocks[i] = nullptr;
-        if (i * block_tokens < source.tokens) {
-            uint32_t token = first + i * block_tokens;
-            uint32_t page = __ldg(&table[token / page_size]);
-            if (page < call.layer.pages) {
-                source.blocks[i] = call.layer.memory +
-                                   ((size_t)page * call.layer.heads_kv + source.head) * call.layer.tile_bytes +
-                                   token % page_size / block_tokens * block_bytes;
-            }
+        source.pages[i] = 0;
+        if (i << cut.block_shift < source.tokens) {
+            source.pages[i] = __ldg(&table[(source.first_block + i) >> (cut.page_shift - cut.block_shift)]);
         }
     }
     uint32_t old_rows = sequence.length - sequence.new_rows;
@@ -118,60 +116,80 @@ __device__ inline tile_source<TOKENS> locate_tile(const attn_cuda_call &call, co
 /* Does a tile lead outside the pool? Then says so. */
 template <uint32_t TOKENS>
 __device__ inline bool is_outside(const attn_cuda_call &call, const tile_source<TOKENS> &source) {
-    uint32_t block_tokens = layout::block_tokens(call.layer.page_size);
     bool outside = false;
 #pragma unroll
     for (uint32_t i = 0; i < tile_source<TOKENS>::MAX_BLOCKS; i++) {
-        outside |= i * block_tokens < source.tokens && source.blocks[i] == nullptr;
+        outside |= source.pages[i] >= call.layer.pages;
     }
     if (outside) *call.status = 1;
     return outside;
 }
 
+/* A block of tokens of the tile, in the pool. */
+__device__ inline char *find_block(const attn_cuda_call &call, const line::cut &cut, uint32_t page, uint32_t head,
+                                   uint32_t block) {
+    uint32_t in_page = block & ((1u << (cut.page_shift - cut.block_shift)) - 1);
+    return call.layer.memory + ((size_t)page * call.layer.heads_kv + head) * call.layer.tile_bytes +
+           in_page * cut.block_bytes;
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* New rows */
 
-/* Stores new rows of the tile that lane `owner` has found. By the whole warp: a piece a lane. */
-template <typename KV, uint32_t TOKENS>
-__device__ inline void store_new_rows(const attn_cuda_call &call, const tile_source<TOKENS> &source, uint32_t owner,
-                                      uint32_t lane) {
+/* New rows that go to rows begin .. end - 1 of a block of tokens in the pool. */
+struct new_rows {
+    char *block;
+    uint32_t begin, end;
+    size_t first; /* among all new rows x heads */
+    uint32_t head;
+};
+
+/* Stores them, a piece a lane. By the whole warp; not inlined, since it has to be done once a sequence. */
+template <typename KV>
+__device__ __noinline__ void store_rows(const attn_cuda_call &call, uint32_t block_tokens, new_rows rows,
+                                        uint32_t lane) {
     const attn_cuda_layer &layer = call.layer;
-    uint32_t begin = __shfl_sync(ALL_LANES, source.new_begin, owner);
-    uint32_t end = __shfl_sync(ALL_LANES, source.new_end, owner);
-    uint32_t first_new = __shfl_sync(ALL_LANES, source.first_new, owner);
-    uint32_t head = __shfl_sync(ALL_LANES, source.head, owner);
-    uint32_t block_tokens = layout::block_tokens(layer.page_size);
     uint32_t key_bytes = layer.head_dim * KV::BYTES, value_bytes = layer.head_dim_v * KV::BYTES;
     uint32_t key_pieces = key_bytes / PIECE_BYTES, pieces = key_pieces + value_bytes / PIECE_BYTES;
-#pragma unroll
-    for (uint32_t b = 0; b < tile_source<TOKENS>::MAX_BLOCKS; b++) {
-        char *block = (char *)__shfl_sync(ALL_LANES, (uint64_t)source.blocks[b], owner);
-        uint32_t from = max(begin, b * block_tokens), to = min(end, (b + 1) * block_tokens);
-        if (from >= to || block == nullptr) continue;
-        for (uint32_t i = lane; i < (to - from) * pieces; i += 32) {
-            uint32_t row = from + i / pieces, piece = i % pieces;
+    for (uint32_t row = rows.begin; row < rows.end; row++) {
+        size_t new_row = rows.first + (size_t)(row - rows.begin) * layer.heads_kv;
+        for (uint32_t piece = lane; piece < pieces; piece += 32) {
             bool is_value = piece >= key_pieces;
-            if (is_value) piece -= key_pieces;
-            size_t new_row = ((size_t)first_new + row - begin) * layer.heads_kv + head;
+            uint32_t of_row = is_value ? piece - key_pieces : piece;
             const float *scales = is_value ? layer.value_scales : layer.key_scales;
             uint4 stored = KV::load_new(is_value ? call.values : call.keys,
-                                        new_row * (is_value ? layer.head_dim_v : layer.head_dim), piece,
-                                        scales != nullptr ? scales[head] : 1.0f);
-            uint32_t at = layout::piece_offset(is_value ? value_bytes : key_bytes, block_tokens,
-                                               row - b * block_tokens, piece);
-            *(uint4 *)(block + (is_value ? block_tokens * key_bytes : 0) + at) = stored;
+                                        new_row * (is_value ? layer.head_dim_v : layer.head_dim), of_row,
+                                        scales != nullptr ? scales[rows.head] : 1.0f);
+            uint32_t at = layout::piece_offset(is_value ? value_bytes : key_bytes, block_tokens, row, of_row);
+            *(uint4 *)(rows.block + (is_value ? block_tokens * key_bytes : 0) + at) = stored;
         }
     }
 }
 
 /* Stores the new rows of the tiles that the lanes have found, before any of them is copied. */
 template <typename KV, uint32_t TOKENS>
-__device__ inline void store_all_new_rows(const attn_cuda_call &call, const tile_source<TOKENS> &source,
-                                          uint32_t lane) {
+__device__ inline void store_new_rows(const attn_cuda_call &call, const line::cut &cut,
+                                      const tile_source<TOKENS> &source, uint32_t lane) {
     uint32_t owners = __ballot_sync(ALL_LANES, source.new_begin < source.new_end);
     if (owners == 0) return;
     for (; owners != 0; owners &= owners - 1) {
-        store_new_rows<KV, TOKENS>(call, source, __ffs(owners) - 1, lane);
+        uint32_t owner = __ffs(owners) - 1;
+        uint32_t begin = __shfl_sync(ALL_LANES, source.new_begin, owner);
+        uint32_t end = __shfl_sync(ALL_LANES, source.new_end, owner);
+        uint32_t first_new = __shfl_sync(ALL_LANES, source.first_new, owner);
+        uint32_t head = __shfl_sync(ALL_LANES, source.head, owner);
+        uint32_t first_block = __shfl_sync(ALL_LANES, source.first_block, owner);
+#pragma unroll
+        for (uint32_t b = 0; b < tile_source<TOKENS>::MAX_BLOCKS; b++) {
+            uint32_t page = __shfl_sync(ALL_LANES, source.pages[b], owner);
+            uint32_t block_begin = b << cut.block_shift, block_end = (b + 1) << cut.block_shift;
+            uint32_t from = max(begin, block_begin), to = min(end, block_end);
+            if (from >= to || page >= call.layer.pages) continue;
+            char *block = find_block(call, cut, page, head, first_block + b);
+            size_t first = ((size_t)first_new + from - begin) * call.layer.heads_kv + head;
+            store_rows<KV>(call, 1u << cut.block_shift, {block, from - block_begin, to - block_begin, first, head},
+                           lane);
+        }
     }
 #if __CUDA_ARCH__ >= 900
     ptx::async_proxy_fence();
@@ -234,35 +252,39 @@ __device__ inline void copy_block(const block_place &to, const char *from, uint3
 
 /* Starts the bulk copies of a tile. By the lane that found it. */
 template <typename S>
-__device__ inline void fill_stage(const attn_cuda_call &call, const tile_source<S::TOKENS> &source, uint32_t stage,
-                                  uint32_t full, uint64_t policy) {
+__device__ inline void fill_stage(const attn_cuda_call &call, const line::cut &cut, const tile_source<S::TOKENS> &source,
+                                  uint32_t stage, uint32_t full, uint64_t policy) {
     if (source.tokens == 0 || is_outside<S::TOKENS>(call, source)) {
         ptx::barrier_arrive(full);
         return;
     }
     ptx::barrier_arrive_expect(full, source.tokens * (S::KEY_BYTES + S::VALUE_BYTES));
-    uint32_t block_tokens = layout::block_tokens(call.layer.page_size);
+    uint32_t block_tokens = 1u << cut.block_shift;
 #pragma unroll
     for (uint32_t i = 0; i < tile_source<S::TOKENS>::MAX_BLOCKS; i++) {
-        uint32_t row = i * block_tokens;
+        uint32_t row = i << cut.block_shift;
         if (row >= source.tokens) break;
-        copy_block<S>(place_block<S>(stage, row, block_tokens), source.blocks[i], block_tokens,
+        const char *from = find_block(call, cut, source.pages[i], source.head, source.first_block + i);
+        copy_block<S>(place_block<S>(stage, row, block_tokens), from, block_tokens,
                       min(block_tokens, source.tokens - row), full, policy);
     }
 }
 
 /* The same in pieces of 16 bytes, by the whole warp, of the tile that lane `owner` has found. */
 template <typename S>
-__device__ inline void fill_stage_in_pieces(const attn_cuda_call &call, const tile_source<S::TOKENS> &source,
-                                            uint32_t owner, uint32_t stage, uint32_t full, uint32_t lane) {
+__device__ inline void fill_stage_in_pieces(const attn_cuda_call &call, const line::cut &cut,
+                                            const tile_source<S::TOKENS> &source, uint32_t owner, uint32_t stage, uint32_t full, uint32_t lane) {
+    uint32_t head = __shfl_sync(ALL_LANES, source.head, owner);
+    uint32_t first_block = __shfl_sync(ALL_LANES, source.first_block, owner);
     uint32_t outside = lane == owner ? is_outside<S::TOKENS>(call, source) : 0;
     uint32_t tokens = __shfl_sync(ALL_LANES, source.tokens, owner);
     if (__shfl_sync(ALL_LANES, outside, owner)) tokens = 0;
-    uint32_t block_tokens = layout::block_tokens(call.layer.page_size);
+    uint32_t block_tokens = 1u << cut.block_shift;
 #pragma unroll
     for (uint32_t b = 0; b < tile_source<S::TOKENS>::MAX_BLOCKS; b++) {
-        const char *from = (const char *)__shfl_sync(ALL_LANES, (uint64_t)source.blocks[b], owner);
+        uint32_t page = __shfl_sync(ALL_LANES, source.pages[b], owner);
         if (b * block_tokens >= tokens) continue;
+        const char *from = find_block(call, cut, page, head, first_block + b);
         uint32_t rows = min(block_tokens, tokens - b * block_tokens);
         block_place to = place_block<S>(stage, b * block_tokens, block_tokens);
         constexpr uint32_t KEY_PIECES = S::KEY_CHUNK / PIECE_BYTES, VALUE_PIECES = S::VALUE_CHUNK / PIECE_BYTES;
@@ -289,7 +311,7 @@ __device__ inline void fill_stage_in_pieces(const attn_cuda_call &call, const ti
  * The lanes find 32 tiles at a time, the next 32 while these are being copied, so that page table entries are there
  * before they are needed.
  */
-template <typename S>
+template <typename S, typename L>
 __device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cut, const line::share &mine,
                                  const ring &ring, uint32_t lane) {
     uint32_t count = mine.end - mine.begin, last_run = mine.end - mine.turn;
@@ -298,39 +320,40 @@ __device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cu
     policy = ptx::evict_first_policy();
 #endif
     lane_walk walk;
-    bool in_last_run = lane < last_run;
-    walk.at = in_last_run ? mine.at_turn : mine.at_begin;
-    enter_sequence<S::TOKENS>(walk, call, cut);
+    bool has_entered = false, in_last_run = true;
     tile_source<S::TOKENS> source = {};
-    if (lane < count) source = locate_tile<S::TOKENS>(call, cut, walk, line::tile_in_turn(mine, lane));
-    store_all_new_rows<typename S::KV, S::TOKENS>(call, source, lane);
     ring_place place = {0, 1};
-    for (uint32_t base = 0; base < count; base += 32) {
+#pragma unroll 1
+    for (uint32_t base = 0; base < count + 32; base += 32) {
         tile_source<S::TOKENS> next = {};
-        uint32_t ahead = base + 32 + lane;
+        uint32_t ahead = base + lane;
         if (ahead < count) {
-            if (in_last_run && ahead >= last_run) {
-                in_last_run = false;
-                walk.at = mine.at_begin;
-                enter_sequence<S::TOKENS>(walk, call, cut);
+            bool is_first = !has_entered || (in_last_run && ahead >= last_run);
+            if (is_first) {
+                has_entered = true;
+                in_last_run = ahead < last_run;
+                walk.at = in_last_run ? mine.at_turn : mine.at_begin;
+                enter_sequence<L>(walk, call, cut);
             }
-            next = locate_tile<S::TOKENS>(call, cut, walk, line::tile_in_turn(mine, ahead));
+            next = locate_tile<L>(call, cut, walk, line::tile_in_turn(mine, ahead));
         }
-        for (uint32_t j = 0; j < min(32u, count - base); j++) {
+        uint32_t found = base == 0 ? 0 : min(32u, count + 32 - base);
+#pragma unroll 1
+        for (uint32_t j = 0; j < found; j++) {
             uint32_t stage = ring.memory + place.stage * ring.stage_bytes;
 #if __CUDA_ARCH__ >= 900
             if (lane == j) {
                 ptx::barrier_wait(ring.empty + place.stage * 8, place.parity);
-                fill_stage<S>(call, source, stage, ring.full + place.stage * 8, policy);
+                fill_stage<S>(call, cut, source, stage, ring.full + place.stage * 8, policy);
             }
             __syncwarp();
 #else
             ptx::barrier_wait(ring.empty + place.stage * 8, place.parity);
-            fill_stage_in_pieces<S>(call, source, j, stage, ring.full + place.stage * 8, lane);
+            fill_stage_in_pieces<S>(call, cut, source, j, stage, ring.full + place.stage * 8, lane);
 #endif
             place.advance(ring);
         }
-        store_all_new_rows<typename S::KV, S::TOKENS>(call, next, lane);
+        store_new_rows<typename S::KV, S::TOKENS>(call, cut, next, lane);
         source = next;
     }
 }

@@ -32,7 +32,8 @@ __device__ inline uint64_t part_tokens_below(const attn_cuda_sequence &part, uin
     return chunks_before * ATTN_CHUNK_TOKENS + (is_ours ? position % ATTN_CHUNK_TOKENS : 0);
 }
 
-__device__ inline uint2 row_visible(const attn_cuda_sequence &sequence, uint32_t window, uint32_t query) {
+/* Not inlined, and by value: most calls have one row a sequence and no window, and what they do is to stay small. */
+static __device__ __noinline__ uint2 row_visible_of(attn_cuda_sequence sequence, uint32_t window, uint32_t query) {
     uint64_t total = sequence.total_length;
     uint64_t upto = sequence.is_read ? total : total - sequence.query_length + query + 1;
     uint64_t from = window != 0 && upto > window ? upto - window : 0;
@@ -42,6 +43,11 @@ __device__ inline uint2 row_visible(const attn_cuda_sequence &sequence, uint32_t
     }
     uint64_t end = upto < sequence.length ? upto : sequence.length;
     return make_uint2((uint32_t)(from < end ? from : end), (uint32_t)end);
+}
+
+__device__ inline uint2 row_visible(const attn_cuda_sequence &sequence, uint32_t window, uint32_t query) {
+    attn_cuda_sequence copy = sequence;
+    return row_visible_of(copy, window, query);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -54,11 +60,10 @@ struct destination {
     const float *sink;
 };
 
+/* Of a query of the sequence and a query head. */
 __device__ inline destination find_destination(const attn_cuda_call &call, const attn_cuda_sequence &sequence,
-                                               uint32_t head, uint32_t query_first, uint32_t row, uint32_t chunk) {
-    uint32_t group = call.layer.heads_q / call.layer.heads_kv;
-    uint32_t query_head = head * group + row % group;
-    size_t query_row = (size_t)sequence.first_out + (size_t)chunk * sequence.chunk_rows + query_first + row / group;
+                                               uint32_t query, uint32_t query_head, uint32_t chunk) {
+    size_t query_row = (size_t)sequence.first_out + (size_t)chunk * sequence.chunk_rows + query;
     destination to;
     to.row = query_row * call.layer.heads_q + query_head;
     to.is_partial = sequence.chunk_stride != 0;

@@ -172,6 +172,7 @@ __device__ inline float lse_of(float maximum, float sum) {
 
 __device__ inline float normaliser(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
+/* 1 unless the cache is fp8. */
 __device__ inline float value_scale(const attn_cuda_call &call, uint32_t head) {
     return call.layer.value_scales != nullptr ? call.layer.value_scales[head] : 1.0f;
 }
@@ -182,19 +183,22 @@ __device__ inline float value_scale(const attn_cuda_call &call, uint32_t head) {
 /* A row of the call: row `index` of a unit's block. */
 struct place {
     const line::unit &unit;
-    uint32_t query_first;
+    const line::cut &cut;
     uint32_t index;
 };
 
+template <typename L>
 __device__ inline results::destination destination_of(const attn_cuda_call &call, const place &at, uint32_t chunk) {
-    return results::find_destination(call, at.unit.of, at.unit.head, at.query_first, at.index, chunk);
+    uint32_t query = L::SIMPLE ? 0 : line::query_of(at.cut, at.index);
+    return results::find_destination(call, at.unit.of, at.unit.block * at.cut.block_queries + query,
+                                     at.unit.head * at.cut.group + at.index - query * at.cut.group, chunk);
 }
 
 /* Writes a finished row, adding the sink. */
-template <typename IO, uint32_t COLUMNS>
+template <typename L, typename IO, uint32_t COLUMNS>
 __device__ inline void write_row(const attn_cuda_call &call, const place &at, row_state<COLUMNS> &state,
                                  uint32_t lane) {
-    results::destination to = destination_of(call, at, 0);
+    results::destination to = destination_of<L>(call, at, 0);
     if (to.sink != nullptr) {
         float sink = *to.sink * LOG2_E, most = fmaxf(state.maximum, sink);
         float keep = decay(state.maximum, most);
@@ -203,7 +207,7 @@ __device__ inline void write_row(const attn_cuda_call &call, const place &at, ro
         state.maximum = most;
     }
     scale_row(state.out, normaliser(state.sum) * value_scale(call, at.unit.head));
-    if (to.is_partial) {
+    if (!L::SIMPLE && to.is_partial) {
         store_row(call.partial_out + to.row * COLUMNS, state.out, lane);
     } else {
         write_elements((IO *)call.out + to.row * COLUMNS, state.out, lane);
@@ -215,7 +219,7 @@ __device__ inline void write_row(const attn_cuda_call &call, const place &at, ro
 /* Merging a unit that was cut */
 
 /* Of `count` partials; ROWS rows a slot. Partial i is slot 2 * (first + i), but the first is its worker's tail slot. */
-template <typename IO, uint32_t COLUMNS, uint32_t ROWS>
+template <typename L, typename IO, uint32_t COLUMNS, uint32_t ROWS>
 __device__ inline void merge_partials(const attn_cuda_call &call, const workspace &work, const place &at,
                                       uint32_t first, uint32_t count, uint32_t lane) {
     constexpr uint32_t EARLY = COLUMNS <= 128 ? 8 : 4;
@@ -261,22 +265,19 @@ __device__ inline void merge_partials(const attn_cuda_call &call, const workspac
     for (uint32_t step = 16; step > 0; step /= 2) {
         merged.sum += __shfl_xor_sync(ALL_LANES, merged.sum, step);
     }
-    write_row<IO>(call, at, merged, lane);
+    write_row<L, IO>(call, at, merged, lane);
 }
 
 /* The double of lane `from`. */
 __device__ inline double shuffle(double value, uint32_t from) { return __shfl_sync(ALL_LANES, value, from); }
 
 /*
- * batch_invariant: of `count` chunks in slots `first` and on, to the bit as attn_combine_row does it. The lanes compute
- * the exponentials of 32 chunks, all add them in order.
+ * batch_invariant: of `count` chunks, to the bit as attn_combine_row does it. The lanes compute the exponentials of 32
+ * chunks, all add them in order. `outs` and `states`: the row's in the first chunk's slot.
  */
 template <typename IO, uint32_t COLUMNS, uint32_t ROWS>
-__device__ inline void merge_chunks(const attn_cuda_call &call, const workspace &work, const place &at, uint32_t first,
-                                    uint32_t count, uint32_t lane) {
-    const float *outs = work.outs + ((size_t)first * ROWS + at.index) * COLUMNS;
-    const float2 *states = work.states + (size_t)first * ROWS + at.index;
-    results::destination to = destination_of(call, at, 0);
+__device__ __noinline__ void merge_chunks(const attn_cuda_call &call, const float *outs, const float2 *states,
+                                          results::destination to, uint32_t count, uint32_t lane) {
     auto lse_of = [&](uint32_t c) { return __ldcg(&states[(size_t)c * ROWS]).x; };
 
     float largest = to.sink != nullptr ? *to.sink : -INFINITY;
@@ -347,30 +348,32 @@ __device__ inline void store_partial(const workspace &work, uint32_t slot, uint3
 struct worker {
     uint32_t number;
     uint32_t tiles_a_worker;
-    uint32_t tiles_a_chunk;
+    uint32_t chunk_shift; /* line.cuh */
 };
 
 /* A chunk's slot, or its worker's head or tail slot. */
+template <typename L>
 __device__ inline uint32_t slot_of(const attn_cuda_call &call, const line::unit &unit, const run &done,
                                    const worker &by) {
-    if (call.batch_invariant) return done.begin / by.tiles_a_chunk;
+    if (line::is_batch_invariant<L>(call)) return done.begin >> by.chunk_shift;
     return 2 * by.number + (done.begin == unit.begin);
 }
 
 /* The ticket that counts a unit's tiles: of its first chunk, or of the worker that begins it. */
+template <typename L>
 __device__ inline uint32_t ticket_of(const attn_cuda_call &call, const line::unit &unit, const worker &by) {
-    return unit.begin / (call.batch_invariant ? by.tiles_a_chunk : by.tiles_a_worker);
+    return line::is_batch_invariant<L>(call) ? unit.begin >> by.chunk_shift : unit.begin / by.tiles_a_worker;
 }
 
 /* Delivers a row of a run: to where it ends if the run is a whole unit or a part's chunk, else as a partial. */
-template <typename IO, uint32_t COLUMNS, uint32_t ROWS, uint32_t TOKENS>
+template <typename L, typename IO, uint32_t COLUMNS, uint32_t ROWS>
 __device__ inline void deliver_row(const attn_cuda_call &call, const workspace &work, const place &at, const run &done,
                                    const worker &by, row_state<COLUMNS> &state, uint32_t lane) {
-    if (!call.batch_invariant) {
+    if (!line::is_batch_invariant<L>(call)) {
         if (done.end - done.begin == at.unit.sees.tiles) {
-            write_row<IO>(call, at, state, lane);
+            write_row<L, IO>(call, at, state, lane);
         } else {
-            store_partial<COLUMNS, ROWS>(work, slot_of(call, at.unit, done, by), at.index, state.out,
+            store_partial<COLUMNS, ROWS>(work, slot_of<L>(call, at.unit, done, by), at.index, state.out,
                                          make_float2(state.maximum, state.sum), lane);
         }
         return;
@@ -378,27 +381,29 @@ __device__ inline void deliver_row(const attn_cuda_call &call, const workspace &
     scale_row(state.out, normaliser(state.sum) * value_scale(call, at.unit.head));
     float lse = lse_of(state.maximum, state.sum);
     if (at.unit.of.chunk_stride == 0) {
-        store_partial<COLUMNS, ROWS>(work, slot_of(call, at.unit, done, by), at.index, state.out,
+        store_partial<COLUMNS, ROWS>(work, slot_of<L>(call, at.unit, done, by), at.index, state.out,
                                      make_float2(lse, 0.0f), lane);
         return;
     }
-    uint32_t chunk = (at.unit.sees.first_token + (done.begin - at.unit.begin) * TOKENS) / ATTN_CHUNK_TOKENS;
+    uint32_t chunk = (at.unit.sees.first_token + (done.begin - at.unit.begin) * L::TOKENS) / ATTN_CHUNK_TOKENS;
     if (chunk * ATTN_CHUNK_TOKENS >= at.unit.of.length) return; /* a part without any token */
-    results::destination to = destination_of(call, at, chunk);
+    results::destination to = destination_of<L>(call, at, chunk);
     store_row(call.partial_out + to.row * COLUMNS, state.out, lane);
     if (lane == 0) results::write_lse(call, to, lse);
 }
 
 /* Has the run left partials that somebody must merge? */
+template <typename L>
 __device__ inline bool is_cut(const attn_cuda_call &call, const line::unit &unit, const run &done) {
-    if (call.batch_invariant) return unit.of.chunk_stride == 0;
+    if (line::is_batch_invariant<L>(call)) return unit.of.chunk_stride == 0;
     return done.end - done.begin != unit.sees.tiles;
 }
 
 /* Takes a ticket for the run's tiles: is it the unit's last? By one thread, after all have met at a barrier. */
+template <typename L>
 __device__ inline bool arrive(const attn_cuda_call &call, const workspace &work, const line::unit &unit,
                               const run &done, const worker &by) {
-    uint32_t *ticket = &work.tickets[ticket_of(call, unit, by)];
+    uint32_t *ticket = &work.tickets[ticket_of<L>(call, unit, by)];
     uint32_t tiles = done.end - done.begin;
     bool last = ptx::atomic_add_acquire_release(ticket, tiles) + tiles == unit.sees.tiles;
     if (last) *ticket = 0; /* for the next launch */
@@ -406,16 +411,17 @@ __device__ inline bool arrive(const attn_cuda_call &call, const workspace &work,
 }
 
 /* The last to arrive merges the unit's row. */
-template <typename IO, uint32_t COLUMNS, uint32_t ROWS>
+template <typename L, typename IO, uint32_t COLUMNS, uint32_t ROWS>
 __device__ inline void merge_row(const attn_cuda_call &call, const workspace &work, const place &at, const worker &by,
                                  uint32_t lane) {
-    if (call.batch_invariant) {
-        merge_chunks<IO, COLUMNS, ROWS>(call, work, at, at.unit.begin / by.tiles_a_chunk,
-                                        at.unit.sees.tiles / by.tiles_a_chunk, lane);
+    if (line::is_batch_invariant<L>(call)) {
+        size_t first = (size_t)(at.unit.begin >> by.chunk_shift) * ROWS + at.index;
+        merge_chunks<IO, COLUMNS, ROWS>(call, work.outs + first * COLUMNS, work.states + first,
+                                        destination_of<L>(call, at, 0), at.unit.sees.tiles >> by.chunk_shift, lane);
     } else {
         uint32_t first = at.unit.begin / by.tiles_a_worker;
         uint32_t last = (at.unit.begin + at.unit.sees.tiles - 1) / by.tiles_a_worker;
-        merge_partials<IO, COLUMNS, ROWS>(call, work, at, first, last - first + 1, lane);
+        merge_partials<L, IO, COLUMNS, ROWS>(call, work, at, first, last - first + 1, lane);
     }
 }
 
