@@ -210,7 +210,8 @@ __device__ inline uint32_t widen_e4m3(uint32_t bytes) {
     return pair;
 }
 
-/* Rounds to the nearest e4m3, ties to even; beyond 448, infinities too, to 448. NaN stays NaN. The first in the low byte. */
+/* Rounds to the nearest e4m3, ties to even; beyond 448, infinities too, to 448. NaN stays NaN. The first in the low
+ * byte. */
 __device__ inline uint32_t pack_e4m3(float first, float second) {
     __nv_fp8x2_storage_t pair = __nv_cvt_float2_to_fp8x2(make_float2(first, second), __NV_SATFINITE, __NV_E4M3);
     return pair;
