@@ -4,6 +4,7 @@
  *     IO         queries, outputs and appended rows
  *     multiply   c[16 x 8] += a[16 x 16] b[16 x 8]
  *     pack       two floats as operands, the first in the low half
+ *     TERMS      operands that a weight is the sum of: bf16 alone would add an error of its own size to the output's
  */
 #ifndef ATTND_KERNELS_CUDA_ELEMENTS_CUH
 #define ATTND_KERNELS_CUDA_ELEMENTS_CUH
@@ -15,11 +16,16 @@ namespace elements {
 
 struct bf16 {
     using IO = __nv_bfloat16;
-    static constexpr uint32_t BYTES = 2;
+    static constexpr uint32_t BYTES = 2, TERMS = 2;
     static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         ptx::multiply_add_bf16(c, a, b0, b1);
     }
     static __device__ uint32_t pack(float low, float high) { return ptx::pack_bf16(low, high); }
+
+    /* What pack(low, high) has rounded off, packed. */
+    static __device__ uint32_t pack_rest(float low, float high, uint32_t packed) {
+        return pack(low - __uint_as_float(packed << 16), high - __uint_as_float(packed & 0xffff0000u));
+    }
 
     /* Piece `piece` of the appended row that begins at element `row` of `rows`, as it is stored. */
     static __device__ uint4 load_new(const attn_cuda_layer &layer, const void *rows, size_t row, uint32_t piece,
@@ -32,11 +38,12 @@ struct bf16 {
 
 struct fp16 {
     using IO = __half;
-    static constexpr uint32_t BYTES = 2;
+    static constexpr uint32_t BYTES = 2, TERMS = 1;
     static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         ptx::multiply_add_fp16(c, a, b0, b1);
     }
     static __device__ uint32_t pack(float low, float high) { return ptx::pack_fp16(low, high); }
+    static __device__ uint32_t pack_rest(float, float, uint32_t) { return 0; }
     static __device__ uint4 load_new(const attn_cuda_layer &layer, const void *rows, size_t row, uint32_t piece,
                                      float scale) {
         (void)layer;
@@ -51,11 +58,12 @@ struct fp16 {
  */
 struct fp8 {
     using IO = results::either_16_bits;
-    static constexpr uint32_t BYTES = 1;
+    static constexpr uint32_t BYTES = 1, TERMS = 1;
     static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         ptx::multiply_add_fp16(c, a, b0, b1);
     }
     static __device__ uint32_t pack(float low, float high) { return ptx::pack_fp16(low, high); }
+    static __device__ uint32_t pack_rest(float, float, uint32_t) { return 0; }
     static __device__ float2 unpack(uint32_t pair, bool is_fp16) {
         if (is_fp16) return __half22float2(*reinterpret_cast<__half2 *>(&pair));
         return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));

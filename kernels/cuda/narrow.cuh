@@ -250,7 +250,7 @@ __device__ inline void multiply_keys(float (&scores)[S::BLOCKS][4], const warp_r
  * what a row that nobody sees may hold. In fp8, row i of a step's 16 rows is dim 2 i, row i + 8 dim 2 i + 1.
  */
 template <typename S, bool MASKED>
-__device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&weights)[S::BLOCKS][2],
+__device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&weights)[S::KV::TERMS][S::BLOCKS][2],
                                        const slice_place &at, const uint32_t (&keep)[2], uint32_t lane) {
     using KV = typename S::KV;
     using T = typename S::stage;
@@ -271,8 +271,11 @@ __device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&we
         }
         if (!is_bytes) {
 #pragma unroll
-            for (uint32_t b = 0; b < S::BLOCKS; b++)
-                KV::multiply(state.out[p / 2][b], loaded, weights[b][0], weights[b][1]);
+            for (uint32_t t = 0; t < KV::TERMS; t++) {
+#pragma unroll
+                for (uint32_t b = 0; b < S::BLOCKS; b++)
+                    KV::multiply(state.out[p / 2][b], loaded, weights[t][b][0], weights[t][b][1]);
+            }
         } else {
 #pragma unroll
             for (uint32_t half = 0; half < 2; half++) {
@@ -282,7 +285,7 @@ __device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&we
                                  ptx::widen_e4m3(second >> 16)};
 #pragma unroll
                 for (uint32_t b = 0; b < S::BLOCKS; b++)
-                    KV::multiply(state.out[p + half][b], a, weights[b][0], weights[b][1]);
+                    KV::multiply(state.out[p + half][b], a, weights[0][b][0], weights[0][b][1]);
             }
         }
     }
@@ -385,11 +388,18 @@ __device__ inline void attend(warp_state<S> &state, const warp_rows<S> &mine, co
     soften<S, MASKED>(scores, state, soft.scale_log2);
 #pragma unroll
     for (uint32_t j = 0; j < S::SLICES; j++) {
-        uint32_t weights[S::BLOCKS][2];
+        uint32_t weights[S::KV::TERMS][S::BLOCKS][2];
 #pragma unroll
         for (uint32_t b = 0; b < S::BLOCKS; b++) {
-            weights[b][0] = ptx::transpose_matrix(S::KV::pack(scores[j][b][0], scores[j][b][1]));
-            weights[b][1] = ptx::transpose_matrix(S::KV::pack(scores[j][b][2], scores[j][b][3]));
+#pragma unroll
+            for (uint32_t half = 0; half < 2; half++) {
+                float low = scores[j][b][2 * half], high = scores[j][b][2 * half + 1];
+                uint32_t packed = S::KV::pack(low, high);
+                weights[0][b][half] = ptx::transpose_matrix(packed);
+                if (S::KV::TERMS == 2) {
+                    weights[S::KV::TERMS - 1][b][half] = ptx::transpose_matrix(S::KV::pack_rest(low, high, packed));
+                }
+            }
         }
         uint32_t keep[2] = {ALL_LANES, ALL_LANES};
         if (MASKED) find_kept(keep, sees, first + j * 64 + warp * 16, lane);

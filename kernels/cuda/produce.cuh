@@ -272,6 +272,36 @@ __device__ inline void fill_stage(const attn_cuda_call &call, const line::cut &c
     }
 }
 
+/*
+ * The same by the whole warp, of the tile that lane `owner` has found: a lane a block. Where a page is small a tile has
+ * many, and one lane that starts one copy after the other would not keep up.
+ */
+template <typename S>
+__device__ inline void fill_stage_by_lanes(const attn_cuda_call &call, const line::cut &cut,
+                                           const tile_source<S::TOKENS> &source, uint32_t owner, uint32_t stage,
+                                           uint32_t full, uint64_t policy, uint32_t lane) {
+    uint32_t tokens = __shfl_sync(ALL_LANES, source.tokens, owner), row = lane << cut.block_shift, page = 0;
+    uint32_t head = __shfl_sync(ALL_LANES, source.head, owner);
+    uint32_t first_block = __shfl_sync(ALL_LANES, source.first_block, owner);
+#pragma unroll
+    for (uint32_t b = 0; b < tile_source<S::TOKENS>::MAX_BLOCKS; b++) {
+        uint32_t found = __shfl_sync(ALL_LANES, source.pages[b], owner);
+        if (lane == b) page = found;
+    }
+    bool is_live = row < tokens;
+    if (__any_sync(ALL_LANES, is_live && page >= call.layer.pages)) {
+        *call.status = 1;
+        tokens = 0;
+    }
+    if (lane == 0 && tokens == 0) ptx::barrier_arrive(full);
+    if (lane == 0 && tokens > 0) ptx::barrier_arrive_expect(full, tokens * (S::KEY_BYTES + S::VALUE_BYTES));
+    __syncwarp();
+    if (!is_live || tokens == 0) return;
+    uint32_t block_tokens = 1u << cut.block_shift;
+    copy_block<S>(place_block<S>(stage, row, block_tokens), find_block(call, cut, page, head, first_block + lane),
+                  block_tokens, min(block_tokens, tokens - row), full, policy);
+}
+
 /* The same in pieces of 16 bytes, by the whole warp, of the tile that lane `owner` has found. */
 template <typename S>
 __device__ inline void fill_stage_in_pieces(const attn_cuda_call &call, const line::cut &cut,
@@ -344,7 +374,10 @@ __device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cu
         for (uint32_t j = 0; j < found; j++) {
             uint32_t stage = ring.memory + place.stage * ring.stage_bytes;
 #if __CUDA_ARCH__ >= 900
-            if (lane == j) {
+            if (cut.block_shift < 6) {
+                ptx::barrier_wait(ring.empty + place.stage * 8, place.parity);
+                fill_stage_by_lanes<S>(call, cut, source, j, stage, ring.full + place.stage * 8, policy, lane);
+            } else if (lane == j) {
                 ptx::barrier_wait(ring.empty + place.stage * 8, place.parity);
                 fill_stage<S>(call, cut, source, stage, ring.full + place.stage * 8, policy);
             }
