@@ -4,6 +4,7 @@
  *     IO         queries, outputs and appended rows
  *     multiply   c[16 x 8] += a[16 x 16] b[16 x 8]
  *     pack       two floats as operands, the first in the low half
+ *     multiply_rows, multiply_columns   products of a warpgroup (instructions.cuh); 16 bits only
  */
 #ifndef ATTND_KERNELS_CUDA_ELEMENTS_CUH
 #define ATTND_KERNELS_CUDA_ELEMENTS_CUH
@@ -17,6 +18,13 @@ struct bf16 {
     static constexpr uint32_t BYTES = 2;
     static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         ptx::multiply_add_bf16(c, a, b0, b1);
+    }
+    static __device__ void multiply_rows(float (&c)[32], uint64_t a, uint64_t b, bool add) {
+        ptx::multiply_rows_bf16(c, a, b, add);
+    }
+    template <uint32_t COUNT>
+    static __device__ void multiply_columns(float (&c)[COUNT], const uint32_t (&a)[4], uint64_t b) {
+        ptx::multiply_columns_bf16(c, a, b);
     }
     static __device__ uint32_t pack(float low, float high) { return ptx::pack_bf16(low, high); }
 
@@ -32,6 +40,13 @@ struct fp16 {
     static constexpr uint32_t BYTES = 2;
     static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         ptx::multiply_add_fp16(c, a, b0, b1);
+    }
+    static __device__ void multiply_rows(float (&c)[32], uint64_t a, uint64_t b, bool add) {
+        ptx::multiply_rows_fp16(c, a, b, add);
+    }
+    template <uint32_t COUNT>
+    static __device__ void multiply_columns(float (&c)[COUNT], const uint32_t (&a)[4], uint64_t b) {
+        ptx::multiply_columns_fp16(c, a, b);
     }
     static __device__ uint32_t pack(float low, float high) { return ptx::pack_fp16(low, high); }
     static __device__ uint4 load_new(const void *rows, size_t row, uint32_t piece, float scale) {

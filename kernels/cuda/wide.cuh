@@ -1,0 +1,562 @@
+/*
+ * The wide kernel: up to 64 rows a block (query rows x heads of the group), which are the rows of a warpgroup's
+ * products,
+ *     S [64 rows x 64 tokens] = Q K^T        O [64 rows x head_dim_v] += P V
+ * Q, K and V in shared memory, S, P and O in registers. While the powers of a tile are computed, the values of the tile
+ * before are multiplied. Two groups (a warpgroup each) take turns run by run, as in the narrow kernel, which this one
+ * begins like: while one ends its run, the other consumes. What is left to merge after the last run both merge.
+ *
+ * sm_90a, 16-bit caches, no batch_invariant mode.
+ */
+#ifndef ATTND_KERNELS_CUDA_WIDE_CUH
+#define ATTND_KERNELS_CUDA_WIDE_CUH
+
+#include "kernels/cuda/narrow.cuh"
+
+namespace wide {
+
+using line::ALL_LANES;
+using narrow::arguments;
+using narrow::GROUP_THREADS;
+using narrow::softness;
+using narrow::WARPS;
+using rows::LOG2_E;
+
+constexpr uint32_t ROWS = 64, TOKENS = 64;
+constexpr uint32_t STEP = 16; /* what a product sums over */
+
+/* A kernel's shape. */
+template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t GROUPS_, bool SIMPLE> struct shape {
+    using KV = KV_;
+    using IO = typename KV::IO;
+    static constexpr uint32_t DIM = DIM_, DIM_V = DIM_V_, GROUPS = GROUPS_;
+    using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true>;
+    using rules = line::rules<TOKENS, SIMPLE, false>;
+    static constexpr uint32_t WIDTH = stage::VALUE_CHUNK / KV::BYTES; /* columns of a product with V */
+    static_assert(KV::BYTES == 2 && DIM <= 2 * DIM_V, "");
+};
+
+constexpr uint32_t MAX_STAGES = 12;
+
+/* What a block keeps in shared memory, behind the ring. */
+template <typename S> struct block_memory {
+    /* A group's queries, in columns as layout.cuh has them; at the end of its run, its sums. */
+    alignas(1024) float out[S::GROUPS][ROWS][S::DIM_V];
+    float maximum[S::GROUPS][ROWS]; /* of the scores, in units of log2 */
+    float sum[S::GROUPS][ROWS];
+    uint2 visible[S::GROUPS][ROWS]; /* tokens that a row sees, from .x to before .y */
+    uint64_t full[MAX_STAGES];
+    uint64_t empty[MAX_STAGES];
+    uint64_t turn[S::GROUPS]; /* the last tile of the group's run is there: the next run may begin */
+    uint32_t last_arriver[S::GROUPS];
+};
+
+/* What a group's functions have in common. */
+template <typename S> struct group_context {
+    const attn_cuda_call &call;
+    const line::cut &cut;
+    const rows::workspace &work;
+    block_memory<S> &memory;
+    rows::worker by;
+    uint32_t group, warp, lane; /* warp: of the group */
+
+    __device__ uint32_t thread() const { return warp * 32 + lane; }
+    __device__ uint32_t queries() const { return ptx::shared_address(memory.out[group]); }
+};
+
+/* ------------------------------------------------------------------------------------------- */
+/* Queries */
+
+/* Query rows of a unit's block, and all its rows. */
+template <typename S> __device__ inline uint32_t count_queries(const line::cut &cut, const line::unit &unit) {
+    return S::rules::SIMPLE ? 1 : min(cut.block_queries, unit.of.query_length - unit.block * cut.block_queries);
+}
+
+template <typename S> __device__ inline uint32_t count_rows(const line::cut &cut, const line::unit &unit) {
+    return count_queries<S>(cut, unit) * cut.group;
+}
+
+/* Writes the block's queries to shared memory, zeros where it has fewer rows, and what each row sees. By the group. */
+template <typename S>
+__device__ inline void load_queries(const group_context<S> &own, const line::unit &unit) {
+    using T = typename S::stage;
+    constexpr uint32_t PIECES = T::KEY_BYTES / 16;
+    const line::cut &cut = own.cut;
+    uint32_t count = count_rows<S>(cut, unit), query_first = unit.block * cut.block_queries;
+    size_t first = ((size_t)unit.of.first_query + query_first) * own.call.layer.heads_q + unit.head * cut.group;
+    char *queries = (char *)own.memory.out[own.group];
+#pragma unroll
+    for (uint32_t i = 0; i < ROWS * PIECES / GROUP_THREADS; i++) {
+        uint32_t index = i * GROUP_THREADS + own.thread(), row = index / PIECES, piece = index % PIECES;
+        uint32_t query = S::rules::SIMPLE ? 0 : line::query_of(cut, row);
+        size_t at = first + query * own.call.layer.heads_q + row - query * cut.group;
+        uint4 loaded = make_uint4(0, 0, 0, 0);
+        if (row < count) loaded = __ldg((const uint4 *)own.call.queries + at * PIECES + piece);
+        *(uint4 *)(queries + layout::piece_offset(T::KEY_BYTES, ROWS, row, piece)) = loaded;
+    }
+    if (!S::rules::SIMPLE && own.thread() < ROWS) {
+        uint32_t row = own.thread(), query = query_first + line::query_of(cut, row);
+        uint2 sees = make_uint2(0, unit.sees.end);
+        if (row < count) sees = results::row_visible(unit.of, own.call.window, query);
+        own.memory.visible[own.group][row] = sees;
+    }
+    ptx::async_proxy_fence();
+    ptx::named_barrier<GROUP_THREADS>(own.group);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Products */
+
+/* A lane holds rows lane / 4 and lane / 4 + 8 of the warp's 16; of eight columns, 2 * (lane % 4) and the next. */
+template <typename S> struct warp_state {
+    float out[S::DIM_V / S::WIDTH][S::WIDTH / 2];
+    float maximum[2]; /* of the scores, in units of log2; may lag behind the largest by SLACK */
+    float sum[2];     /* of this lane's columns */
+};
+
+template <typename S> __device__ inline void clear_state(warp_state<S> &state) {
+#pragma unroll
+    for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
+#pragma unroll
+        for (uint32_t i = 0; i < S::WIDTH / 2; i++)
+            state.out[d][i] = 0.0f;
+    }
+    state.maximum[0] = state.maximum[1] = -INFINITY;
+    state.sum[0] = state.sum[1] = 0.0f;
+}
+
+template <typename S> __device__ inline void hold_out(warp_state<S> &state) {
+#pragma unroll
+    for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++)
+        ptx::hold(state.out[d]);
+}
+
+/* Starts scores = Q K^T. */
+template <typename S>
+__device__ inline void multiply_keys(float (&scores)[TOKENS / 2], uint32_t queries, uint32_t stage) {
+    using T = typename S::stage;
+    constexpr uint32_t STEP_BYTES = STEP * S::KV::BYTES;
+    uint64_t a = ptx::describe_matrix<T::KEY_CHUNK>(queries, 16);
+    uint64_t b = ptx::describe_matrix<T::KEY_CHUNK>(stage, 16);
+#pragma unroll
+    for (uint32_t byte = 0; byte < T::KEY_BYTES; byte += STEP_BYTES) {
+        uint32_t skip = byte / T::KEY_CHUNK * TOKENS * T::KEY_CHUNK + byte % T::KEY_CHUNK;
+        S::KV::multiply_rows(scores, ptx::skip_bytes(a, skip), ptx::skip_bytes(b, skip), byte != 0);
+    }
+}
+
+/* Starts out += P V. */
+template <typename S>
+__device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&weights)[TOKENS / STEP][4],
+                                       uint32_t stage) {
+    using T = typename S::stage;
+    constexpr uint32_t COLUMN_BYTES = TOKENS * T::VALUE_CHUNK;
+    uint64_t b = ptx::describe_matrix<T::VALUE_CHUNK>(stage + TOKENS * T::KEY_BYTES, COLUMN_BYTES);
+#pragma unroll
+    for (uint32_t k = 0; k < TOKENS / STEP; k++) {
+#pragma unroll
+        for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
+            uint32_t skip = d * COLUMN_BYTES + k * STEP * T::VALUE_CHUNK;
+            S::KV::multiply_columns(state.out[d], weights[k], ptx::skip_bytes(b, skip));
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* A tile */
+
+/* The same as narrow::bend, but without a call, which would have the products wait for each other. */
+__device__ inline float bend_score(float score, const softness &soft) {
+    float power = ptx::exp2_fast(score * soft.scale * (2.0f * LOG2_E / soft.softcap));
+    return soft.softcap * (1.0f - __fdividef(2.0f, power + 1.0f));
+}
+
+/* Hides the scores of tokens that a row does not see. `first`: the tile's first token. */
+template <typename S>
+__device__ inline void mask_scores(const group_context<S> &own, float (&scores)[TOKENS / 2], const line::unit &unit,
+                                   uint32_t first) {
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        uint2 sees = make_uint2(0, unit.sees.end);
+        if (!S::rules::SIMPLE) sees = own.memory.visible[own.group][own.warp * 16 + own.lane / 4 + half * 8];
+#pragma unroll
+        for (uint32_t i = 0; i < TOKENS / 4; i++) {
+            uint32_t token = first + i / 2 * 8 + own.lane % 4 * 2 + i % 2;
+            if (token < sees.x || token >= sees.y) scores[i / 2 * 4 + half * 2 + i % 2] = -INFINITY;
+        }
+    }
+}
+
+__device__ inline bool is_partly_unseen(const line::unit &unit, uint32_t first) {
+    return first < unit.sees.begin || first + TOKENS > unit.sees.end;
+}
+
+/* Zeros values that no row sees, since a weight of 0 does not hide what they may be. By the group. */
+template <typename S>
+__device__ inline void clear_unseen(const group_context<S> &own, const line::unit &unit, uint32_t first,
+                                    char *stage) {
+    using T = typename S::stage;
+    constexpr uint32_t PIECES = T::VALUE_BYTES / 16;
+#pragma unroll 1
+    for (uint32_t i = own.thread(); i < TOKENS * PIECES; i += GROUP_THREADS) {
+        uint32_t row = i / PIECES, token = first + row;
+        if (token >= unit.sees.begin && token < unit.sees.end) continue;
+        *(uint4 *)(stage + TOKENS * T::KEY_BYTES + layout::piece_offset(T::VALUE_BYTES, TOKENS, row, i % PIECES)) =
+            make_uint4(0, 0, 0, 0);
+    }
+    ptx::async_proxy_fence();
+    ptx::named_barrier<GROUP_THREADS>(own.group);
+}
+
+/* Weights are relative to a maximum that moves only when they would exceed 2^SLACK: then the sums have to, too. */
+constexpr float SLACK = 8.0f;
+
+/* Scores become weights; `factors`: what the sums before are to be multiplied by. */
+template <typename S>
+__device__ inline void soften(float (&scores)[TOKENS / 2], warp_state<S> &state, float (&factors)[2],
+                              float scale_log2) {
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        float largest = -INFINITY;
+#pragma unroll
+        for (uint32_t i = half * 2; i < TOKENS / 2; i += 4)
+            largest = fmaxf(largest, fmaxf(scores[i], scores[i + 1]));
+        largest = ptx::quad_max(largest) * scale_log2;
+        float maximum = largest > state.maximum[half] + SLACK ? largest : state.maximum[half];
+        float base = maximum == -INFINITY ? 0.0f : maximum;
+        factors[half] = ptx::exp2_fast(state.maximum[half] - base);
+        float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (uint32_t i = half * 2; i < TOKENS / 2; i += 4) {
+#pragma unroll
+            for (uint32_t e = 0; e < 2; e++) {
+                scores[i + e] = ptx::exp2_fast(fmaf(scores[i + e], scale_log2, -base));
+                sum[e] += scores[i + e];
+            }
+        }
+        state.maximum[half] = maximum;
+        state.sum[half] = fmaf(state.sum[half], factors[half], sum[0] + sum[1]);
+    }
+}
+
+/* Brings what was summed down to the new maximum. */
+template <typename S> __device__ inline void rescale(warp_state<S> &state, const float (&factors)[2]) {
+    if (!__any_sync(ALL_LANES, factors[0] != 1.0f || factors[1] != 1.0f)) return;
+#pragma unroll
+    for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
+#pragma unroll
+        for (uint32_t i = 0; i < S::WIDTH / 2; i++)
+            state.out[d][i] *= factors[i / 2 % 2];
+    }
+}
+
+/* Scores of the tile that begins at `first` become weights. `seen`: what every row sees. */
+template <typename S>
+__device__ inline void weigh(const group_context<S> &own, float (&scores)[TOKENS / 2], warp_state<S> &state,
+                             float (&factors)[2], const line::unit &unit, uint2 seen, const softness &soft,
+                             uint32_t first) {
+    if (!S::rules::SIMPLE && soft.softcap > 0) {
+#pragma unroll
+        for (uint32_t i = 0; i < TOKENS / 2; i++)
+            scores[i] = bend_score(scores[i], soft);
+    }
+    if (first < seen.x || first + TOKENS > seen.y) mask_scores<S>(own, scores, unit, first);
+    soften<S>(scores, state, factors, soft.scale_log2);
+}
+
+template <typename S>
+__device__ inline void pack_weights(uint32_t (&weights)[TOKENS / STEP][4], const float (&scores)[TOKENS / 2]) {
+#pragma unroll
+    for (uint32_t i = 0; i < TOKENS / 4; i++)
+        weights[i / 4][i % 4] = S::KV::pack(scores[2 * i], scores[2 * i + 1]);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* A run */
+
+/*
+ * Lays a warp's state down in shared memory. Eight columns of a row lie at place (eight ^ row % 4), which keeps rows off
+ * each other's banks; see load_state.
+ */
+template <typename S> __device__ inline void store_state(const group_context<S> &own, const warp_state<S> &state) {
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        uint32_t row = own.warp * 16 + own.lane / 4 + half * 8;
+        float sum = ptx::quad_sum(state.sum[half]);
+        if (own.lane % 4 == 0) {
+            own.memory.maximum[own.group][row] = state.maximum[half];
+            own.memory.sum[own.group][row] = sum;
+        }
+        float *out = own.memory.out[own.group][row] + own.lane % 4 * 2;
+        uint32_t xored = row % 4 * 8;
+#pragma unroll
+        for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
+#pragma unroll
+            for (uint32_t i = half * 2; i < S::WIDTH / 2; i += 4) {
+                uint32_t column = d * S::WIDTH + i / 4 * 8;
+                *(float2 *)(out + (column ^ xored)) = make_float2(state.out[d][i], state.out[d][i + 1]);
+            }
+        }
+    }
+}
+
+template <typename S>
+__device__ inline rows::row_state<S::DIM_V> load_state(const group_context<S> &own, uint32_t row) {
+    constexpr uint32_t EIGHT = 8 / rows::row<S::DIM_V>::WIDTH;
+    rows::row_state<S::DIM_V> state;
+    state.out = rows::load_row<S::DIM_V>(own.memory.out[own.group][row], own.lane ^ row % 4 * EIGHT);
+    state.maximum = own.memory.maximum[own.group][row];
+    state.sum = own.memory.sum[own.group][row];
+    return state;
+}
+
+/* Waits for a tile, by a warp; `turn`: which barrier to arrive at if it is the run's last, or 0. */
+template <typename S>
+__device__ inline void enter_tile(const produce::ring &ring, const produce::ring_place &at, uint32_t turn,
+                                  uint32_t lane) {
+    ptx::barrier_wait(ring.full + at.stage * 8, at.parity);
+    if (S::GROUPS > 1 && turn != 0 && lane == 0) ptx::barrier_arrive(turn);
+    __syncwarp();
+}
+
+/* Consumes a run, whose first stage is the `done_before`-th of the block, and lays its state down in shared memory. */
+template <typename S>
+__device__ inline void do_run(const group_context<S> &own, const line::unit &unit, const rows::run &run,
+                              const produce::ring &ring, char *ring_memory, uint32_t done_before,
+                              uint32_t turn_before, uint32_t parity) {
+    load_queries<S>(own, unit);
+    softness soft = narrow::softness_of<S>(own.call, unit.head);
+    uint2 seen = make_uint2(0, unit.sees.end); /* by every row */
+    if (!S::rules::SIMPLE) {
+        seen.x = own.memory.visible[own.group][count_rows<S>(own.cut, unit) - 1].x;
+        seen.y = own.memory.visible[own.group][0].y;
+    }
+    warp_state<S> state;
+    clear_state(state);
+    produce::ring_place at = {done_before % ring.stages, done_before / ring.stages % 2};
+    uint32_t queries = own.queries(), turn = ptx::shared_address(&own.memory.turn[own.group]);
+    uint32_t first = unit.sees.first_token + (run.begin - unit.begin) * TOKENS, left = run.end - run.begin;
+    /* A stage's barrier tells only the last two fillings apart: the tiles before this run's must be there. */
+    if (turn_before != 0) ptx::barrier_wait(turn_before, parity);
+    enter_tile<S>(ring, at, left == 1 ? turn : 0, own.lane);
+
+    float scores[TOKENS / 2], factors[2];
+    uint32_t weights[TOKENS / STEP][4];
+    ptx::warpgroup_fence();
+    multiply_keys<S>(scores, queries, ring.memory + at.stage * S::stage::BYTES);
+    ptx::warpgroup_commit();
+    ptx::warpgroup_wait<0>();
+    ptx::hold(scores);
+    weigh<S>(own, scores, state, factors, unit, seen, soft, first);
+    pack_weights<S>(weights, scores);
+    if (is_partly_unseen(unit, first)) clear_unseen<S>(own, unit, first, ring_memory + at.stage * S::stage::BYTES);
+#pragma unroll 1
+    while (--left > 0) {
+        produce::ring_place before = at;
+        at.advance(ring);
+        first += TOKENS;
+        enter_tile<S>(ring, at, left == 1 ? turn : 0, own.lane);
+        ptx::warpgroup_fence();
+        multiply_keys<S>(scores, queries, ring.memory + at.stage * S::stage::BYTES);
+        ptx::warpgroup_commit();
+        multiply_values<S>(state, weights, ring.memory + before.stage * S::stage::BYTES);
+        ptx::warpgroup_commit();
+        ptx::warpgroup_wait<1>();
+        ptx::hold(scores);
+        weigh<S>(own, scores, state, factors, unit, seen, soft, first);
+        ptx::warpgroup_wait<0>();
+        hold_out(state);
+        if (own.lane == 0) ptx::barrier_arrive(ring.empty + before.stage * 8);
+        rescale(state, factors);
+        pack_weights<S>(weights, scores);
+        if (is_partly_unseen(unit, first)) clear_unseen<S>(own, unit, first, ring_memory + at.stage * S::stage::BYTES);
+    }
+    ptx::warpgroup_fence();
+    multiply_values<S>(state, weights, ring.memory + at.stage * S::stage::BYTES);
+    ptx::warpgroup_commit();
+    ptx::warpgroup_wait<0>();
+    hold_out(state);
+    if (own.lane == 0) ptx::barrier_arrive(ring.empty + at.stage * 8);
+    ptx::named_barrier<GROUP_THREADS>(own.group); /* the queries may be overwritten */
+    store_state<S>(own, state);
+}
+
+/* Merges rows index, index + step, .. of a unit that was cut. Not inlined: once a share, at most. */
+template <typename S>
+__device__ __noinline__ void merge_unit(group_context<S> own, line::unit unit, uint32_t index, uint32_t step) {
+    uint32_t count = count_rows<S>(own.cut, unit);
+#pragma unroll 1
+    for (; index < count; index += step) {
+        rows::merge_row<typename S::rules, typename S::IO, S::DIM_V, ROWS>(own.call, own.work,
+                                                                           {unit, own.cut, index}, own.by, own.lane);
+    }
+}
+
+/* Ends a run: delivers its rows; who brings the unit to its end merges what was cut, after the last run both groups. */
+template <typename S>
+__device__ inline void finish_run(const group_context<S> &own, const line::unit &unit, const rows::run &done,
+                                  bool is_last) {
+    uint32_t count = count_rows<S>(own.cut, unit);
+    ptx::named_barrier<GROUP_THREADS>(own.group);
+#pragma unroll 1
+    for (uint32_t index = own.warp; index < count; index += WARPS) {
+        rows::row_state<S::DIM_V> state = load_state<S>(own, index);
+        rows::place at = {unit, own.cut, index};
+        rows::deliver_row<typename S::rules, typename S::IO, S::DIM_V, ROWS>(own.call, own.work, at, done, own.by,
+                                                                            state, own.lane);
+    }
+    ptx::named_barrier<GROUP_THREADS>(own.group); /* the state may be overwritten; the partials are written */
+    bool is_cut = rows::is_cut<typename S::rules>(own.call, unit, done);
+    uint32_t &last_arriver = own.memory.last_arriver[is_last ? 0 : own.group];
+    if (own.thread() == 0 && (is_cut || is_last))
+        last_arriver = is_cut && rows::arrive<typename S::rules>(own.call, own.work, unit, done, own.by);
+    if (is_last || !is_cut) return;
+    ptx::named_barrier<GROUP_THREADS>(own.group);
+    if (last_arriver) merge_unit<S>(own, unit, own.warp, WARPS);
+}
+
+/* A consumer warp: its group's of the worker's runs, every GROUPS-th. */
+template <typename S>
+__device__ inline void consume(const group_context<S> &own, const line::share &mine, const produce::ring &ring,
+                               char *ring_memory) {
+    using L = typename S::rules;
+    uint32_t before = ptx::shared_address(&own.memory.turn[(own.group + S::GROUPS - 1) % S::GROUPS]);
+    uint32_t number = 0, tiles_done = 0;
+    line::unit unit;
+#pragma unroll 1
+    for (uint32_t part = 0; part < 2; part++) {
+        uint32_t begin = part == 0 ? mine.turn : mine.begin, end = part == 0 ? mine.end : mine.turn;
+        if (begin == end) continue;
+        unit = line::unit_at<L>(own.call, own.cut, part == 0 ? mine.at_turn : mine.at_begin, begin);
+        rows::run run;
+#pragma unroll 1
+        for (run.begin = begin; run.begin < end; run.begin = run.end, number++) {
+            if (run.begin == unit.begin + unit.sees.tiles) line::next_unit<L>(unit, own.call, own.cut);
+            run.end = min(end, unit.begin + unit.sees.tiles);
+            uint32_t tiles = run.end - run.begin;
+            if (number % S::GROUPS == own.group) {
+                bool waits = S::GROUPS > 1 && number > 0;
+                do_run<S>(own, unit, run, ring, ring_memory, tiles_done, waits ? before : 0,
+                          (number - 1) / S::GROUPS % 2);
+                /* The launch before may still read what is written from here on. */
+                if (number < S::GROUPS) ptx::wait_for_previous_launch();
+                finish_run<S>(own, unit, run, tiles_done + tiles == mine.end - mine.begin);
+            }
+            tiles_done += tiles;
+        }
+    }
+    ptx::named_barrier<S::GROUPS * GROUP_THREADS>(S::GROUPS);
+    if (own.memory.last_arriver[0]) merge_unit<S>(own, unit, own.group * WARPS + own.warp, S::GROUPS * WARPS);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* The kernel */
+
+template <typename S>
+__global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, 1)
+    wide_kernel(const __grid_constant__ attn_cuda_call call, const __grid_constant__ arguments with) {
+    extern __shared__ __align__(1024) char shared[];
+    block_memory<S> &memory = *(block_memory<S> *)(shared + with.stages * S::stage::BYTES);
+    produce::ring ring = {ptx::shared_address(shared), ptx::shared_address(memory.full),
+                          ptx::shared_address(memory.empty), with.stages, S::stage::BYTES};
+    uint32_t warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    narrow::fetch_constants(call, with, warp);
+    if (threadIdx.x == S::GROUPS * GROUP_THREADS) {
+        narrow::prefetch_page_table(call);
+        for (uint32_t stage = 0; stage < with.stages; stage++) {
+            ptx::barrier_init(ring.full + stage * 8, produce::full_arrivals());
+            ptx::barrier_init(ring.empty + stage * 8, WARPS);
+        }
+        for (uint32_t group = 0; group < S::GROUPS; group++) {
+            ptx::barrier_init(ptx::shared_address(&memory.turn[group]), WARPS);
+        }
+        ptx::barrier_init_fence();
+    }
+    if (with.times != nullptr && threadIdx.x == 0) {
+        with.times[blockIdx.x * 4] = ptx::multiprocessor();
+        with.times[blockIdx.x * 4 + 1] = ptx::global_time_ns();
+    }
+    ptx::launch_dependents();
+    line::share mine = line::find_share<typename S::rules>(call, with.cut, gridDim.x, blockIdx.x, lane);
+    __syncthreads();
+    if (mine.begin == mine.end) return;
+    if (warp == S::GROUPS * WARPS) {
+        produce::fill_ring<typename S::stage, typename S::rules>(call, with.cut, mine, ring, lane);
+    } else {
+        rows::workspace work = rows::view_workspace(with.workspace);
+        group_context<S> own = {call,
+                                with.cut,
+                                work,
+                                memory,
+                                {blockIdx.x, mine.tiles_a_worker, line::chunk_shift<typename S::rules>(call)},
+                                warp / WARPS,
+                                warp % WARPS,
+                                lane};
+        if (with.times != nullptr && threadIdx.x == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();
+        consume<S>(own, mine, ring, shared);
+        if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
+            atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Launching */
+
+template <typename S>
+cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_workspace &workspace,
+                   cudaStream_t stream) {
+    uint32_t group = call.layer.heads_q / call.layer.heads_kv;
+    if (workspace.rows < ROWS || group > ROWS || tuning.blocks_per_sm != 1) return cudaErrorInvalidValue;
+    if (tuning.shared_bytes < sizeof(block_memory<S>) + 2 * S::stage::BYTES) return cudaErrorInvalidValue;
+    uint32_t stages = (tuning.shared_bytes - (uint32_t)sizeof(block_memory<S>)) / S::stage::BYTES;
+    uint32_t most = tuning.stages != 0 ? tuning.stages : (160 * 1024 + S::stage::BYTES - 1) / S::stage::BYTES;
+    stages = min(min(stages, most), MAX_STAGES);
+    size_t bytes = stages * S::stage::BYTES + sizeof(block_memory<S>);
+    auto *kernel = wide_kernel<S>;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if (error != cudaSuccess) return error;
+    attn_cuda_workspace slots = workspace;
+    slots.rows = ROWS;
+    arguments with = {line::make_cut(call.layer, tuning, ROWS), slots, stages, tuning.times};
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(tuning.workers);
+    config.blockDim = dim3(S::GROUPS * GROUP_THREADS + 32);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = tuning.overlap_launches ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, call, with);
+}
+
+/* Two groups have 168 registers a thread, one has 255: what does not fit the former has one. */
+template <typename KV, uint32_t DIM, uint32_t DIM_V>
+cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
+                         const attn_cuda_workspace &workspace, cudaStream_t stream) {
+    constexpr uint32_t GROUPS = DIM_V > 128 ? 1 : 2;
+    return line::is_simple(call) ? launch<shape<KV, DIM, DIM_V, GROUPS, true>>(call, tuning, workspace, stream)
+                                 : launch<shape<KV, DIM, DIM_V, GROUPS, false>>(call, tuning, workspace, stream);
+}
+
+template <typename KV>
+cudaError_t launch_dims(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
+                        const attn_cuda_workspace &workspace, cudaStream_t stream) {
+    uint32_t dim = call.layer.head_dim, dim_v = call.layer.head_dim_v;
+    if (call.batch_invariant) return cudaErrorInvalidValue;
+    if (dim == 192 && dim_v == 128) return launch_shape<KV, 192, 128>(call, tuning, workspace, stream);
+    if (dim != dim_v) return cudaErrorInvalidValue;
+    switch (dim) {
+    case 64: return launch_shape<KV, 64, 64>(call, tuning, workspace, stream);
+    case 96: return launch_shape<KV, 96, 96>(call, tuning, workspace, stream);
+    case 128: return launch_shape<KV, 128, 128>(call, tuning, workspace, stream);
+    case 192: return launch_shape<KV, 192, 192>(call, tuning, workspace, stream);
+    case 256: return launch_shape<KV, 256, 256>(call, tuning, workspace, stream);
+    default: return cudaErrorInvalidValue;
+    }
+}
+
+} /* namespace wide */
+
+#endif
