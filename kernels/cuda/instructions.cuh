@@ -78,6 +78,14 @@ __device__ inline uint64_t evict_first_policy() {
 /* Makes what this thread wrote visible to bulk copies and wgmma that are started afterwards. */
 __device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
+/* The same of what was written to shared memory. */
+__device__ inline void shared_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/* 16 bytes of zeros, to shared memory. */
+__device__ inline void store_zeros(uint32_t to) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
+}
+
 /* 16 bytes from global to shared memory, by the thread, asynchronously. */
 __device__ inline void copy_16_bytes(uint32_t to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");

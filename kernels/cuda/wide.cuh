@@ -48,20 +48,34 @@ template <typename S> struct block_memory {
     uint64_t full[MAX_STAGES];
     uint64_t empty[MAX_STAGES];
     uint64_t turn[S::GROUPS]; /* the last tile of the group's run is there: the next run may begin */
-    uint32_t last_arriver[S::GROUPS];
+    uint32_t last_arriver[S::GROUPS + 1]; /* of a group's run; of the share's last */
 };
 
-/* What a group's functions have in common. */
-template <typename S> struct group_context {
-    const attn_cuda_call &call;
-    const line::cut &cut;
-    const rows::workspace &work;
-    block_memory<S> &memory;
-    rows::worker by;
+/* Who a thread is. */
+struct group_place {
     uint32_t group, warp, lane; /* warp: of the group */
 
     __device__ uint32_t thread() const { return warp * 32 + lane; }
-    __device__ uint32_t queries() const { return ptx::shared_address(memory.out[group]); }
+};
+
+/*
+ * A consumer warp on its way through the block's share. In local memory, and changed by functions that are not inlined:
+ * the registers are the products'.
+ */
+template <typename S> struct consumer {
+    const attn_cuda_call &call;
+    const line::cut &cut;
+    block_memory<S> &memory;
+    rows::workspace work;
+    rows::worker by;
+    group_place place;
+    line::share mine;
+    uint32_t parts_left; /* of the share: the last run if that comes first, and the rest */
+    uint32_t part_end;
+    line::unit unit;
+    rows::run run;
+    uint32_t runs;       /* of the block up to this one, the other group's too */
+    uint32_t tiles_done; /* of the block before the run */
 };
 
 /* ------------------------------------------------------------------------------------------- */
@@ -77,31 +91,32 @@ template <typename S> __device__ inline uint32_t count_rows(const line::cut &cut
 }
 
 /* Writes the block's queries to shared memory, zeros where it has fewer rows, and what each row sees. By the group. */
-template <typename S>
-__device__ inline void load_queries(const group_context<S> &own, const line::unit &unit) {
+template <typename S> __device__ inline void load_queries(const consumer<S> &own) {
     using T = typename S::stage;
     constexpr uint32_t PIECES = T::KEY_BYTES / 16;
     const line::cut &cut = own.cut;
+    const line::unit &unit = own.unit;
+    uint32_t group = own.place.group, thread = own.place.thread();
     uint32_t count = count_rows<S>(cut, unit), query_first = unit.block * cut.block_queries;
     size_t first = ((size_t)unit.of.first_query + query_first) * own.call.layer.heads_q + unit.head * cut.group;
-    char *queries = (char *)own.memory.out[own.group];
+    char *queries = (char *)own.memory.out[group];
 #pragma unroll
     for (uint32_t i = 0; i < ROWS * PIECES / GROUP_THREADS; i++) {
-        uint32_t index = i * GROUP_THREADS + own.thread(), row = index / PIECES, piece = index % PIECES;
+        uint32_t index = i * GROUP_THREADS + thread, row = index / PIECES, piece = index % PIECES;
         uint32_t query = S::rules::SIMPLE ? 0 : line::query_of(cut, row);
         size_t at = first + query * own.call.layer.heads_q + row - query * cut.group;
         uint4 loaded = make_uint4(0, 0, 0, 0);
         if (row < count) loaded = __ldg((const uint4 *)own.call.queries + at * PIECES + piece);
         *(uint4 *)(queries + layout::piece_offset(T::KEY_BYTES, ROWS, row, piece)) = loaded;
     }
-    if (!S::rules::SIMPLE && own.thread() < ROWS) {
-        uint32_t row = own.thread(), query = query_first + line::query_of(cut, row);
+    if (!S::rules::SIMPLE && thread < ROWS) {
+        uint32_t row = thread, query = query_first + line::query_of(cut, row);
         uint2 sees = make_uint2(0, unit.sees.end);
         if (row < count) sees = results::row_visible(unit.of, own.call.window, query);
-        own.memory.visible[own.group][row] = sees;
+        own.memory.visible[group][row] = sees;
     }
-    ptx::async_proxy_fence();
-    ptx::named_barrier<GROUP_THREADS>(own.group);
+    ptx::shared_proxy_fence();
+    ptx::named_barrier<GROUP_THREADS>(group);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -165,46 +180,55 @@ __device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&we
 /* ------------------------------------------------------------------------------------------- */
 /* A tile */
 
+/* What of a run its tiles' consumer has to know. */
+struct tile_run {
+    uint32_t tiles;
+    uint32_t done_before; /* tiles of the block, before the run's */
+    uint32_t first;       /* token of the first tile */
+    uint2 sees, all;      /* tokens that some row sees, and that every row sees */
+    softness soft;
+    uint32_t turn_before, parity; /* the barrier that says that it is this run's turn, or 0 */
+};
+
 /* The same as narrow::bend, but without a call, which would have the products wait for each other. */
 __device__ inline float bend_score(float score, const softness &soft) {
     float power = ptx::exp2_fast(score * soft.scale * (2.0f * LOG2_E / soft.softcap));
     return soft.softcap * (1.0f - __fdividef(2.0f, power + 1.0f));
 }
 
-/* Hides the scores of tokens that a row does not see. `first`: the tile's first token. */
+/* Hides the scores of tokens that a row does not see. */
 template <typename S>
-__device__ inline void mask_scores(const group_context<S> &own, float (&scores)[TOKENS / 2], const line::unit &unit,
-                                   uint32_t first) {
+__device__ inline void mask_scores(const group_place &own, float (&scores)[TOKENS / 2], const tile_run &run,
+                                   const uint2 *visible) {
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        uint2 sees = make_uint2(0, unit.sees.end);
-        if (!S::rules::SIMPLE) sees = own.memory.visible[own.group][own.warp * 16 + own.lane / 4 + half * 8];
+        uint2 sees = make_uint2(0, run.sees.y);
+        if (!S::rules::SIMPLE) sees = visible[own.warp * 16 + own.lane / 4 + half * 8];
 #pragma unroll
         for (uint32_t i = 0; i < TOKENS / 4; i++) {
-            uint32_t token = first + i / 2 * 8 + own.lane % 4 * 2 + i % 2;
+            uint32_t token = run.first + i / 2 * 8 + own.lane % 4 * 2 + i % 2;
             if (token < sees.x || token >= sees.y) scores[i / 2 * 4 + half * 2 + i % 2] = -INFINITY;
         }
     }
 }
 
-__device__ inline bool is_partly_unseen(const line::unit &unit, uint32_t first) {
-    return first < unit.sees.begin || first + TOKENS > unit.sees.end;
+__device__ inline bool is_partly_unseen(const tile_run &run) {
+    return run.first < run.sees.x || run.first + TOKENS > run.sees.y;
 }
 
 /* Zeros values that no row sees, since a weight of 0 does not hide what they may be. By the group. */
 template <typename S>
-__device__ inline void clear_unseen(const group_context<S> &own, const line::unit &unit, uint32_t first,
-                                    char *stage) {
+__device__ inline void clear_unseen(const group_place &own, const tile_run &run, uint32_t stage) {
     using T = typename S::stage;
     constexpr uint32_t PIECES = T::VALUE_BYTES / 16;
 #pragma unroll 1
     for (uint32_t i = own.thread(); i < TOKENS * PIECES; i += GROUP_THREADS) {
-        uint32_t row = i / PIECES, token = first + row;
-        if (token >= unit.sees.begin && token < unit.sees.end) continue;
-        *(uint4 *)(stage + TOKENS * T::KEY_BYTES + layout::piece_offset(T::VALUE_BYTES, TOKENS, row, i % PIECES)) =
-            make_uint4(0, 0, 0, 0);
+        uint32_t row = i / PIECES, token = run.first + row;
+        if (token >= run.sees.x && token < run.sees.y) continue;
+        uint32_t at = layout::piece_offset(T::VALUE_BYTES, TOKENS, row, i % PIECES);
+        ptx::store_zeros(stage + TOKENS * T::KEY_BYTES + at);
     }
-    ptx::async_proxy_fence();
+    ptx::shared_proxy_fence();
     ptx::named_barrier<GROUP_THREADS>(own.group);
 }
 
@@ -250,18 +274,17 @@ template <typename S> __device__ inline void rescale(warp_state<S> &state, const
     }
 }
 
-/* Scores of the tile that begins at `first` become weights. `seen`: what every row sees. */
+/* Scores of the tile that begins at run.first become weights. */
 template <typename S>
-__device__ inline void weigh(const group_context<S> &own, float (&scores)[TOKENS / 2], warp_state<S> &state,
-                             float (&factors)[2], const line::unit &unit, uint2 seen, const softness &soft,
-                             uint32_t first) {
-    if (!S::rules::SIMPLE && soft.softcap > 0) {
+__device__ inline void weigh(const group_place &own, float (&scores)[TOKENS / 2], warp_state<S> &state,
+                             float (&factors)[2], const tile_run &run, const uint2 *visible) {
+    if (!S::rules::SIMPLE && run.soft.softcap > 0) {
 #pragma unroll
         for (uint32_t i = 0; i < TOKENS / 2; i++)
-            scores[i] = bend_score(scores[i], soft);
+            scores[i] = bend_score(scores[i], run.soft);
     }
-    if (first < seen.x || first + TOKENS > seen.y) mask_scores<S>(own, scores, unit, first);
-    soften<S>(scores, state, factors, soft.scale_log2);
+    if (run.first < run.all.x || run.first + TOKENS > run.all.y) mask_scores<S>(own, scores, run, visible);
+    soften<S>(scores, state, factors, run.soft.scale_log2);
 }
 
 template <typename S>
@@ -278,16 +301,17 @@ __device__ inline void pack_weights(uint32_t (&weights)[TOKENS / STEP][4], const
  * Lays a warp's state down in shared memory. Eight columns of a row lie at place (eight ^ row % 4), which keeps rows off
  * each other's banks; see load_state.
  */
-template <typename S> __device__ inline void store_state(const group_context<S> &own, const warp_state<S> &state) {
+template <typename S>
+__device__ inline void store_state(const group_place &own, block_memory<S> &memory, const warp_state<S> &state) {
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
         uint32_t row = own.warp * 16 + own.lane / 4 + half * 8;
         float sum = ptx::quad_sum(state.sum[half]);
         if (own.lane % 4 == 0) {
-            own.memory.maximum[own.group][row] = state.maximum[half];
-            own.memory.sum[own.group][row] = sum;
+            memory.maximum[own.group][row] = state.maximum[half];
+            memory.sum[own.group][row] = sum;
         }
-        float *out = own.memory.out[own.group][row] + own.lane % 4 * 2;
+        float *out = memory.out[own.group][row] + own.lane % 4 * 2;
         uint32_t xored = row % 4 * 8;
 #pragma unroll
         for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
@@ -301,12 +325,12 @@ template <typename S> __device__ inline void store_state(const group_context<S> 
 }
 
 template <typename S>
-__device__ inline rows::row_state<S::DIM_V> load_state(const group_context<S> &own, uint32_t row) {
+__device__ inline rows::row_state<S::DIM_V> load_state(const consumer<S> &own, uint32_t row) {
     constexpr uint32_t EIGHT = 8 / rows::row<S::DIM_V>::WIDTH;
     rows::row_state<S::DIM_V> state;
-    state.out = rows::load_row<S::DIM_V>(own.memory.out[own.group][row], own.lane ^ row % 4 * EIGHT);
-    state.maximum = own.memory.maximum[own.group][row];
-    state.sum = own.memory.sum[own.group][row];
+    state.out = rows::load_row<S::DIM_V>(own.memory.out[own.place.group][row], own.place.lane ^ row % 4 * EIGHT);
+    state.maximum = own.memory.maximum[own.place.group][row];
+    state.sum = own.memory.sum[own.place.group][row];
     return state;
 }
 
@@ -319,26 +343,19 @@ __device__ inline void enter_tile(const produce::ring &ring, const produce::ring
     __syncwarp();
 }
 
-/* Consumes a run, whose first stage is the `done_before`-th of the block, and lays its state down in shared memory. */
+/* Consumes a run and lays its state down in shared memory. Without calls: they would have the products wait. */
 template <typename S>
-__device__ inline void do_run(const group_context<S> &own, const line::unit &unit, const rows::run &run,
-                              const produce::ring &ring, char *ring_memory, uint32_t done_before,
-                              uint32_t turn_before, uint32_t parity) {
-    load_queries<S>(own, unit);
-    softness soft = narrow::softness_of<S>(own.call, unit.head);
-    uint2 seen = make_uint2(0, unit.sees.end); /* by every row */
-    if (!S::rules::SIMPLE) {
-        seen.x = own.memory.visible[own.group][count_rows<S>(own.cut, unit) - 1].x;
-        seen.y = own.memory.visible[own.group][0].y;
-    }
+__device__ inline void consume_tiles(block_memory<S> &memory, const produce::ring &ring, const group_place &own,
+                                     tile_run run) {
     warp_state<S> state;
     clear_state(state);
-    produce::ring_place at = {done_before % ring.stages, done_before / ring.stages % 2};
-    uint32_t queries = own.queries(), turn = ptx::shared_address(&own.memory.turn[own.group]);
-    uint32_t first = unit.sees.first_token + (run.begin - unit.begin) * TOKENS, left = run.end - run.begin;
+    produce::ring_place at = {run.done_before % ring.stages, run.done_before / ring.stages % 2};
+    uint32_t queries = ptx::shared_address(memory.out[own.group]);
+    uint32_t turn = ptx::shared_address(&memory.turn[own.group]);
+    const uint2 *visible = memory.visible[own.group];
     /* A stage's barrier tells only the last two fillings apart: the tiles before this run's must be there. */
-    if (turn_before != 0) ptx::barrier_wait(turn_before, parity);
-    enter_tile<S>(ring, at, left == 1 ? turn : 0, own.lane);
+    if (run.turn_before != 0) ptx::barrier_wait(run.turn_before, run.parity);
+    enter_tile<S>(ring, at, run.tiles == 1 ? turn : 0, own.lane);
 
     float scores[TOKENS / 2], factors[2];
     uint32_t weights[TOKENS / STEP][4];
@@ -347,15 +364,15 @@ __device__ inline void do_run(const group_context<S> &own, const line::unit &uni
     ptx::warpgroup_commit();
     ptx::warpgroup_wait<0>();
     ptx::hold(scores);
-    weigh<S>(own, scores, state, factors, unit, seen, soft, first);
+    weigh<S>(own, scores, state, factors, run, visible);
     pack_weights<S>(weights, scores);
-    if (is_partly_unseen(unit, first)) clear_unseen<S>(own, unit, first, ring_memory + at.stage * S::stage::BYTES);
+    if (is_partly_unseen(run)) clear_unseen<S>(own, run, ring.memory + at.stage * S::stage::BYTES);
 #pragma unroll 1
-    while (--left > 0) {
+    while (--run.tiles > 0) {
         produce::ring_place before = at;
         at.advance(ring);
-        first += TOKENS;
-        enter_tile<S>(ring, at, left == 1 ? turn : 0, own.lane);
+        run.first += TOKENS;
+        enter_tile<S>(ring, at, run.tiles == 1 ? turn : 0, own.lane);
         ptx::warpgroup_fence();
         multiply_keys<S>(scores, queries, ring.memory + at.stage * S::stage::BYTES);
         ptx::warpgroup_commit();
@@ -363,13 +380,14 @@ __device__ inline void do_run(const group_context<S> &own, const line::unit &uni
         ptx::warpgroup_commit();
         ptx::warpgroup_wait<1>();
         ptx::hold(scores);
-        weigh<S>(own, scores, state, factors, unit, seen, soft, first);
+        weigh<S>(own, scores, state, factors, run, visible);
+        ptx::hold(scores); /* not after the wait */
         ptx::warpgroup_wait<0>();
         hold_out(state);
         if (own.lane == 0) ptx::barrier_arrive(ring.empty + before.stage * 8);
         rescale(state, factors);
         pack_weights<S>(weights, scores);
-        if (is_partly_unseen(unit, first)) clear_unseen<S>(own, unit, first, ring_memory + at.stage * S::stage::BYTES);
+        if (is_partly_unseen(run)) clear_unseen<S>(own, run, ring.memory + at.stage * S::stage::BYTES);
     }
     ptx::warpgroup_fence();
     multiply_values<S>(state, weights, ring.memory + at.stage * S::stage::BYTES);
@@ -378,75 +396,86 @@ __device__ inline void do_run(const group_context<S> &own, const line::unit &uni
     hold_out(state);
     if (own.lane == 0) ptx::barrier_arrive(ring.empty + at.stage * 8);
     ptx::named_barrier<GROUP_THREADS>(own.group); /* the queries may be overwritten */
-    store_state<S>(own, state);
+    store_state<S>(own, memory, state);
 }
 
-/* Merges rows index, index + step, .. of a unit that was cut. Not inlined: once a share, at most. */
-template <typename S>
-__device__ __noinline__ void merge_unit(group_context<S> own, line::unit unit, uint32_t index, uint32_t step) {
-    uint32_t count = count_rows<S>(own.cut, unit);
+/* ------------------------------------------------------------------------------------------- */
+/* Runs */
+
+/* Finds the group's next run, every GROUPS-th of the block, and loads its queries. False: there is none. */
+template <typename S> __device__ __noinline__ bool next_run(consumer<S> &own, tile_run &todo) {
+    using L = typename S::rules;
+    do {
+        own.tiles_done += own.run.end - own.run.begin;
+        own.run.begin = own.run.end;
+        while (own.run.begin == own.part_end) {
+            if (own.parts_left == 0) return false;
+            bool is_first = own.parts_left-- == 2;
+            own.run.begin = is_first ? own.mine.turn : own.mine.begin;
+            own.part_end = is_first ? own.mine.end : own.mine.turn;
+            if (own.run.begin == own.part_end) continue;
+            own.unit = line::unit_at<L>(own.call, own.cut, is_first ? own.mine.at_turn : own.mine.at_begin,
+                                        own.run.begin);
+        }
+        if (own.run.begin == own.unit.begin + own.unit.sees.tiles) line::next_unit<L>(own.unit, own.call, own.cut);
+        own.run.end = min(own.part_end, own.unit.begin + own.unit.sees.tiles);
+    } while (own.runs++ % S::GROUPS != own.place.group);
+
+    load_queries<S>(own);
+    const line::unit &unit = own.unit;
+    uint32_t group = own.place.group;
+    todo.tiles = own.run.end - own.run.begin;
+    todo.done_before = own.tiles_done;
+    todo.first = unit.sees.first_token + (own.run.begin - unit.begin) * TOKENS;
+    todo.sees = make_uint2(unit.sees.begin, unit.sees.end);
+    todo.all = make_uint2(0, unit.sees.end);
+    if (!S::rules::SIMPLE) {
+        todo.all.x = own.memory.visible[group][count_rows<S>(own.cut, unit) - 1].x;
+        todo.all.y = own.memory.visible[group][0].y;
+    }
+    todo.soft = narrow::softness_of<S>(own.call, unit.head);
+    bool waits = S::GROUPS > 1 && own.runs > 1;
+    todo.turn_before = waits ? ptx::shared_address(&own.memory.turn[(group + S::GROUPS - 1) % S::GROUPS]) : 0;
+    todo.parity = own.runs / S::GROUPS % 2 ^ 1;
+    return true;
+}
+
+/* Merges every step-th row of a unit that was cut, from `index` on. */
+template <typename S> __device__ __noinline__ void merge_unit(const consumer<S> &own, uint32_t index, uint32_t step) {
+    uint32_t count = count_rows<S>(own.cut, own.unit);
 #pragma unroll 1
     for (; index < count; index += step) {
-        rows::merge_row<typename S::rules, typename S::IO, S::DIM_V, ROWS>(own.call, own.work,
-                                                                           {unit, own.cut, index}, own.by, own.lane);
+        rows::merge_row<typename S::rules, typename S::IO, S::DIM_V, ROWS>(
+            own.call, own.work, {own.unit, own.cut, index}, own.by, own.place.lane);
     }
 }
 
-/* Ends a run: delivers its rows; who brings the unit to its end merges what was cut, after the last run both groups. */
-template <typename S>
-__device__ inline void finish_run(const group_context<S> &own, const line::unit &unit, const rows::run &done,
-                                  bool is_last) {
-    uint32_t count = count_rows<S>(own.cut, unit);
-    ptx::named_barrier<GROUP_THREADS>(own.group);
-#pragma unroll 1
-    for (uint32_t index = own.warp; index < count; index += WARPS) {
-        rows::row_state<S::DIM_V> state = load_state<S>(own, index);
-        rows::place at = {unit, own.cut, index};
-        rows::deliver_row<typename S::rules, typename S::IO, S::DIM_V, ROWS>(own.call, own.work, at, done, own.by,
-                                                                            state, own.lane);
-    }
-    ptx::named_barrier<GROUP_THREADS>(own.group); /* the state may be overwritten; the partials are written */
-    bool is_cut = rows::is_cut<typename S::rules>(own.call, unit, done);
-    uint32_t &last_arriver = own.memory.last_arriver[is_last ? 0 : own.group];
-    if (own.thread() == 0 && (is_cut || is_last))
-        last_arriver = is_cut && rows::arrive<typename S::rules>(own.call, own.work, unit, done, own.by);
-    if (is_last || !is_cut) return;
-    ptx::named_barrier<GROUP_THREADS>(own.group);
-    if (last_arriver) merge_unit<S>(own, unit, own.warp, WARPS);
-}
-
-/* A consumer warp: its group's of the worker's runs, every GROUPS-th. */
-template <typename S>
-__device__ inline void consume(const group_context<S> &own, const line::share &mine, const produce::ring &ring,
-                               char *ring_memory) {
+/*
+ * Ends a run: delivers its rows. True: it has brought a unit that was cut to its end, and the group is to merge it. After
+ * the last run both groups do, so this is told to all of them.
+ */
+template <typename S> __device__ __noinline__ bool finish_run(const consumer<S> &own) {
     using L = typename S::rules;
-    uint32_t before = ptx::shared_address(&own.memory.turn[(own.group + S::GROUPS - 1) % S::GROUPS]);
-    uint32_t number = 0, tiles_done = 0;
-    line::unit unit;
+    const group_place &place = own.place;
+    /* The launch before may still read what is written from here on. */
+    if (own.runs <= S::GROUPS) ptx::wait_for_previous_launch();
+    ptx::named_barrier<GROUP_THREADS>(place.group);
+    uint32_t count = count_rows<S>(own.cut, own.unit);
 #pragma unroll 1
-    for (uint32_t part = 0; part < 2; part++) {
-        uint32_t begin = part == 0 ? mine.turn : mine.begin, end = part == 0 ? mine.end : mine.turn;
-        if (begin == end) continue;
-        unit = line::unit_at<L>(own.call, own.cut, part == 0 ? mine.at_turn : mine.at_begin, begin);
-        rows::run run;
-#pragma unroll 1
-        for (run.begin = begin; run.begin < end; run.begin = run.end, number++) {
-            if (run.begin == unit.begin + unit.sees.tiles) line::next_unit<L>(unit, own.call, own.cut);
-            run.end = min(end, unit.begin + unit.sees.tiles);
-            uint32_t tiles = run.end - run.begin;
-            if (number % S::GROUPS == own.group) {
-                bool waits = S::GROUPS > 1 && number > 0;
-                do_run<S>(own, unit, run, ring, ring_memory, tiles_done, waits ? before : 0,
-                          (number - 1) / S::GROUPS % 2);
-                /* The launch before may still read what is written from here on. */
-                if (number < S::GROUPS) ptx::wait_for_previous_launch();
-                finish_run<S>(own, unit, run, tiles_done + tiles == mine.end - mine.begin);
-            }
-            tiles_done += tiles;
-        }
+    for (uint32_t index = place.warp; index < count; index += WARPS) {
+        rows::row_state<S::DIM_V> state = load_state<S>(own, index);
+        rows::deliver_row<L, typename S::IO, S::DIM_V, ROWS>(own.call, own.work, {own.unit, own.cut, index}, own.run,
+                                                             own.by, state, place.lane);
     }
-    ptx::named_barrier<S::GROUPS * GROUP_THREADS>(S::GROUPS);
-    if (own.memory.last_arriver[0]) merge_unit<S>(own, unit, own.group * WARPS + own.warp, S::GROUPS * WARPS);
+    ptx::named_barrier<GROUP_THREADS>(place.group); /* the state may be overwritten; the partials are written */
+    bool is_cut = rows::is_cut<L>(own.call, own.unit, own.run);
+    bool is_last = own.tiles_done + (own.run.end - own.run.begin) == own.mine.end - own.mine.begin;
+    uint32_t &last_arriver = own.memory.last_arriver[is_last ? S::GROUPS : place.group];
+    if (place.thread() == 0 && (is_cut || is_last))
+        last_arriver = is_cut && rows::arrive<L>(own.call, own.work, own.unit, own.run, own.by);
+    if (is_last || !is_cut) return false;
+    ptx::named_barrier<GROUP_THREADS>(place.group);
+    return last_arriver;
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -483,17 +512,24 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, 1)
     if (warp == S::GROUPS * WARPS) {
         produce::fill_ring<typename S::stage, typename S::rules>(call, with.cut, mine, ring, lane);
     } else {
-        rows::workspace work = rows::view_workspace(with.workspace);
-        group_context<S> own = {call,
-                                with.cut,
-                                work,
-                                memory,
-                                {blockIdx.x, mine.tiles_a_worker, line::chunk_shift<typename S::rules>(call)},
-                                warp / WARPS,
-                                warp % WARPS,
-                                lane};
+        group_place place = {warp / WARPS, warp % WARPS, lane};
+        consumer<S> own = {call,
+                           with.cut,
+                           memory,
+                           rows::view_workspace(with.workspace),
+                           {blockIdx.x, mine.tiles_a_worker, line::chunk_shift<typename S::rules>(call)},
+                           place,
+                           mine};
+        own.parts_left = 2;
         if (with.times != nullptr && threadIdx.x == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();
-        consume<S>(own, mine, ring, shared);
+        tile_run run;
+#pragma unroll 1
+        while (next_run<S>(own, run)) {
+            consume_tiles<S>(memory, ring, place, run);
+            if (finish_run<S>(own)) merge_unit<S>(own, place.warp, WARPS);
+        }
+        ptx::named_barrier<S::GROUPS * GROUP_THREADS>(S::GROUPS);
+        if (memory.last_arriver[S::GROUPS]) merge_unit<S>(own, warp, S::GROUPS * WARPS);
         if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
             atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
     }
