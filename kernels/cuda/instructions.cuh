@@ -96,6 +96,14 @@ __device__ inline void barrier_arrive_after_copies(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+/* Those of this thread's copies that no other group has been made of become one. */
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/* Waits until at most so many of the groups committed last are still on their way. */
+template <int GROUPS> __device__ inline void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
 /* A barrier of a group of threads; __syncthreads has number 0. */
 template <int THREADS> __device__ inline void named_barrier(uint32_t group) {
     asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
@@ -262,14 +270,20 @@ __device__ inline float column_sum(float x) {
  * to be a multiple of 1024 but for what is skipped of the matrix. Its rows may run along either side of the product;
  * `chunk_stride` is from one column to the next, and matters where the rows' own direction is longer than a chunk.
  */
-template <uint32_t CHUNK> __device__ inline uint64_t describe_matrix(uint32_t address, uint32_t chunk_stride) {
-    constexpr uint64_t LAYOUT = CHUNK == 128 ? 1 : CHUNK == 64 ? 2 : 3;
-    constexpr uint64_t GROUP = 8 * CHUNK / 16; /* from eight rows to the next eight */
-    return LAYOUT << 62 | GROUP << 32 | (uint64_t)(chunk_stride / 16) << 16 | address / 16 % 16384;
-}
+template <uint32_t CHUNK> struct matrix {
+    uint32_t low; /* of the descriptor */
 
-/* Of the same matrix, `bytes` further. */
-__device__ inline uint64_t skip_bytes(uint64_t matrix, uint32_t bytes) { return matrix + bytes / 16; }
+    /* By all lanes. Taken from one of them, which tells the compiler that it is the same for all. */
+    __device__ matrix(uint32_t address, uint32_t chunk_stride)
+        : low(__shfl_sync(0xffffffffu, chunk_stride / 16 << 16 | address / 16, 0)) {}
+
+    /* The descriptor of what begins `bytes` further. */
+    __device__ uint64_t at(uint32_t bytes) const {
+        constexpr uint32_t LAYOUT = CHUNK == 128 ? 1 : CHUNK == 64 ? 2 : 3;
+        constexpr uint32_t HIGH = LAYOUT << 30 | 8 * CHUNK / 16; /* from eight rows to the next eight */
+        return (uint64_t)HIGH << 32 | (low + bytes / 16);
+    }
+};
 
 /* Before the first product of a group, and after registers that it uses were written. */
 __device__ inline void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -222,7 +222,7 @@ __device__ inline void write_row(const attn_cuda_call &call, const place &at, ro
 template <typename L, typename IO, uint32_t COLUMNS, uint32_t ROWS>
 __device__ inline void merge_partials(const attn_cuda_call &call, const workspace &work, const place &at,
                                       uint32_t first, uint32_t count, uint32_t lane) {
-    constexpr uint32_t EARLY = ROWS > 16 ? 1024 / COLUMNS : COLUMNS <= 128 ? 8 : 4;
+    constexpr uint32_t EARLY = COLUMNS <= 128 ? 8 : 4;
     constexpr size_t OUT_STEP = (size_t)2 * ROWS * COLUMNS, STATE_STEP = 2 * ROWS;
     const float *outs = work.outs + ((size_t)2 * first * ROWS + at.index) * COLUMNS;
     const float2 *states = work.states + (size_t)2 * first * ROWS + at.index;

@@ -48,7 +48,7 @@ template <typename S> struct block_memory {
     uint64_t full[MAX_STAGES];
     uint64_t empty[MAX_STAGES];
     uint64_t turn[S::GROUPS]; /* the last tile of the group's run is there: the next run may begin */
-    uint32_t last_arriver[S::GROUPS + 1]; /* of a group's run; of the share's last */
+    uint32_t last_arriver[S::GROUPS];
 };
 
 /* Who a thread is. */
@@ -151,12 +151,11 @@ template <typename S>
 __device__ inline void multiply_keys(float (&scores)[TOKENS / 2], uint32_t queries, uint32_t stage) {
     using T = typename S::stage;
     constexpr uint32_t STEP_BYTES = STEP * S::KV::BYTES;
-    uint64_t a = ptx::describe_matrix<T::KEY_CHUNK>(queries, 16);
-    uint64_t b = ptx::describe_matrix<T::KEY_CHUNK>(stage, 16);
+    ptx::matrix<T::KEY_CHUNK> a(queries, 16), b(stage, 16);
 #pragma unroll
     for (uint32_t byte = 0; byte < T::KEY_BYTES; byte += STEP_BYTES) {
         uint32_t skip = byte / T::KEY_CHUNK * TOKENS * T::KEY_CHUNK + byte % T::KEY_CHUNK;
-        S::KV::multiply_rows(scores, ptx::skip_bytes(a, skip), ptx::skip_bytes(b, skip), byte != 0);
+        S::KV::multiply_rows(scores, a.at(skip), b.at(skip), byte != 0);
     }
 }
 
@@ -166,13 +165,13 @@ __device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&we
                                        uint32_t stage) {
     using T = typename S::stage;
     constexpr uint32_t COLUMN_BYTES = TOKENS * T::VALUE_CHUNK;
-    uint64_t b = ptx::describe_matrix<T::VALUE_CHUNK>(stage + TOKENS * T::KEY_BYTES, COLUMN_BYTES);
+    ptx::matrix<T::VALUE_CHUNK> b(stage + TOKENS * T::KEY_BYTES, COLUMN_BYTES);
 #pragma unroll
     for (uint32_t k = 0; k < TOKENS / STEP; k++) {
 #pragma unroll
         for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
             uint32_t skip = d * COLUMN_BYTES + k * STEP * T::VALUE_CHUNK;
-            S::KV::multiply_columns(state.out[d], weights[k], ptx::skip_bytes(b, skip));
+            S::KV::multiply_columns(state.out[d], weights[k], b.at(skip));
         }
     }
 }
@@ -263,9 +262,16 @@ __device__ inline void soften(float (&scores)[TOKENS / 2], warp_state<S> &state,
     }
 }
 
+/*
+ * Are there factors other than 1? By a warp. A branch on that comes after all weights: the sums, never negative, see to
+ * it that no compiler puts off computing them until the products, which they are to overlap, are waited for.
+ */
+template <typename S> __device__ inline bool has_moved(const warp_state<S> &state, const float (&factors)[2]) {
+    return __any_sync(ALL_LANES, factors[0] != 1.0f || factors[1] != 1.0f || state.sum[0] < 0.0f || state.sum[1] < 0.0f);
+}
+
 /* Brings what was summed down to the new maximum. */
 template <typename S> __device__ inline void rescale(warp_state<S> &state, const float (&factors)[2]) {
-    if (!__any_sync(ALL_LANES, factors[0] != 1.0f || factors[1] != 1.0f)) return;
 #pragma unroll
     for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
 #pragma unroll
@@ -325,12 +331,12 @@ __device__ inline void store_state(const group_place &own, block_memory<S> &memo
 }
 
 template <typename S>
-__device__ inline rows::row_state<S::DIM_V> load_state(const consumer<S> &own, uint32_t row) {
+__device__ inline rows::row_state<S::DIM_V> load_state(const consumer<S> &own, uint32_t group, uint32_t row) {
     constexpr uint32_t EIGHT = 8 / rows::row<S::DIM_V>::WIDTH;
     rows::row_state<S::DIM_V> state;
-    state.out = rows::load_row<S::DIM_V>(own.memory.out[own.place.group][row], own.place.lane ^ row % 4 * EIGHT);
-    state.maximum = own.memory.maximum[own.place.group][row];
-    state.sum = own.memory.sum[own.place.group][row];
+    state.out = rows::load_row<S::DIM_V>(own.memory.out[group][row], own.place.lane ^ row % 4 * EIGHT);
+    state.maximum = own.memory.maximum[group][row];
+    state.sum = own.memory.sum[group][row];
     return state;
 }
 
@@ -381,11 +387,15 @@ __device__ inline void consume_tiles(block_memory<S> &memory, const produce::rin
         ptx::warpgroup_wait<1>();
         ptx::hold(scores);
         weigh<S>(own, scores, state, factors, run, visible);
-        ptx::hold(scores); /* not after the wait */
-        ptx::warpgroup_wait<0>();
-        hold_out(state);
+        if (has_moved(state, factors)) {
+            ptx::warpgroup_wait<0>();
+            hold_out(state);
+            rescale(state, factors);
+        } else {
+            ptx::warpgroup_wait<0>();
+            hold_out(state);
+        }
         if (own.lane == 0) ptx::barrier_arrive(ring.empty + before.stage * 8);
-        rescale(state, factors);
         pack_weights<S>(weights, scores);
         if (is_partly_unseen(run)) clear_unseen<S>(own, run, ring.memory + at.stage * S::stage::BYTES);
     }
@@ -402,14 +412,19 @@ __device__ inline void consume_tiles(block_memory<S> &memory, const produce::rin
 /* ------------------------------------------------------------------------------------------- */
 /* Runs */
 
+/* Is the run the block's last? */
+template <typename S> __device__ inline bool is_last(const consumer<S> &own) {
+    return own.parts_left == 0 && own.run.end == own.part_end;
+}
+
 /* Finds the group's next run, every GROUPS-th of the block, and loads its queries. False: there is none. */
 template <typename S> __device__ __noinline__ bool next_run(consumer<S> &own, tile_run &todo) {
     using L = typename S::rules;
+    if (is_last(own)) return false;
     do {
         own.tiles_done += own.run.end - own.run.begin;
         own.run.begin = own.run.end;
         while (own.run.begin == own.part_end) {
-            if (own.parts_left == 0) return false;
             bool is_first = own.parts_left-- == 2;
             own.run.begin = is_first ? own.mine.turn : own.mine.begin;
             own.part_end = is_first ? own.mine.end : own.mine.turn;
@@ -440,42 +455,127 @@ template <typename S> __device__ __noinline__ bool next_run(consumer<S> &own, ti
     return true;
 }
 
-/* Merges every step-th row of a unit that was cut, from `index` on. */
-template <typename S> __device__ __noinline__ void merge_unit(const consumer<S> &own, uint32_t index, uint32_t step) {
+/* Delivers rows index, index + step, .. of the run, whose state `group` has laid down. */
+template <typename S>
+__device__ __noinline__ void deliver_rows(const consumer<S> &own, uint32_t group, uint32_t index, uint32_t step) {
     uint32_t count = count_rows<S>(own.cut, own.unit);
-#pragma unroll 1
+#pragma unroll 2
     for (; index < count; index += step) {
-        rows::merge_row<typename S::rules, typename S::IO, S::DIM_V, ROWS>(
-            own.call, own.work, {own.unit, own.cut, index}, own.by, own.place.lane);
+        rows::row_state<S::DIM_V> state = load_state<S>(own, group, index);
+        rows::deliver_row<typename S::rules, typename S::IO, S::DIM_V, ROWS>(
+            own.call, own.work, {own.unit, own.cut, index}, own.run, own.by, state, own.place.lane);
     }
 }
 
+/* Partials that a warp is to merge: all of row `index`, of row index + step, and so on. */
+struct merge_order {
+    uint32_t index, step;
+    uint32_t first; /* worker */
+    uint32_t partials, all; /* of a row, and of all rows */
+};
+
+/* Starts to fetch partials from `from` on, at most `count`, a row each from `landing` on. Lane i returns the state of the i-th. */
+template <typename S>
+__device__ inline float2 fetch_partials(const consumer<S> &own, const merge_order &order, uint32_t from, uint32_t count,
+                                        uint32_t landing) {
+    uint32_t lane = own.place.lane, number = from + lane;
+    count = min(count, order.all - min(order.all, from));
+    uint32_t row = number / order.partials, partial = number - row * order.partials;
+    uint32_t slot = 2 * (order.first + partial) + (partial == 0);
+    uint32_t at = slot * ROWS + order.index + row * order.step;
+    float2 state = make_float2(-INFINITY, 0.0f);
+    if (lane < count) state = __ldcg(own.work.states + at);
+#pragma unroll 4
+    for (uint32_t i = 0; i < count; i++) {
+        const float *out = own.work.outs + (size_t)__shfl_sync(ALL_LANES, at, i) * S::DIM_V;
+#pragma unroll
+        for (uint32_t piece = 0; piece < S::DIM_V / 4; piece += 32) {
+            if (S::DIM_V / 4 % 32 == 0 || piece + lane < S::DIM_V / 4) {
+                ptx::copy_16_bytes(landing + i * S::DIM_V * 4 + (piece + lane) * 16, out + (piece + lane) * 4);
+            }
+        }
+    }
+    ptx::copies_commit();
+    return state;
+}
+
 /*
- * Ends a run: delivers its rows. True: it has brought a unit that was cut to its end, and the group is to merge it. After
- * the last run both groups do, so this is told to all of them.
+ * Merges rows index, index + step, .. of a unit that was cut. By a warp, which has room for 2 * `batch` rows at
+ * `landing`: what one warp holds in registers on their way is too little to keep the memory busy.
  */
-template <typename S> __device__ __noinline__ bool finish_run(const consumer<S> &own) {
+template <typename S>
+__device__ __noinline__ void merge_rows(const consumer<S> &own, uint32_t index, uint32_t step, float *landing,
+                                        uint32_t batch) {
+    uint32_t count = count_rows<S>(own.cut, own.unit);
+    if (index >= count) return;
+    merge_order order;
+    order.index = index;
+    order.step = step;
+    order.first = own.unit.begin / own.by.tiles_a_worker;
+    order.partials = (own.unit.begin + own.unit.sees.tiles - 1) / own.by.tiles_a_worker - order.first + 1;
+    order.all = (count - index + step - 1) / step * order.partials;
+    uint32_t landing_at = ptx::shared_address(landing), batch_bytes = batch * S::DIM_V * 4;
+    rows::row_state<S::DIM_V> merged = rows::empty_state<S::DIM_V>();
+    uint32_t merged_partials = 0;
+    float2 next = fetch_partials<S>(own, order, 0, batch, landing_at);
+#pragma unroll 1
+    for (uint32_t from = 0, half = 0; from < order.all; from += batch, half ^= 1) {
+        float2 state = next;
+        next = fetch_partials<S>(own, order, from + batch, batch, landing_at + (half ^ 1) * batch_bytes);
+        ptx::copies_wait<1>();
+        __syncwarp();
+        uint32_t here = min(batch, order.all - from);
+#pragma unroll 1
+        for (uint32_t i = 0; i < here; i++) {
+            rows::row<S::DIM_V> out = rows::load_row<S::DIM_V>(landing + (half * batch + i) * S::DIM_V, own.place.lane);
+            rows::merge_state(merged, out, __shfl_sync(ALL_LANES, state.x, i), __shfl_sync(ALL_LANES, state.y, i));
+            if (++merged_partials < order.partials) continue;
+            rows::write_row<typename S::rules, typename S::IO>(own.call, {own.unit, own.cut, index}, merged,
+                                                              own.place.lane);
+            merged = rows::empty_state<S::DIM_V>();
+            merged_partials = 0;
+            index += step;
+        }
+        __syncwarp();
+    }
+}
+
+/* Ends a run that others follow; who brings a unit that was cut to its end merges it. By the group. */
+template <typename S> __device__ inline void finish_run(const consumer<S> &own) {
     using L = typename S::rules;
     const group_place &place = own.place;
     /* The launch before may still read what is written from here on. */
     if (own.runs <= S::GROUPS) ptx::wait_for_previous_launch();
     ptx::named_barrier<GROUP_THREADS>(place.group);
-    uint32_t count = count_rows<S>(own.cut, own.unit);
-#pragma unroll 1
-    for (uint32_t index = place.warp; index < count; index += WARPS) {
-        rows::row_state<S::DIM_V> state = load_state<S>(own, index);
-        rows::deliver_row<L, typename S::IO, S::DIM_V, ROWS>(own.call, own.work, {own.unit, own.cut, index}, own.run,
-                                                             own.by, state, place.lane);
-    }
+    deliver_rows<S>(own, place.group, place.warp, WARPS);
     ptx::named_barrier<GROUP_THREADS>(place.group); /* the state may be overwritten; the partials are written */
-    bool is_cut = rows::is_cut<L>(own.call, own.unit, own.run);
-    bool is_last = own.tiles_done + (own.run.end - own.run.begin) == own.mine.end - own.mine.begin;
-    uint32_t &last_arriver = own.memory.last_arriver[is_last ? S::GROUPS : place.group];
-    if (place.thread() == 0 && (is_cut || is_last))
-        last_arriver = is_cut && rows::arrive<L>(own.call, own.work, own.unit, own.run, own.by);
-    if (is_last || !is_cut) return false;
+    if (!rows::is_cut<L>(own.call, own.unit, own.run)) return;
+    uint32_t &last_arriver = own.memory.last_arriver[place.group];
+    if (place.thread() == 0) last_arriver = rows::arrive<L>(own.call, own.work, own.unit, own.run, own.by);
     ptx::named_barrier<GROUP_THREADS>(place.group);
-    return last_arriver;
+    if (!last_arriver) return;
+    constexpr uint32_t ROOM = ROWS / WARPS;
+    merge_rows<S>(own, place.warp, WARPS, own.memory.out[place.group][place.warp * ROOM], ROOM / 2);
+    ptx::named_barrier<GROUP_THREADS>(place.group);
+}
+
+/* Ends the block's last run, by all groups. There is nothing left in the ring, which is `ring_bytes` large. */
+template <typename S>
+__device__ inline void finish_last_run(const consumer<S> &own, char *ring, uint32_t ring_bytes) {
+    using L = typename S::rules;
+    constexpr uint32_t ALL_WARPS = S::GROUPS * WARPS;
+    uint32_t warp = own.place.group * WARPS + own.place.warp;
+    ptx::wait_for_previous_launch();
+    ptx::named_barrier<ALL_WARPS * 32>(S::GROUPS);
+    deliver_rows<S>(own, (own.runs - 1) % S::GROUPS, warp, ALL_WARPS);
+    if (!rows::is_cut<L>(own.call, own.unit, own.run)) return;
+    ptx::named_barrier<ALL_WARPS * 32>(S::GROUPS); /* the partials are written */
+    uint32_t &last_arriver = own.memory.last_arriver[0];
+    if (threadIdx.x == 0) last_arriver = rows::arrive<L>(own.call, own.work, own.unit, own.run, own.by);
+    ptx::named_barrier<ALL_WARPS * 32>(S::GROUPS);
+    if (!last_arriver) return;
+    uint32_t room = min(ring_bytes / (ALL_WARPS * S::DIM_V * (uint32_t)sizeof(float)), 32);
+    merge_rows<S>(own, warp, ALL_WARPS, (float *)ring + warp * room * S::DIM_V, room / 2);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -526,10 +626,9 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, 1)
 #pragma unroll 1
         while (next_run<S>(own, run)) {
             consume_tiles<S>(memory, ring, place, run);
-            if (finish_run<S>(own)) merge_unit<S>(own, place.warp, WARPS);
+            if (!is_last(own)) finish_run<S>(own);
         }
-        ptx::named_barrier<S::GROUPS * GROUP_THREADS>(S::GROUPS);
-        if (memory.last_arriver[S::GROUPS]) merge_unit<S>(own, warp, S::GROUPS * WARPS);
+        finish_last_run<S>(own, shared, with.stages * S::stage::BYTES);
         if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
             atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
     }
