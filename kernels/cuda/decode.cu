@@ -5,6 +5,7 @@
 #include "kernels/attention.h"
 #include "kernels/cuda/narrow.h"
 #include "kernels/cuda/rows.cuh"
+#include "kernels/cuda/wide.h"
 
 namespace {
 
@@ -14,6 +15,14 @@ uint32_t group_of(const attn_cuda_layer &layer) { return layer.heads_q / layer.h
 uint32_t rows_a_block(const attn_cuda_call &call, uint32_t most_queries) {
     uint32_t group = group_of(call.layer), rows = call.batch_invariant ? group : most_queries * group;
     return rows <= 8 ? 8 : rows <= 16 ? 16 : 64;
+}
+
+/* More rows than that are for the wide kernel, where it is built. */
+constexpr uint32_t MAX_NARROW_ROWS = 16;
+
+bool is_wide(const attn_cuda_call &call, const attn_cuda_tuning &tuning, uint32_t rows) {
+    bool is_built = call.layer.kv_dtype == ATTN_BF16 || call.layer.kv_dtype == ATTN_FP16;
+    return rows > MAX_NARROW_ROWS && tuning.is_hopper && is_built && !call.batch_invariant;
 }
 
 int launch_narrow(const attn_cuda_call *call, const attn_cuda_tuning *tuning, const attn_cuda_workspace *workspace,
@@ -47,6 +56,10 @@ extern "C" int attn_cuda_decode_launch(const attn_cuda_call *call, const attn_cu
     if (!attn_cuda_decode_fits(&call->layer)) return cudaErrorInvalidValue;
     if (call->batch == 0) return cudaSuccess;
     uint32_t rows = rows_a_block(*call, most_queries);
+    if (is_wide(*call, *tuning, rows)) {
+        return call->layer.kv_dtype == ATTN_BF16 ? attn_cuda_launch_wide_bf16(call, tuning, workspace, stream)
+                                                 : attn_cuda_launch_wide_fp16(call, tuning, workspace, stream);
+    }
     if (rows > 16) rows = 16;
     return launch_narrow(call, tuning, workspace, rows, stream);
 }

@@ -5,6 +5,7 @@
  *     multiply   c[16 x 8] += a[16 x 16] b[16 x 8]
  *     pack       two floats as operands, the first in the low half
  *     TERMS      operands that a weight is the sum of: bf16 alone would add an error of its own size to the output's
+ *     multiply_rows, multiply_columns   products of a warpgroup (instructions.cuh); 16 bits only
  */
 #ifndef ATTND_KERNELS_CUDA_ELEMENTS_CUH
 #define ATTND_KERNELS_CUDA_ELEMENTS_CUH
@@ -19,6 +20,13 @@ struct bf16 {
     static constexpr uint32_t BYTES = 2, TERMS = 2;
     static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         ptx::multiply_add_bf16(c, a, b0, b1);
+    }
+    static __device__ void multiply_rows(float (&c)[32], uint64_t a, uint64_t b, bool add) {
+        ptx::multiply_rows_bf16(c, a, b, add);
+    }
+    template <uint32_t COUNT>
+    static __device__ void multiply_columns(float (&c)[COUNT], const uint32_t (&a)[4], uint64_t b) {
+        ptx::multiply_columns_bf16(c, a, b);
     }
     static __device__ uint32_t pack(float low, float high) { return ptx::pack_bf16(low, high); }
 
@@ -41,6 +49,13 @@ struct fp16 {
     static constexpr uint32_t BYTES = 2, TERMS = 1;
     static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         ptx::multiply_add_fp16(c, a, b0, b1);
+    }
+    static __device__ void multiply_rows(float (&c)[32], uint64_t a, uint64_t b, bool add) {
+        ptx::multiply_rows_fp16(c, a, b, add);
+    }
+    template <uint32_t COUNT>
+    static __device__ void multiply_columns(float (&c)[COUNT], const uint32_t (&a)[4], uint64_t b) {
+        ptx::multiply_columns_fp16(c, a, b);
     }
     static __device__ uint32_t pack(float low, float high) { return ptx::pack_fp16(low, high); }
     static __device__ uint32_t pack_rest(float, float, uint32_t) { return 0; }

@@ -78,6 +78,14 @@ __device__ inline uint64_t evict_first_policy() {
 /* Makes what this thread wrote visible to bulk copies and wgmma that are started afterwards. */
 __device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
+/* The same of what was written to shared memory. */
+__device__ inline void shared_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/* 16 bytes of zeros, to shared memory. */
+__device__ inline void store_zeros(uint32_t to) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
+}
+
 /* 16 bytes from global to shared memory, by the thread, asynchronously. */
 __device__ inline void copy_16_bytes(uint32_t to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -86,6 +94,14 @@ __device__ inline void copy_16_bytes(uint32_t to, const void *from) {
 /* Arrives at the barrier, for one of the arrivals it was made with, once this thread's copies so far are there. */
 __device__ inline void barrier_arrive_after_copies(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+/* Those of this thread's copies that no other group has been made of become one. */
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/* Waits until at most so many of the groups committed last are still on their way. */
+template <int GROUPS> __device__ inline void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
 /* A barrier of a group of threads; __syncthreads has number 0. */
@@ -223,6 +239,17 @@ __device__ inline float exp2_fast(float x) {
     return y;
 }
 
+/* Of the four lanes that share lane / 4. */
+__device__ inline float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ inline float quad_sum(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
 /* Of the eight lanes that share lane % 4. */
 __device__ inline float column_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 4));
@@ -235,6 +262,102 @@ __device__ inline float column_sum(float x) {
     x += __shfl_xor_sync(0xffffffffu, x, 8);
     return x + __shfl_xor_sync(0xffffffffu, x, 16);
 }
+
+/* ------------------------------------------------------------------------------------------- */
+/* Matrix products of a warpgroup (sm_90a): 64 rows, asynchronous */
+
+/*
+ * Where a matrix lies in shared memory: columns `chunk` bytes wide as layout.cuh has them, from `address` on, which is
+ * to be a multiple of 1024 but for what is skipped of the matrix. Its rows may run along either side of the product;
+ * `chunk_stride` is from one column to the next, and matters where the rows' own direction is longer than a chunk.
+ */
+template <uint32_t CHUNK> struct matrix {
+    uint32_t low; /* of the descriptor */
+
+    /* By all lanes. Taken from one of them, which tells the compiler that it is the same for all. */
+    __device__ matrix(uint32_t address, uint32_t chunk_stride)
+        : low(__shfl_sync(0xffffffffu, chunk_stride / 16 << 16 | address / 16, 0)) {}
+
+    /* The descriptor of what begins `bytes` further. */
+    __device__ uint64_t at(uint32_t bytes) const {
+        constexpr uint32_t LAYOUT = CHUNK == 128 ? 1 : CHUNK == 64 ? 2 : 3;
+        constexpr uint32_t HIGH = LAYOUT << 30 | 8 * CHUNK / 16; /* from eight rows to the next eight */
+        return (uint64_t)HIGH << 32 | (low + bytes / 16);
+    }
+};
+
+/* Before the first product of a group, and after registers that it uses were written. */
+__device__ inline void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ inline void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+/* Waits until at most so many of the groups committed last are still being computed. */
+template <int GROUPS> __device__ inline void warpgroup_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
+}
+
+/* Keeps the compiler from using sums before a wait that comes before this. */
+template <uint32_t COUNT> __device__ inline void hold(float (&sums)[COUNT]) {
+#pragma unroll
+    for (uint32_t i = 0; i < COUNT; i++)
+        asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+#define ATTN_PTX_FLOATS_8(c, i)                                                                                        \
+    "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]),        \
+        "+f"(c[i + 7])
+#define ATTN_PTX_FLOATS_16(c, i) ATTN_PTX_FLOATS_8(c, i), ATTN_PTX_FLOATS_8(c, i + 8)
+#define ATTN_PTX_NAMES_16        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define ATTN_PTX_NAMES_32                                                                                              \
+    ATTN_PTX_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+
+/*
+ * multiply_rows: c[64 x 64] = a[64 x 16] b[64 x 16]^T, or += if `add`; both in shared memory, 16 numbers of a row.
+ * multiply_columns: c[64 x 64 or 32] += a[64 x 16] b[16 x 64 or 32]; a in registers, as sums are laid over them.
+ */
+#define ATTN_PTX_WARPGROUP_PRODUCTS(NAME, TYPE)                                                                        \
+    __device__ inline void multiply_rows_##NAME(float(&c)[32], uint64_t a, uint64_t b, uint32_t add) {                 \
+        asm volatile("{\n"                                                                                             \
+                     ".reg .pred add;\n"                                                                               \
+                     "setp.ne.b32 add, %34, 0;\n"                                                                      \
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" ATTN_PTX_NAMES_32                \
+                     "}, %32, %33, add, 1, 1, 0, 0;\n"                                                                 \
+                     "}"                                                                                               \
+                     : ATTN_PTX_FLOATS_16(c, 0), ATTN_PTX_FLOATS_16(c, 16)                                             \
+                     : "l"(a), "l"(b), "r"(add)                                                                        \
+                     : "memory");                                                                                      \
+    }                                                                                                                  \
+    __device__ inline void multiply_columns_##NAME(float(&c)[32], const uint32_t(&a)[4], uint64_t b) {                 \
+        asm volatile("{\n"                                                                                             \
+                     ".reg .pred add;\n"                                                                               \
+                     "setp.ne.b32 add, 1, 0;\n"                                                                        \
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" ATTN_PTX_NAMES_32                \
+                     "}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;\n"                                                   \
+                     "}"                                                                                               \
+                     : ATTN_PTX_FLOATS_16(c, 0), ATTN_PTX_FLOATS_16(c, 16)                                             \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                                              \
+                     : "memory");                                                                                      \
+    }                                                                                                                  \
+    __device__ inline void multiply_columns_##NAME(float(&c)[16], const uint32_t(&a)[4], uint64_t b) {                 \
+        asm volatile("{\n"                                                                                             \
+                     ".reg .pred add;\n"                                                                               \
+                     "setp.ne.b32 add, 1, 0;\n"                                                                        \
+                     "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE " {" ATTN_PTX_NAMES_16                \
+                     "}, {%16, %17, %18, %19}, %20, add, 1, 1, 1;\n"                                                   \
+                     "}"                                                                                               \
+                     : ATTN_PTX_FLOATS_16(c, 0)                                                                        \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                                              \
+                     : "memory");                                                                                      \
+    }
+
+ATTN_PTX_WARPGROUP_PRODUCTS(bf16, "bf16")
+ATTN_PTX_WARPGROUP_PRODUCTS(fp16, "f16")
+
+#undef ATTN_PTX_WARPGROUP_PRODUCTS
+#undef ATTN_PTX_NAMES_32
+#undef ATTN_PTX_NAMES_16
+#undef ATTN_PTX_FLOATS_16
+#undef ATTN_PTX_FLOATS_8
 
 } /* namespace ptx */
 

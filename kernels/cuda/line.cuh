@@ -73,9 +73,10 @@ __device__ inline uint32_t query_of(const cut &cut, uint32_t row) { return row *
  * What a kernel is compiled for. A simple call (is_simple) is what almost all decodes are; its kernels have no code for
  * anything else, since what code a launch has to fetch, and the branches in it, are microseconds.
  */
-template <uint32_t TOKENS_, bool SIMPLE_> struct rules {
+template <uint32_t TOKENS_, bool SIMPLE_, bool INVARIANT_ = !SIMPLE_> struct rules {
     static constexpr uint32_t TOKENS = TOKENS_; /* of a tile */
     static constexpr bool SIMPLE = SIMPLE_;
+    static constexpr bool INVARIANT = INVARIANT_; /* can batch_invariant mode */
     static_assert(TOKENS == 64 || TOKENS == 128, "");
 };
 
@@ -84,7 +85,7 @@ __host__ __device__ inline bool is_simple(const attn_cuda_call &call) {
 }
 
 template <typename L> __device__ inline bool is_batch_invariant(const attn_cuda_call &call) {
-    return !L::SIMPLE && call.batch_invariant;
+    return L::INVARIANT && call.batch_invariant;
 }
 
 template <typename L> __device__ inline attn_cuda_sequence sequence_at(const attn_cuda_call &call, uint32_t i) {

@@ -1,0 +1,705 @@
+/*
+ * The wide kernel: up to 64 rows a block (query rows x heads of the group), which are the rows of a warpgroup's
+ * products,
+ *     S [64 rows x 64 tokens] = Q K^T        O [64 rows x head_dim_v] += P V
+ * Q, K and V in shared memory, S, P and O in registers. While the powers of a tile are computed, the values of the tile
+ * before are multiplied. Two groups (a warpgroup each) take turns run by run, as in the narrow kernel, which this one
+ * begins like: while one ends its run, the other consumes. What is left to merge after the last run both merge.
+ *
+ * sm_90a, 16-bit caches, no batch_invariant mode.
+ */
+#ifndef ATTND_KERNELS_CUDA_WIDE_CUH
+#define ATTND_KERNELS_CUDA_WIDE_CUH
+
+#include "kernels/cuda/narrow.cuh"
+
+namespace wide {
+
+using line::ALL_LANES;
+using narrow::arguments;
+using narrow::GROUP_THREADS;
+using narrow::softness;
+using narrow::WARPS;
+using rows::LOG2_E;
+
+constexpr uint32_t ROWS = 64, TOKENS = 64;
+constexpr uint32_t STEP = 16; /* what a product sums over */
+
+/* A kernel's shape. */
+template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t GROUPS_, bool SIMPLE> struct shape {
+    using KV = KV_;
+    using IO = typename KV::IO;
+    static constexpr uint32_t DIM = DIM_, DIM_V = DIM_V_, GROUPS = GROUPS_;
+    using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true>;
+    using rules = line::rules<TOKENS, SIMPLE, false>;
+    static constexpr uint32_t WIDTH = stage::VALUE_CHUNK / KV::BYTES; /* columns of a product with V */
+    static_assert(KV::BYTES == 2 && DIM <= 2 * DIM_V, "");
+};
+
+constexpr uint32_t MAX_STAGES = 12;
+
+/* What a block keeps in shared memory, behind the ring. */
+template <typename S> struct block_memory {
+    /* A group's queries, in columns as layout.cuh has them; at the end of its run, its sums. */
+    alignas(1024) float out[S::GROUPS][ROWS][S::DIM_V];
+    float maximum[S::GROUPS][ROWS]; /* of the scores, in units of log2 */
+    float sum[S::GROUPS][ROWS];
+    uint2 visible[S::GROUPS][ROWS]; /* tokens that a row sees, from .x to before .y */
+    uint64_t full[MAX_STAGES];
+    uint64_t empty[MAX_STAGES];
+    uint64_t turn[S::GROUPS]; /* the last tile of the group's run is there: the next run may begin */
+    uint32_t last_arriver[S::GROUPS];
+};
+
+/* Who a thread is. */
+struct group_place {
+    uint32_t group, warp, lane; /* warp: of the group */
+
+    __device__ uint32_t thread() const { return warp * 32 + lane; }
+};
+
+/*
+ * A consumer warp on its way through the block's share. In local memory, and changed by functions that are not inlined:
+ * the registers are the products'.
+ */
+template <typename S> struct consumer {
+    const attn_cuda_call &call;
+    const line::cut &cut;
+    block_memory<S> &memory;
+    rows::workspace work;
+    rows::worker by;
+    group_place place;
+    line::share mine;
+    uint32_t parts_left; /* of the share: the last run if that comes first, and the rest */
+    uint32_t part_end;
+    line::unit unit;
+    rows::run run;
+    uint32_t runs;       /* of the block up to this one, the other group's too */
+    uint32_t tiles_done; /* of the block before the run */
+};
+
+/* ------------------------------------------------------------------------------------------- */
+/* Queries */
+
+/* Query rows of a unit's block, and all its rows. */
+template <typename S> __device__ inline uint32_t count_queries(const line::cut &cut, const line::unit &unit) {
+    return S::rules::SIMPLE ? 1 : min(cut.block_queries, unit.of.query_length - unit.block * cut.block_queries);
+}
+
+template <typename S> __device__ inline uint32_t count_rows(const line::cut &cut, const line::unit &unit) {
+    return count_queries<S>(cut, unit) * cut.group;
+}
+
+/* Writes the block's queries to shared memory, zeros where it has fewer rows, and what each row sees. By the group. */
+template <typename S> __device__ inline void load_queries(const consumer<S> &own) {
+    using T = typename S::stage;
+    constexpr uint32_t PIECES = T::KEY_BYTES / 16;
+    const line::cut &cut = own.cut;
+    const line::unit &unit = own.unit;
+    uint32_t group = own.place.group, thread = own.place.thread();
+    uint32_t count = count_rows<S>(cut, unit), query_first = unit.block * cut.block_queries;
+    size_t first = ((size_t)unit.of.first_query + query_first) * own.call.layer.heads_q + unit.head * cut.group;
+    char *queries = (char *)own.memory.out[group];
+#pragma unroll
+    for (uint32_t i = 0; i < ROWS * PIECES / GROUP_THREADS; i++) {
+        uint32_t index = i * GROUP_THREADS + thread, row = index / PIECES, piece = index % PIECES;
+        uint32_t query = S::rules::SIMPLE ? 0 : line::query_of(cut, row);
+        size_t at = first + query * own.call.layer.heads_q + row - query * cut.group;
+        uint4 loaded = make_uint4(0, 0, 0, 0);
+        if (row < count) loaded = __ldg((const uint4 *)own.call.queries + at * PIECES + piece);
+        *(uint4 *)(queries + layout::piece_offset(T::KEY_BYTES, ROWS, row, piece)) = loaded;
+    }
+    if (!S::rules::SIMPLE && thread < ROWS) {
+        uint32_t row = thread, query = query_first + line::query_of(cut, row);
+        uint2 sees = make_uint2(0, unit.sees.end);
+        if (row < count) sees = results::row_visible(unit.of, own.call.window, query);
+        own.memory.visible[group][row] = sees;
+    }
+    ptx::shared_proxy_fence();
+    ptx::named_barrier<GROUP_THREADS>(group);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Products */
+
+/* A lane holds rows lane / 4 and lane / 4 + 8 of the warp's 16; of eight columns, 2 * (lane % 4) and the next. */
+template <typename S> struct warp_state {
+    float out[S::DIM_V / S::WIDTH][S::WIDTH / 2];
+    float maximum[2]; /* of the scores, in units of log2; may lag behind the largest by SLACK */
+    float sum[2];     /* of this lane's columns */
+};
+
+template <typename S> __device__ inline void clear_state(warp_state<S> &state) {
+#pragma unroll
+    for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
+#pragma unroll
+        for (uint32_t i = 0; i < S::WIDTH / 2; i++)
+            state.out[d][i] = 0.0f;
+    }
+    state.maximum[0] = state.maximum[1] = -INFINITY;
+    state.sum[0] = state.sum[1] = 0.0f;
+}
+
+template <typename S> __device__ inline void hold_out(warp_state<S> &state) {
+#pragma unroll
+    for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++)
+        ptx::hold(state.out[d]);
+}
+
+/* Starts scores = Q K^T. */
+template <typename S>
+__device__ inline void multiply_keys(float (&scores)[TOKENS / 2], uint32_t queries, uint32_t stage) {
+    using T = typename S::stage;
+    constexpr uint32_t STEP_BYTES = STEP * S::KV::BYTES;
+    ptx::matrix<T::KEY_CHUNK> a(queries, 16), b(stage, 16);
+#pragma unroll
+    for (uint32_t byte = 0; byte < T::KEY_BYTES; byte += STEP_BYTES) {
+        uint32_t skip = byte / T::KEY_CHUNK * TOKENS * T::KEY_CHUNK + byte % T::KEY_CHUNK;
+        S::KV::multiply_rows(scores, a.at(skip), b.at(skip), byte != 0);
+    }
+}
+
+/* Starts out += P V. */
+template <typename S>
+__device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&weights)[S::KV::TERMS][TOKENS / STEP][4],
+                                       uint32_t stage) {
+    using T = typename S::stage;
+    constexpr uint32_t COLUMN_BYTES = TOKENS * T::VALUE_CHUNK;
+    ptx::matrix<T::VALUE_CHUNK> b(stage + TOKENS * T::KEY_BYTES, COLUMN_BYTES);
+#pragma unroll
+    for (uint32_t k = 0; k < TOKENS / STEP; k++) {
+#pragma unroll
+        for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
+            uint32_t skip = d * COLUMN_BYTES + k * STEP * T::VALUE_CHUNK;
+#pragma unroll
+            for (uint32_t t = 0; t < S::KV::TERMS; t++)
+                S::KV::multiply_columns(state.out[d], weights[t][k], b.at(skip));
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* A tile */
+
+/* What of a run its tiles' consumer has to know. */
+struct tile_run {
+    uint32_t tiles;
+    uint32_t done_before; /* tiles of the block, before the run's */
+    uint32_t first;       /* token of the first tile */
+    uint2 sees, all;      /* tokens that some row sees, and that every row sees */
+    softness soft;
+    uint32_t turn_before, parity; /* the barrier that says that it is this run's turn, or 0 */
+};
+
+/* The same as narrow::bend, but without a call, which would have the products wait for each other. */
+__device__ inline float bend_score(float score, const softness &soft) {
+    float power = ptx::exp2_fast(score * soft.scale * (2.0f * LOG2_E / soft.softcap));
+    return soft.softcap * (1.0f - __fdividef(2.0f, power + 1.0f));
+}
+
+/* Hides the scores of tokens that a row does not see. */
+template <typename S>
+__device__ inline void mask_scores(const group_place &own, float (&scores)[TOKENS / 2], const tile_run &run,
+                                   const uint2 *visible) {
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        uint2 sees = make_uint2(0, run.sees.y);
+        if (!S::rules::SIMPLE) sees = visible[own.warp * 16 + own.lane / 4 + half * 8];
+#pragma unroll
+        for (uint32_t i = 0; i < TOKENS / 4; i++) {
+            uint32_t token = run.first + i / 2 * 8 + own.lane % 4 * 2 + i % 2;
+            if (token < sees.x || token >= sees.y) scores[i / 2 * 4 + half * 2 + i % 2] = -INFINITY;
+        }
+    }
+}
+
+__device__ inline bool is_partly_unseen(const tile_run &run) {
+    return run.first < run.sees.x || run.first + TOKENS > run.sees.y;
+}
+
+/* Zeros values that no row sees, since a weight of 0 does not hide what they may be. By the group. */
+template <typename S> __device__ inline void clear_unseen(const group_place &own, const tile_run &run, uint32_t stage) {
+    using T = typename S::stage;
+    constexpr uint32_t PIECES = T::VALUE_BYTES / 16;
+#pragma unroll 1
+    for (uint32_t i = own.thread(); i < TOKENS * PIECES; i += GROUP_THREADS) {
+        uint32_t row = i / PIECES, token = run.first + row;
+        if (token >= run.sees.x && token < run.sees.y) continue;
+        uint32_t at = layout::piece_offset(T::VALUE_BYTES, TOKENS, row, i % PIECES);
+        ptx::store_zeros(stage + TOKENS * T::KEY_BYTES + at);
+    }
+    ptx::shared_proxy_fence();
+    ptx::named_barrier<GROUP_THREADS>(own.group);
+}
+
+/* Weights are relative to a maximum that moves only when they would exceed 2^SLACK: then the sums have to, too. */
+constexpr float SLACK = 8.0f;
+
+/* Scores become weights; `factors`: what the sums before are to be multiplied by. */
+template <typename S>
+__device__ inline void soften(float (&scores)[TOKENS / 2], warp_state<S> &state, float (&factors)[2],
+                              float scale_log2) {
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        float largest = -INFINITY;
+#pragma unroll
+        for (uint32_t i = half * 2; i < TOKENS / 2; i += 4)
+            largest = fmaxf(largest, fmaxf(scores[i], scores[i + 1]));
+        largest = ptx::quad_max(largest) * scale_log2;
+        float maximum = largest > state.maximum[half] + SLACK ? largest : state.maximum[half];
+        float base = maximum == -INFINITY ? 0.0f : maximum;
+        factors[half] = ptx::exp2_fast(state.maximum[half] - base);
+        float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (uint32_t i = half * 2; i < TOKENS / 2; i += 4) {
+#pragma unroll
+            for (uint32_t e = 0; e < 2; e++) {
+                scores[i + e] = ptx::exp2_fast(fmaf(scores[i + e], scale_log2, -base));
+                sum[e] += scores[i + e];
+            }
+        }
+        state.maximum[half] = maximum;
+        state.sum[half] = fmaf(state.sum[half], factors[half], sum[0] + sum[1]);
+    }
+}
+
+/*
+ * Are there factors other than 1? By a warp. A branch on that comes after all weights: the sums, never negative, see to
+ * it that no compiler puts off computing them until the products, which they are to overlap, are waited for.
+ */
+template <typename S> __device__ inline bool has_moved(const warp_state<S> &state, const float (&factors)[2]) {
+    return __any_sync(ALL_LANES,
+                      factors[0] != 1.0f || factors[1] != 1.0f || state.sum[0] < 0.0f || state.sum[1] < 0.0f);
+}
+
+/* Brings what was summed down to the new maximum. */
+template <typename S> __device__ inline void rescale(warp_state<S> &state, const float (&factors)[2]) {
+#pragma unroll
+    for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
+#pragma unroll
+        for (uint32_t i = 0; i < S::WIDTH / 2; i++)
+            state.out[d][i] *= factors[i / 2 % 2];
+    }
+}
+
+/* Scores of the tile that begins at run.first become weights. */
+template <typename S>
+__device__ inline void weigh(const group_place &own, float (&scores)[TOKENS / 2], warp_state<S> &state,
+                             float (&factors)[2], const tile_run &run, const uint2 *visible) {
+    if (!S::rules::SIMPLE && run.soft.softcap > 0) {
+#pragma unroll
+        for (uint32_t i = 0; i < TOKENS / 2; i++)
+            scores[i] = bend_score(scores[i], run.soft);
+    }
+    if (run.first < run.all.x || run.first + TOKENS > run.all.y) mask_scores<S>(own, scores, run, visible);
+    soften<S>(scores, state, factors, run.soft.scale_log2);
+}
+
+template <typename S>
+__device__ inline void pack_weights(uint32_t (&weights)[S::KV::TERMS][TOKENS / STEP][4],
+                                    const float (&scores)[TOKENS / 2]) {
+#pragma unroll
+    for (uint32_t i = 0; i < TOKENS / 4; i++) {
+        uint32_t packed = S::KV::pack(scores[2 * i], scores[2 * i + 1]);
+        weights[0][i / 4][i % 4] = packed;
+        if (S::KV::TERMS == 2) {
+            weights[S::KV::TERMS - 1][i / 4][i % 4] = S::KV::pack_rest(scores[2 * i], scores[2 * i + 1], packed);
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* A run */
+
+/*
+ * Lays a warp's state down in shared memory. Eight columns of a row lie at place (eight ^ row % 4), which keeps rows
+ * off each other's banks; see load_state.
+ */
+template <typename S>
+__device__ inline void store_state(const group_place &own, block_memory<S> &memory, const warp_state<S> &state) {
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        uint32_t row = own.warp * 16 + own.lane / 4 + half * 8;
+        float sum = ptx::quad_sum(state.sum[half]);
+        if (own.lane % 4 == 0) {
+            memory.maximum[own.group][row] = state.maximum[half];
+            memory.sum[own.group][row] = sum;
+        }
+        float *out = memory.out[own.group][row] + own.lane % 4 * 2;
+        uint32_t xored = row % 4 * 8;
+#pragma unroll
+        for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
+#pragma unroll
+            for (uint32_t i = half * 2; i < S::WIDTH / 2; i += 4) {
+                uint32_t column = d * S::WIDTH + i / 4 * 8;
+                *(float2 *)(out + (column ^ xored)) = make_float2(state.out[d][i], state.out[d][i + 1]);
+            }
+        }
+    }
+}
+
+template <typename S>
+__device__ inline rows::row_state<S::DIM_V> load_state(const consumer<S> &own, uint32_t group, uint32_t row) {
+    constexpr uint32_t EIGHT = 8 / rows::row<S::DIM_V>::WIDTH;
+    rows::row_state<S::DIM_V> state;
+    state.out = rows::load_row<S::DIM_V>(own.memory.out[group][row], own.place.lane ^ row % 4 * EIGHT);
+    state.maximum = own.memory.maximum[group][row];
+    state.sum = own.memory.sum[group][row];
+    return state;
+}
+
+/* Waits for a tile, by a warp; `turn`: which barrier to arrive at if it is the run's last, or 0. */
+template <typename S>
+__device__ inline void enter_tile(const produce::ring &ring, const produce::ring_place &at, uint32_t turn,
+                                  uint32_t lane) {
+    ptx::barrier_wait(ring.full + at.stage * 8, at.parity);
+    if (S::GROUPS > 1 && turn != 0 && lane == 0) ptx::barrier_arrive(turn);
+    __syncwarp();
+}
+
+/* Consumes a run and lays its state down in shared memory. Without calls: they would have the products wait. */
+template <typename S>
+__device__ inline void consume_tiles(block_memory<S> &memory, const produce::ring &ring, const group_place &own,
+                                     tile_run run) {
+    warp_state<S> state;
+    clear_state(state);
+    produce::ring_place at = {run.done_before % ring.stages, run.done_before / ring.stages % 2};
+    uint32_t queries = ptx::shared_address(memory.out[own.group]);
+    uint32_t turn = ptx::shared_address(&memory.turn[own.group]);
+    const uint2 *visible = memory.visible[own.group];
+    /* A stage's barrier tells only the last two fillings apart: the tiles before this run's must be there. */
+    if (run.turn_before != 0) ptx::barrier_wait(run.turn_before, run.parity);
+    enter_tile<S>(ring, at, run.tiles == 1 ? turn : 0, own.lane);
+
+    float scores[TOKENS / 2], factors[2];
+    uint32_t weights[S::KV::TERMS][TOKENS / STEP][4];
+    ptx::warpgroup_fence();
+    multiply_keys<S>(scores, queries, ring.memory + at.stage * S::stage::BYTES);
+    ptx::warpgroup_commit();
+    ptx::warpgroup_wait<0>();
+    ptx::hold(scores);
+    weigh<S>(own, scores, state, factors, run, visible);
+    pack_weights<S>(weights, scores);
+    if (is_partly_unseen(run)) clear_unseen<S>(own, run, ring.memory + at.stage * S::stage::BYTES);
+#pragma unroll 1
+    while (--run.tiles > 0) {
+        produce::ring_place before = at;
+        at.advance(ring);
+        run.first += TOKENS;
+        enter_tile<S>(ring, at, run.tiles == 1 ? turn : 0, own.lane);
+        ptx::warpgroup_fence();
+        multiply_keys<S>(scores, queries, ring.memory + at.stage * S::stage::BYTES);
+        ptx::warpgroup_commit();
+        multiply_values<S>(state, weights, ring.memory + before.stage * S::stage::BYTES);
+        ptx::warpgroup_commit();
+        ptx::warpgroup_wait<1>();
+        ptx::hold(scores);
+        weigh<S>(own, scores, state, factors, run, visible);
+        if (has_moved(state, factors)) {
+            ptx::warpgroup_wait<0>();
+            hold_out(state);
+            rescale(state, factors);
+        } else {
+            ptx::warpgroup_wait<0>();
+            hold_out(state);
+        }
+        if (own.lane == 0) ptx::barrier_arrive(ring.empty + before.stage * 8);
+        pack_weights<S>(weights, scores);
+        if (is_partly_unseen(run)) clear_unseen<S>(own, run, ring.memory + at.stage * S::stage::BYTES);
+    }
+    ptx::warpgroup_fence();
+    multiply_values<S>(state, weights, ring.memory + at.stage * S::stage::BYTES);
+    ptx::warpgroup_commit();
+    ptx::warpgroup_wait<0>();
+    hold_out(state);
+    if (own.lane == 0) ptx::barrier_arrive(ring.empty + at.stage * 8);
+    ptx::named_barrier<GROUP_THREADS>(own.group); /* the queries may be overwritten */
+    store_state<S>(own, memory, state);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Runs */
+
+/* Is the run the block's last? */
+template <typename S> __device__ inline bool is_last(const consumer<S> &own) {
+    return own.parts_left == 0 && own.run.end == own.part_end;
+}
+
+/* Finds the group's next run, every GROUPS-th of the block, and loads its queries. False: there is none. */
+template <typename S> __device__ __noinline__ bool next_run(consumer<S> &own, tile_run &todo) {
+    using L = typename S::rules;
+    if (is_last(own)) return false;
+    do {
+        own.tiles_done += own.run.end - own.run.begin;
+        own.run.begin = own.run.end;
+        while (own.run.begin == own.part_end) {
+            bool is_first = own.parts_left-- == 2;
+            own.run.begin = is_first ? own.mine.turn : own.mine.begin;
+            own.part_end = is_first ? own.mine.end : own.mine.turn;
+            if (own.run.begin == own.part_end) continue;
+            own.unit =
+                line::unit_at<L>(own.call, own.cut, is_first ? own.mine.at_turn : own.mine.at_begin, own.run.begin);
+        }
+        if (own.run.begin == own.unit.begin + own.unit.sees.tiles) line::next_unit<L>(own.unit, own.call, own.cut);
+        own.run.end = min(own.part_end, own.unit.begin + own.unit.sees.tiles);
+    } while (own.runs++ % S::GROUPS != own.place.group);
+
+    load_queries<S>(own);
+    const line::unit &unit = own.unit;
+    uint32_t group = own.place.group;
+    todo.tiles = own.run.end - own.run.begin;
+    todo.done_before = own.tiles_done;
+    todo.first = unit.sees.first_token + (own.run.begin - unit.begin) * TOKENS;
+    todo.sees = make_uint2(unit.sees.begin, unit.sees.end);
+    todo.all = make_uint2(0, unit.sees.end);
+    if (!S::rules::SIMPLE) {
+        todo.all.x = own.memory.visible[group][count_rows<S>(own.cut, unit) - 1].x;
+        todo.all.y = own.memory.visible[group][0].y;
+    }
+    todo.soft = narrow::softness_of<S>(own.call, unit.head);
+    bool waits = S::GROUPS > 1 && own.runs > 1;
+    todo.turn_before = waits ? ptx::shared_address(&own.memory.turn[(group + S::GROUPS - 1) % S::GROUPS]) : 0;
+    todo.parity = own.runs / S::GROUPS % 2 ^ 1;
+    return true;
+}
+
+/* Delivers rows index, index + step, .. of the run, whose state `group` has laid down. */
+template <typename S>
+__device__ __noinline__ void deliver_rows(const consumer<S> &own, uint32_t group, uint32_t index, uint32_t step) {
+    uint32_t count = count_rows<S>(own.cut, own.unit);
+#pragma unroll 2
+    for (; index < count; index += step) {
+        rows::row_state<S::DIM_V> state = load_state<S>(own, group, index);
+        rows::deliver_row<typename S::rules, typename S::IO, S::DIM_V, ROWS>(
+            own.call, own.work, {own.unit, own.cut, index}, own.run, own.by, state, own.place.lane);
+    }
+}
+
+/* Partials that a warp is to merge: all of row `index`, of row index + step, and so on. */
+struct merge_order {
+    uint32_t index, step;
+    uint32_t first;         /* worker */
+    uint32_t partials, all; /* of a row, and of all rows */
+};
+
+/* Starts to fetch partials from `from` on, at most `count`, a row each from `landing` on. Lane i returns the state of
+ * the i-th. */
+template <typename S>
+__device__ inline float2 fetch_partials(const consumer<S> &own, const merge_order &order, uint32_t from, uint32_t count,
+                                        uint32_t landing) {
+    uint32_t lane = own.place.lane, number = from + lane;
+    count = min(count, order.all - min(order.all, from));
+    uint32_t row = number / order.partials, partial = number - row * order.partials;
+    uint32_t slot = 2 * (order.first + partial) + (partial == 0);
+    uint32_t at = slot * ROWS + order.index + row * order.step;
+    float2 state = make_float2(-INFINITY, 0.0f);
+    if (lane < count) state = __ldcg(own.work.states + at);
+#pragma unroll 4
+    for (uint32_t i = 0; i < count; i++) {
+        const float *out = own.work.outs + (size_t)__shfl_sync(ALL_LANES, at, i) * S::DIM_V;
+#pragma unroll
+        for (uint32_t piece = 0; piece < S::DIM_V / 4; piece += 32) {
+            if (S::DIM_V / 4 % 32 == 0 || piece + lane < S::DIM_V / 4) {
+                ptx::copy_16_bytes(landing + i * S::DIM_V * 4 + (piece + lane) * 16, out + (piece + lane) * 4);
+            }
+        }
+    }
+    ptx::copies_commit();
+    return state;
+}
+
+/*
+ * Merges rows index, index + step, .. of a unit that was cut. By a warp, which has room for 2 * `batch` rows at
+ * `landing`: what one warp holds in registers on their way is too little to keep the memory busy.
+ */
+template <typename S>
+__device__ __noinline__ void merge_rows(const consumer<S> &own, uint32_t index, uint32_t step, float *landing,
+                                        uint32_t batch) {
+    uint32_t count = count_rows<S>(own.cut, own.unit);
+    if (index >= count) return;
+    merge_order order;
+    order.index = index;
+    order.step = step;
+    order.first = own.unit.begin / own.by.tiles_a_worker;
+    order.partials = (own.unit.begin + own.unit.sees.tiles - 1) / own.by.tiles_a_worker - order.first + 1;
+    order.all = (count - index + step - 1) / step * order.partials;
+    uint32_t landing_at = ptx::shared_address(landing), batch_bytes = batch * S::DIM_V * 4;
+    rows::row_state<S::DIM_V> merged = rows::empty_state<S::DIM_V>();
+    uint32_t merged_partials = 0;
+    float2 next = fetch_partials<S>(own, order, 0, batch, landing_at);
+#pragma unroll 1
+    for (uint32_t from = 0, half = 0; from < order.all; from += batch, half ^= 1) {
+        float2 state = next;
+        next = fetch_partials<S>(own, order, from + batch, batch, landing_at + (half ^ 1) * batch_bytes);
+        ptx::copies_wait<1>();
+        __syncwarp();
+        uint32_t here = min(batch, order.all - from);
+#pragma unroll 1
+        for (uint32_t i = 0; i < here; i++) {
+            rows::row<S::DIM_V> out = rows::load_row<S::DIM_V>(landing + (half * batch + i) * S::DIM_V, own.place.lane);
+            rows::merge_state(merged, out, __shfl_sync(ALL_LANES, state.x, i), __shfl_sync(ALL_LANES, state.y, i));
+            if (++merged_partials < order.partials) continue;
+            rows::write_row<typename S::rules, typename S::IO>(own.call, {own.unit, own.cut, index}, merged,
+                                                               own.place.lane);
+            merged = rows::empty_state<S::DIM_V>();
+            merged_partials = 0;
+            index += step;
+        }
+        __syncwarp();
+    }
+}
+
+/* Ends a run that others follow; who brings a unit that was cut to its end merges it. By the group. */
+template <typename S> __device__ inline void finish_run(const consumer<S> &own) {
+    using L = typename S::rules;
+    const group_place &place = own.place;
+    /* The launch before may still read what is written from here on. */
+    if (own.runs <= S::GROUPS) ptx::wait_for_previous_launch();
+    ptx::named_barrier<GROUP_THREADS>(place.group);
+    deliver_rows<S>(own, place.group, place.warp, WARPS);
+    ptx::named_barrier<GROUP_THREADS>(place.group); /* the state may be overwritten; the partials are written */
+    if (!rows::is_cut<L>(own.call, own.unit, own.run)) return;
+    uint32_t &last_arriver = own.memory.last_arriver[place.group];
+    if (place.thread() == 0) last_arriver = rows::arrive<L>(own.call, own.work, own.unit, own.run, own.by);
+    ptx::named_barrier<GROUP_THREADS>(place.group);
+    if (!last_arriver) return;
+    constexpr uint32_t ROOM = ROWS / WARPS;
+    merge_rows<S>(own, place.warp, WARPS, own.memory.out[place.group][place.warp * ROOM], ROOM / 2);
+    ptx::named_barrier<GROUP_THREADS>(place.group);
+}
+
+/* Ends the block's last run, by all groups. There is nothing left in the ring, which is `ring_bytes` large. */
+template <typename S> __device__ inline void finish_last_run(const consumer<S> &own, char *ring, uint32_t ring_bytes) {
+    using L = typename S::rules;
+    constexpr uint32_t ALL_WARPS = S::GROUPS * WARPS;
+    uint32_t warp = own.place.group * WARPS + own.place.warp;
+    ptx::wait_for_previous_launch();
+    ptx::named_barrier<ALL_WARPS * 32>(S::GROUPS);
+    deliver_rows<S>(own, (own.runs - 1) % S::GROUPS, warp, ALL_WARPS);
+    if (!rows::is_cut<L>(own.call, own.unit, own.run)) return;
+    ptx::named_barrier<ALL_WARPS * 32>(S::GROUPS); /* the partials are written */
+    uint32_t &last_arriver = own.memory.last_arriver[0];
+    if (threadIdx.x == 0) last_arriver = rows::arrive<L>(own.call, own.work, own.unit, own.run, own.by);
+    ptx::named_barrier<ALL_WARPS * 32>(S::GROUPS);
+    if (!last_arriver) return;
+    uint32_t room = min(ring_bytes / (ALL_WARPS * S::DIM_V * (uint32_t)sizeof(float)), 32);
+    merge_rows<S>(own, warp, ALL_WARPS, (float *)ring + warp * room * S::DIM_V, room / 2);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* The kernel */
+
+template <typename S>
+__global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, 1)
+    wide_kernel(const __grid_constant__ attn_cuda_call call, const __grid_constant__ arguments with) {
+    extern __shared__ __align__(1024) char shared[];
+    block_memory<S> &memory = *(block_memory<S> *)(shared + with.stages * S::stage::BYTES);
+    produce::ring ring = {ptx::shared_address(shared), ptx::shared_address(memory.full),
+                          ptx::shared_address(memory.empty), with.stages, S::stage::BYTES};
+    uint32_t warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    narrow::fetch_constants(call, with, warp);
+    if (threadIdx.x == S::GROUPS * GROUP_THREADS) {
+        narrow::prefetch_page_table(call);
+        for (uint32_t stage = 0; stage < with.stages; stage++) {
+            ptx::barrier_init(ring.full + stage * 8, produce::full_arrivals());
+            ptx::barrier_init(ring.empty + stage * 8, WARPS);
+        }
+        for (uint32_t group = 0; group < S::GROUPS; group++) {
+            ptx::barrier_init(ptx::shared_address(&memory.turn[group]), WARPS);
+        }
+        ptx::barrier_init_fence();
+    }
+    if (with.times != nullptr && threadIdx.x == 0) {
+        with.times[blockIdx.x * 4] = ptx::multiprocessor();
+        with.times[blockIdx.x * 4 + 1] = ptx::global_time_ns();
+    }
+    ptx::launch_dependents();
+    line::share mine = line::find_share<typename S::rules>(call, with.cut, gridDim.x, blockIdx.x, lane);
+    __syncthreads();
+    if (mine.begin == mine.end) return;
+    if (warp == S::GROUPS * WARPS) {
+        produce::fill_ring<typename S::stage, typename S::rules>(call, with.cut, mine, ring, lane);
+    } else {
+        group_place place = {warp / WARPS, warp % WARPS, lane};
+        consumer<S> own = {call,
+                           with.cut,
+                           memory,
+                           rows::view_workspace(with.workspace),
+                           {blockIdx.x, mine.tiles_a_worker, line::chunk_shift<typename S::rules>(call)},
+                           place,
+                           mine};
+        own.parts_left = 2;
+        if (with.times != nullptr && threadIdx.x == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();
+        tile_run run;
+#pragma unroll 1
+        while (next_run<S>(own, run)) {
+            consume_tiles<S>(memory, ring, place, run);
+            if (!is_last(own)) finish_run<S>(own);
+        }
+        finish_last_run<S>(own, shared, with.stages * S::stage::BYTES);
+        if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
+            atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Launching */
+
+template <typename S>
+cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_workspace &workspace,
+                   cudaStream_t stream) {
+    uint32_t group = call.layer.heads_q / call.layer.heads_kv;
+    if (workspace.rows < ROWS || group > ROWS || tuning.blocks_per_sm != 1) return cudaErrorInvalidValue;
+    if (tuning.shared_bytes < sizeof(block_memory<S>) + 2 * S::stage::BYTES) return cudaErrorInvalidValue;
+    uint32_t stages = (tuning.shared_bytes - (uint32_t)sizeof(block_memory<S>)) / S::stage::BYTES;
+    uint32_t most = tuning.stages != 0 ? tuning.stages : (160 * 1024 + S::stage::BYTES - 1) / S::stage::BYTES;
+    stages = min(min(stages, most), MAX_STAGES);
+    size_t bytes = stages * S::stage::BYTES + sizeof(block_memory<S>);
+    auto *kernel = wide_kernel<S>;
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if (error != cudaSuccess) return error;
+    attn_cuda_workspace slots = workspace;
+    slots.rows = ROWS;
+    arguments with = {line::make_cut(call.layer, tuning, ROWS), slots, stages, tuning.times};
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(tuning.workers);
+    config.blockDim = dim3(S::GROUPS * GROUP_THREADS + 32);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = tuning.overlap_launches ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, call, with);
+}
+
+/* Two groups have 168 registers a thread, one has 255: what does not fit the former has one. */
+template <typename KV, uint32_t DIM, uint32_t DIM_V>
+cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
+                         const attn_cuda_workspace &workspace, cudaStream_t stream) {
+    constexpr uint32_t GROUPS = DIM_V > 128 ? 1 : 2;
+    return line::is_simple(call) ? launch<shape<KV, DIM, DIM_V, GROUPS, true>>(call, tuning, workspace, stream)
+                                 : launch<shape<KV, DIM, DIM_V, GROUPS, false>>(call, tuning, workspace, stream);
+}
+
+template <typename KV>
+cudaError_t launch_dims(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
+                        const attn_cuda_workspace &workspace, cudaStream_t stream) {
+    uint32_t dim = call.layer.head_dim, dim_v = call.layer.head_dim_v;
+    if (call.batch_invariant) return cudaErrorInvalidValue;
+    if (dim == 192 && dim_v == 128) return launch_shape<KV, 192, 128>(call, tuning, workspace, stream);
+    if (dim != dim_v) return cudaErrorInvalidValue;
+    switch (dim) {
+    case 64: return launch_shape<KV, 64, 64>(call, tuning, workspace, stream);
+    case 96: return launch_shape<KV, 96, 96>(call, tuning, workspace, stream);
+    case 128: return launch_shape<KV, 128, 128>(call, tuning, workspace, stream);
+    case 192: return launch_shape<KV, 192, 192>(call, tuning, workspace, stream);
+    case 256: return launch_shape<KV, 256, 256>(call, tuning, workspace, stream);
+    default: return cudaErrorInvalidValue;
+    }
+}
+
+} /* namespace wide */
+
+#endif
