@@ -428,8 +428,8 @@ template <typename S> __device__ inline bool is_last(const consumer<S> &own) {
 /* Finds the group's next run, every GROUPS-th of the block, and loads its queries. False: there is none. */
 template <typename S> __device__ __noinline__ bool next_run(consumer<S> &own, tile_run &todo) {
     using L = typename S::rules;
-    if (is_last(own)) return false;
     do {
+        if (is_last(own)) return false;
         own.tiles_done += own.run.end - own.run.begin;
         own.run.begin = own.run.end;
         while (own.run.begin == own.part_end) {
