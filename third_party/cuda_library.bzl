@@ -35,6 +35,8 @@ def _cuda_library_impl(ctx):
         ctx.actions.run(
             executable = NVCC,
             arguments = ["-x", "cu", "-c", source.path, "-o", object.path, "-std=c++17", "-O3", "-lineinfo"] +
+                        # nvcc names its files in /tmp by its process number, which is the same in every sandbox.
+                        ["--objdir-as-tempdir"] +
                         ["-ccbin", toolchain.compiler_executable, "-Xcompiler=-fPIC,-Wall,-Wextra", "-Werror=all-warnings"] +
                         _ARCHITECTURES + include_flags + ctx.attr.copts,
             inputs = depset([source] + ctx.files.hdrs, transitive = [context.headers, toolchain.all_files]),

@@ -592,6 +592,7 @@ template <typename S> __device__ inline void finish_last_run(const consumer<S> &
 template <typename S>
 __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, 1)
     wide_kernel(const __grid_constant__ attn_cuda_call call, const __grid_constant__ arguments with) {
+#if __CUDA_ARCH__ >= 900 /* never launched elsewhere */
     extern __shared__ __align__(1024) char shared[];
     block_memory<S> &memory = *(block_memory<S> *)(shared + with.stages * S::stage::BYTES);
     produce::ring ring = {ptx::shared_address(shared), ptx::shared_address(memory.full),
@@ -640,6 +641,7 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, 1)
         if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
             atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
     }
+#endif
 }
 
 /* ------------------------------------------------------------------------------------------- */
