@@ -426,7 +426,7 @@ template <typename S> __device__ inline bool is_last(const consumer<S> &own) {
 }
 
 /* Finds the group's next run, every GROUPS-th of the block, and loads its queries. False: there is none. */
-template <typename S> __device__ __noinline__ bool next_run(consumer<S> &own, tile_run &todo) {
+template <typename S> __device__ __noinline__ bool next_run(consumer<S> &own, tile_run &coming) {
     using L = typename S::rules;
     do {
         if (is_last(own)) return false;
@@ -447,19 +447,19 @@ template <typename S> __device__ __noinline__ bool next_run(consumer<S> &own, ti
     load_queries<S>(own);
     const line::unit &unit = own.unit;
     uint32_t group = own.place.group;
-    todo.tiles = own.run.end - own.run.begin;
-    todo.done_before = own.tiles_done;
-    todo.first = unit.sees.first_token + (own.run.begin - unit.begin) * TOKENS;
-    todo.sees = make_uint2(unit.sees.begin, unit.sees.end);
-    todo.all = make_uint2(0, unit.sees.end);
+    coming.tiles = own.run.end - own.run.begin;
+    coming.done_before = own.tiles_done;
+    coming.first = unit.sees.first_token + (own.run.begin - unit.begin) * TOKENS;
+    coming.sees = make_uint2(unit.sees.begin, unit.sees.end);
+    coming.all = make_uint2(0, unit.sees.end);
     if (!S::rules::SIMPLE) {
-        todo.all.x = own.memory.visible[group][count_rows<S>(own.cut, unit) - 1].x;
-        todo.all.y = own.memory.visible[group][0].y;
+        coming.all.x = own.memory.visible[group][count_rows<S>(own.cut, unit) - 1].x;
+        coming.all.y = own.memory.visible[group][0].y;
     }
-    todo.soft = narrow::softness_of<S>(own.call, unit.head);
+    coming.soft = narrow::softness_of<S>(own.call, unit.head);
     bool waits = S::GROUPS > 1 && own.runs > 1;
-    todo.turn_before = waits ? ptx::shared_address(&own.memory.turn[(group + S::GROUPS - 1) % S::GROUPS]) : 0;
-    todo.parity = own.runs / S::GROUPS % 2 ^ 1;
+    coming.turn_before = waits ? ptx::shared_address(&own.memory.turn[(group + S::GROUPS - 1) % S::GROUPS]) : 0;
+    coming.parity = own.runs / S::GROUPS % 2 ^ 1;
     return true;
 }
 
