@@ -186,6 +186,9 @@ struct tile_run {
     uint32_t first;       /* token of the first tile */
     uint2 sees, all;      /* tokens that some row sees, and that every row sees */
     softness soft;
+    float *partial; /* of the workspace: where the run's go, or NULL if it is a whole unit */
+    float2 *partial_states;
+    uint32_t rows;
     uint32_t turn_before, parity; /* the barrier that says that it is this run's turn, or 0 */
 };
 
@@ -234,43 +237,41 @@ __device__ inline void clear_unseen(const group_place &own, const tile_run &run,
 /* Weights are relative to a maximum that moves only when they would exceed 2^SLACK: then the sums have to, too. */
 constexpr float SLACK = 8.0f;
 
-/* Scores become weights; `factors`: what the sums before are to be multiplied by. */
+/* The largest, or the sum, of a row's scores that the lane holds: as a tree, since what waits for each other is slow. */
+template <typename Add> __device__ inline float reduce_row(const float (&scores)[TOKENS / 2], uint32_t half, Add add) {
+    float part[TOKENS / 8];
+#pragma unroll
+    for (uint32_t i = 0; i < TOKENS / 8; i++)
+        part[i] = add(scores[4 * i + 2 * half], scores[4 * i + 2 * half + 1]);
+#pragma unroll
+    for (uint32_t width = TOKENS / 16; width > 0; width /= 2) {
+#pragma unroll
+        for (uint32_t i = 0; i < width; i++)
+            part[i] = add(part[i], part[i + width]);
+    }
+    return part[0];
+}
+
+/* Moves the maxima for a tile's scores; `factors`: what was summed before is to be multiplied by them. */
 template <typename S>
-__device__ inline void soften(float (&scores)[TOKENS / 2], warp_state<S> &state, float (&factors)[2],
-                              float scale_log2) {
+__device__ inline void move_maxima(const float (&scores)[TOKENS / 2], warp_state<S> &state, float (&factors)[2],
+                                   float scale_log2) {
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        float largest = -INFINITY;
-#pragma unroll
-        for (uint32_t i = half * 2; i < TOKENS / 2; i += 4)
-            largest = fmaxf(largest, fmaxf(scores[i], scores[i + 1]));
+        float largest = reduce_row(scores, half, [](float x, float y) { return fmaxf(x, y); });
         largest = ptx::quad_max(largest) * scale_log2;
         float maximum = largest > state.maximum[half] + SLACK ? largest : state.maximum[half];
-        float base = maximum == -INFINITY ? 0.0f : maximum;
-        factors[half] = ptx::exp2_fast(state.maximum[half] - base);
-        float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-        for (uint32_t i = half * 2; i < TOKENS / 2; i += 4) {
-#pragma unroll
-            for (uint32_t e = 0; e < 2; e++) {
-                scores[i + e] = ptx::exp2_fast(fmaf(scores[i + e], scale_log2, -base));
-                sum[e] += scores[i + e];
-            }
-        }
+        factors[half] = maximum == -INFINITY ? 1.0f : ptx::exp2_fast(state.maximum[half] - maximum);
         state.maximum[half] = maximum;
-        state.sum[half] = fmaf(state.sum[half], factors[half], sum[0] + sum[1]);
     }
 }
 
-/*
- * Are there factors other than 1? By a warp. A branch on that comes after all weights: the sums, never negative, see to
- * it that no compiler puts off computing them until the products, which they are to overlap, are waited for.
- */
-template <typename S> __device__ inline bool has_moved(const warp_state<S> &state, const float (&factors)[2]) {
-    return __any_sync(ALL_LANES, factors[0] != 1.0f || factors[1] != 1.0f || state.sum[0] < 0.0f || state.sum[1] < 0.0f);
+/* By a warp: have maxima moved? */
+__device__ inline bool have_moved(const float (&factors)[2]) {
+    return __any_sync(ALL_LANES, factors[0] != 1.0f || factors[1] != 1.0f);
 }
 
-/* Brings what was summed down to the new maximum. */
+/* Brings what was summed down to the new maxima. */
 template <typename S> __device__ inline void rescale(warp_state<S> &state, const float (&factors)[2]) {
 #pragma unroll
     for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
@@ -278,9 +279,30 @@ template <typename S> __device__ inline void rescale(warp_state<S> &state, const
         for (uint32_t i = 0; i < S::WIDTH / 2; i++)
             state.out[d][i] *= factors[i / 2 % 2];
     }
+    state.sum[0] *= factors[0];
+    state.sum[1] *= factors[1];
 }
 
-/* Scores of the tile that begins at run.first become weights. */
+/* Scores become weights, which are summed and packed. */
+template <typename S>
+__device__ inline void soften(float (&scores)[TOKENS / 2], warp_state<S> &state, uint32_t (&weights)[TOKENS / STEP][4],
+                              float scale_log2) {
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        float base = state.maximum[half] == -INFINITY ? 0.0f : state.maximum[half];
+#pragma unroll
+        for (uint32_t i = half * 2; i < TOKENS / 2; i += 4) {
+            scores[i] = ptx::exp2_fast(fmaf(scores[i], scale_log2, -base));
+            scores[i + 1] = ptx::exp2_fast(fmaf(scores[i + 1], scale_log2, -base));
+        }
+        state.sum[half] += reduce_row(scores, half, [](float x, float y) { return x + y; });
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < TOKENS / 4; i++)
+        weights[i / 4][i % 4] = S::KV::pack(scores[2 * i], scores[2 * i + 1]);
+}
+
+/* Bends and hides scores of the tile that begins at run.first, and moves the maxima for them. */
 template <typename S>
 __device__ inline void weigh(const group_place &own, float (&scores)[TOKENS / 2], warp_state<S> &state,
                              float (&factors)[2], const tile_run &run, const uint2 *visible) {
@@ -290,14 +312,7 @@ __device__ inline void weigh(const group_place &own, float (&scores)[TOKENS / 2]
             scores[i] = bend_score(scores[i], run.soft);
     }
     if (run.first < run.all.x || run.first + TOKENS > run.all.y) mask_scores<S>(own, scores, run, visible);
-    soften<S>(scores, state, factors, run.soft.scale_log2);
-}
-
-template <typename S>
-__device__ inline void pack_weights(uint32_t (&weights)[TOKENS / STEP][4], const float (&scores)[TOKENS / 2]) {
-#pragma unroll
-    for (uint32_t i = 0; i < TOKENS / 4; i++)
-        weights[i / 4][i % 4] = S::KV::pack(scores[2 * i], scores[2 * i + 1]);
+    move_maxima<S>(scores, state, factors, run.soft.scale_log2);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -330,6 +345,26 @@ __device__ inline void store_state(const group_place &own, block_memory<S> &memo
     }
 }
 
+/* Stores a warp's state as partials of its rows. Lanes that share a row write 32 bytes of it at a time. */
+template <typename S>
+__device__ inline void store_partial(const group_place &own, const tile_run &run, const warp_state<S> &state) {
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        uint32_t row = own.warp * 16 + own.lane / 4 + half * 8;
+        float sum = ptx::quad_sum(state.sum[half]);
+        if (row >= run.rows) continue;
+        if (own.lane % 4 == 0) run.partial_states[row] = make_float2(state.maximum[half], sum);
+        float *out = run.partial + row * S::DIM_V + own.lane % 4 * 2;
+#pragma unroll
+        for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
+#pragma unroll
+            for (uint32_t i = half * 2; i < S::WIDTH / 2; i += 4) {
+                *(float2 *)(out + d * S::WIDTH + i / 4 * 8) = make_float2(state.out[d][i], state.out[d][i + 1]);
+            }
+        }
+    }
+}
+
 template <typename S>
 __device__ inline rows::row_state<S::DIM_V> load_state(const consumer<S> &own, uint32_t group, uint32_t row) {
     constexpr uint32_t EIGHT = 8 / rows::row<S::DIM_V>::WIDTH;
@@ -349,7 +384,10 @@ __device__ inline void enter_tile(const produce::ring &ring, const produce::ring
     __syncwarp();
 }
 
-/* Consumes a run and lays its state down in shared memory. Without calls: they would have the products wait. */
+/*
+ * Consumes a run, and stores what comes of it: a partial in the workspace, or a whole unit's state in shared memory.
+ * Without calls: they would have the products wait for each other.
+ */
 template <typename S>
 __device__ inline void consume_tiles(block_memory<S> &memory, const produce::ring &ring, const group_place &own,
                                      tile_run run) {
@@ -371,7 +409,7 @@ __device__ inline void consume_tiles(block_memory<S> &memory, const produce::rin
     ptx::warpgroup_wait<0>();
     ptx::hold(scores);
     weigh<S>(own, scores, state, factors, run, visible);
-    pack_weights<S>(weights, scores);
+    soften<S>(scores, state, weights, run.soft.scale_log2);
     if (is_partly_unseen(run)) clear_unseen<S>(own, run, ring.memory + at.stage * S::stage::BYTES);
 #pragma unroll 1
     while (--run.tiles > 0) {
@@ -387,7 +425,8 @@ __device__ inline void consume_tiles(block_memory<S> &memory, const produce::rin
         ptx::warpgroup_wait<1>();
         ptx::hold(scores);
         weigh<S>(own, scores, state, factors, run, visible);
-        if (has_moved(state, factors)) {
+        /* In both branches: the compiler would have it before the maxima. */
+        if (have_moved(factors)) {
             ptx::warpgroup_wait<0>();
             hold_out(state);
             rescale(state, factors);
@@ -396,7 +435,7 @@ __device__ inline void consume_tiles(block_memory<S> &memory, const produce::rin
             hold_out(state);
         }
         if (own.lane == 0) ptx::barrier_arrive(ring.empty + before.stage * 8);
-        pack_weights<S>(weights, scores);
+        soften<S>(scores, state, weights, run.soft.scale_log2);
         if (is_partly_unseen(run)) clear_unseen<S>(own, run, ring.memory + at.stage * S::stage::BYTES);
     }
     ptx::warpgroup_fence();
@@ -405,8 +444,13 @@ __device__ inline void consume_tiles(block_memory<S> &memory, const produce::rin
     ptx::warpgroup_wait<0>();
     hold_out(state);
     if (own.lane == 0) ptx::barrier_arrive(ring.empty + at.stage * 8);
-    ptx::named_barrier<GROUP_THREADS>(own.group); /* the queries may be overwritten */
-    store_state<S>(own, memory, state);
+    if (run.partial != nullptr) {
+        ptx::wait_for_previous_launch(); /* which may still read what is written from here on */
+        store_partial<S>(own, run, state);
+    } else {
+        ptx::named_barrier<GROUP_THREADS>(own.group); /* the queries may be overwritten */
+        store_state<S>(own, memory, state);
+    }
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -449,21 +493,30 @@ template <typename S> __device__ __noinline__ bool next_run(consumer<S> &own, ti
         todo.all.y = own.memory.visible[group][0].y;
     }
     todo.soft = narrow::softness_of<S>(own.call, unit.head);
+    todo.partial = nullptr;
+    todo.partial_states = nullptr;
+    todo.rows = count_rows<S>(own.cut, unit);
+    if (rows::is_cut<L>(own.call, unit, own.run)) {
+        uint32_t slot = rows::slot_of<L>(own.call, unit, own.run, own.by);
+        if (slot >= own.work.slots) todo.rows = 0; /* never, if the host has counted as the device does */
+        todo.partial = own.work.outs + (size_t)slot * ROWS * S::DIM_V;
+        todo.partial_states = own.work.states + slot * ROWS;
+    }
     bool waits = S::GROUPS > 1 && own.runs > 1;
     todo.turn_before = waits ? ptx::shared_address(&own.memory.turn[(group + S::GROUPS - 1) % S::GROUPS]) : 0;
     todo.parity = own.runs / S::GROUPS % 2 ^ 1;
     return true;
 }
 
-/* Delivers rows index, index + step, .. of the run, whose state `group` has laid down. */
+/* Writes rows index, index + step, .. of a run that is a whole unit, whose state `group` has laid down. */
 template <typename S>
-__device__ __noinline__ void deliver_rows(const consumer<S> &own, uint32_t group, uint32_t index, uint32_t step) {
+__device__ __noinline__ void write_rows(const consumer<S> &own, uint32_t group, uint32_t index, uint32_t step) {
     uint32_t count = count_rows<S>(own.cut, own.unit);
-#pragma unroll 2
+#pragma unroll 1
     for (; index < count; index += step) {
         rows::row_state<S::DIM_V> state = load_state<S>(own, group, index);
-        rows::deliver_row<typename S::rules, typename S::IO, S::DIM_V, ROWS>(
-            own.call, own.work, {own.unit, own.cut, index}, own.run, own.by, state, own.place.lane);
+        rows::write_row<typename S::rules, typename S::IO>(own.call, {own.unit, own.cut, index}, state,
+                                                          own.place.lane);
     }
 }
 
@@ -526,10 +579,23 @@ __device__ __noinline__ void merge_rows(const consumer<S> &own, uint32_t index, 
         __syncwarp();
         uint32_t here = min(batch, order.all - from);
 #pragma unroll 1
-        for (uint32_t i = 0; i < here; i++) {
-            rows::row<S::DIM_V> out = rows::load_row<S::DIM_V>(landing + (half * batch + i) * S::DIM_V, own.place.lane);
-            rows::merge_state(merged, out, __shfl_sync(ALL_LANES, state.x, i), __shfl_sync(ALL_LANES, state.y, i));
-            if (++merged_partials < order.partials) continue;
+        for (uint32_t begin = 0, end; begin < here; begin = end) {
+            end = min(here, begin + order.partials - merged_partials); /* of the row's */
+            rows::row_state<S::DIM_V> sum = rows::empty_state<S::DIM_V>();
+#pragma unroll 4
+            for (uint32_t i = begin; i < end; i++)
+                sum.maximum = fmaxf(sum.maximum, __shfl_sync(ALL_LANES, state.x, i));
+            float factor = rows::decay(state.x, sum.maximum), weighted = state.y * factor;
+#pragma unroll 4
+            for (uint32_t i = begin; i < end; i++) {
+                const float *out = landing + (half * batch + i) * S::DIM_V;
+                rows::add_row(sum.out, 1.0f, rows::load_row<S::DIM_V>(out, own.place.lane),
+                              __shfl_sync(ALL_LANES, factor, i));
+                sum.sum += __shfl_sync(ALL_LANES, weighted, i);
+            }
+            rows::merge_state(merged, sum.out, sum.maximum, sum.sum);
+            merged_partials += end - begin;
+            if (merged_partials < order.partials) continue;
             rows::write_row<typename S::rules, typename S::IO>(own.call, {own.unit, own.cut, index}, merged,
                                                               own.place.lane);
             merged = rows::empty_state<S::DIM_V>();
@@ -540,42 +606,44 @@ __device__ __noinline__ void merge_rows(const consumer<S> &own, uint32_t index, 
     }
 }
 
-/* Ends a run that others follow; who brings a unit that was cut to its end merges it. By the group. */
+/* After a run that was cut: has it brought its unit to its end? By THREADS threads, `barrier` theirs; `first`: of one. */
+template <typename S, int THREADS>
+__device__ inline bool arrive(const consumer<S> &own, uint32_t barrier, bool first, uint32_t &last_arriver) {
+    ptx::named_barrier<THREADS>(barrier); /* the partials are written */
+    if (first) last_arriver = rows::arrive<typename S::rules>(own.call, own.work, own.unit, own.run, own.by);
+    ptx::named_barrier<THREADS>(barrier);
+    return last_arriver;
+}
+
+/* Ends a run that others follow: writes a whole unit; merges one that was cut, if this was the last of it. By the group. */
 template <typename S> __device__ inline void finish_run(const consumer<S> &own) {
-    using L = typename S::rules;
     const group_place &place = own.place;
-    /* The launch before may still read what is written from here on. */
-    if (own.runs <= S::GROUPS) ptx::wait_for_previous_launch();
-    ptx::named_barrier<GROUP_THREADS>(place.group);
-    deliver_rows<S>(own, place.group, place.warp, WARPS);
-    ptx::named_barrier<GROUP_THREADS>(place.group); /* the state may be overwritten; the partials are written */
-    if (!rows::is_cut<L>(own.call, own.unit, own.run)) return;
-    uint32_t &last_arriver = own.memory.last_arriver[place.group];
-    if (place.thread() == 0) last_arriver = rows::arrive<L>(own.call, own.work, own.unit, own.run, own.by);
-    ptx::named_barrier<GROUP_THREADS>(place.group);
-    if (!last_arriver) return;
-    constexpr uint32_t ROOM = ROWS / WARPS;
-    merge_rows<S>(own, place.warp, WARPS, own.memory.out[place.group][place.warp * ROOM], ROOM / 2);
-    ptx::named_barrier<GROUP_THREADS>(place.group);
+    if (!rows::is_cut<typename S::rules>(own.call, own.unit, own.run)) {
+        ptx::wait_for_previous_launch();
+        ptx::named_barrier<GROUP_THREADS>(place.group);
+        write_rows<S>(own, place.group, place.warp, WARPS);
+    } else {
+        uint32_t &last_arriver = own.memory.last_arriver[place.group];
+        if (!arrive<S, GROUP_THREADS>(own, place.group, place.thread() == 0, last_arriver)) return;
+        constexpr uint32_t ROOM = ROWS / WARPS;
+        merge_rows<S>(own, place.warp, WARPS, own.memory.out[place.group][place.warp * ROOM], ROOM / 2);
+    }
+    ptx::named_barrier<GROUP_THREADS>(place.group); /* what lies in shared memory may be overwritten */
 }
 
 /* Ends the block's last run, by all groups. There is nothing left in the ring, which is `ring_bytes` large. */
 template <typename S>
 __device__ inline void finish_last_run(const consumer<S> &own, char *ring, uint32_t ring_bytes) {
-    using L = typename S::rules;
     constexpr uint32_t ALL_WARPS = S::GROUPS * WARPS;
     uint32_t warp = own.place.group * WARPS + own.place.warp;
     ptx::wait_for_previous_launch();
-    ptx::named_barrier<ALL_WARPS * 32>(S::GROUPS);
-    deliver_rows<S>(own, (own.runs - 1) % S::GROUPS, warp, ALL_WARPS);
-    if (!rows::is_cut<L>(own.call, own.unit, own.run)) return;
-    ptx::named_barrier<ALL_WARPS * 32>(S::GROUPS); /* the partials are written */
-    uint32_t &last_arriver = own.memory.last_arriver[0];
-    if (threadIdx.x == 0) last_arriver = rows::arrive<L>(own.call, own.work, own.unit, own.run, own.by);
-    ptx::named_barrier<ALL_WARPS * 32>(S::GROUPS);
-    if (!last_arriver) return;
-    uint32_t room = min(ring_bytes / (ALL_WARPS * S::DIM_V * (uint32_t)sizeof(float)), 32);
-    merge_rows<S>(own, warp, ALL_WARPS, (float *)ring + warp * room * S::DIM_V, room / 2);
+    if (!rows::is_cut<typename S::rules>(own.call, own.unit, own.run)) {
+        ptx::named_barrier<ALL_WARPS * 32>(S::GROUPS);
+        write_rows<S>(own, (own.runs - 1) % S::GROUPS, warp, ALL_WARPS);
+    } else if (arrive<S, ALL_WARPS * 32>(own, S::GROUPS, threadIdx.x == 0, own.memory.last_arriver[0])) {
+        uint32_t room = min(ring_bytes / (ALL_WARPS * S::DIM_V * (uint32_t)sizeof(float)), 32);
+        merge_rows<S>(own, warp, ALL_WARPS, (float *)ring + warp * room * S::DIM_V, room / 2);
+    }
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -644,7 +712,7 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     if (workspace.rows < ROWS || group > ROWS || tuning.blocks_per_sm != 1) return cudaErrorInvalidValue;
     if (tuning.shared_bytes < sizeof(block_memory<S>) + 2 * S::stage::BYTES) return cudaErrorInvalidValue;
     uint32_t stages = (tuning.shared_bytes - (uint32_t)sizeof(block_memory<S>)) / S::stage::BYTES;
-    uint32_t most = tuning.stages != 0 ? tuning.stages : (160 * 1024 + S::stage::BYTES - 1) / S::stage::BYTES;
+    uint32_t most = tuning.stages != 0 ? tuning.stages : (128 * 1024 + S::stage::BYTES - 1) / S::stage::BYTES;
     stages = min(min(stages, most), MAX_STAGES);
     size_t bytes = stages * S::stage::BYTES + sizeof(block_memory<S>);
     auto *kernel = wide_kernel<S>;
