@@ -1,7 +1,20 @@
 """cuda_library: C-callable CUDA code, compiled by nvcc with Bazel's own C compiler as host compiler."""
 
 load("@bazel_tools//tools/cpp:toolchain_utils.bzl", "find_cpp_toolchain")
-load("@cuda//:defs.bzl", "CUDA_ONLY", "NVCC")
+load("@cuda//:defs.bzl", "CUDA_ONLY", "HAVE_CUDA", "NVCC")
+
+# The sanitizers do not look into device code, and nvcc takes minutes: their builds have no CUDA.
+CUDA_BUILT = CUDA_ONLY + select({
+    "//:sanitized": ["@platforms//:incompatible"],
+    "//conditions:default": [],
+})
+
+def if_cuda(values):
+    """`values` in builds with CUDA; else nothing."""
+    return select({
+        "//:sanitized": [],
+        "//conditions:default": values,
+    }) if HAVE_CUDA else []
 
 # The generic path for every card from A100 on, Hopper's own beside it.
 _ARCHITECTURES = [
@@ -22,6 +35,8 @@ def _cuda_library_impl(ctx):
         ctx.actions.run(
             executable = NVCC,
             arguments = ["-x", "cu", "-c", source.path, "-o", object.path, "-std=c++17", "-O3", "-lineinfo"] +
+                        # nvcc names its files in /tmp by its process number, which is the same in every sandbox.
+                        ["--objdir-as-tempdir"] +
                         ["-ccbin", toolchain.compiler_executable, "-Xcompiler=-fPIC,-Wall,-Wextra", "-Werror=all-warnings"] +
                         _ARCHITECTURES + include_flags + ctx.attr.copts,
             inputs = depset([source] + ctx.files.hdrs, transitive = [context.headers, toolchain.all_files]),
@@ -66,7 +81,7 @@ def cuda_library(name, srcs, hdrs = [], deps = [], copts = [], **kwargs):
     """A library of .cu files behind extern "C" headers; skipped by `//...` where there is no CUDA Toolkit.
 
     Args:
-      name: use it as a dep of any cc rule that is itself CUDA_ONLY, or under a select-free `if HAVE_CUDA`.
+      name: use it as a dep of any cc rule that is itself CUDA_BUILT, or under if_cuda.
       srcs: .cu files.
       hdrs: .h and .cuh files.
       deps: cc_library or cuda_library targets.
@@ -79,6 +94,6 @@ def cuda_library(name, srcs, hdrs = [], deps = [], copts = [], **kwargs):
         hdrs = hdrs,
         deps = deps + ["@cuda//:cudart"],
         copts = copts,
-        target_compatible_with = CUDA_ONLY,
+        target_compatible_with = CUDA_BUILT,
         **kwargs
     )

@@ -12,6 +12,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/layout.cuh"
 #include "kernels/cuda/results.cuh"
 
@@ -67,17 +68,17 @@ template <> struct element<float> {
 /* The pool */
 
 /* A 16-byte piece a thread: rows [token][head] to their tiles. */
-template <typename T>
-__global__ void append_kernel(attn_cuda_layer layer, const uint32_t *places, const char *keys, const char *values,
+template <typename KV>
+__global__ void append_kernel(attn_cuda_layer layer, const uint32_t *places, const void *keys, const void *values,
                               uint32_t tokens, uint32_t *status) {
-    uint32_t key_pieces = layer.head_dim * sizeof(T) / PIECE_BYTES;
-    uint32_t value_pieces = layer.head_dim_v * sizeof(T) / PIECE_BYTES;
+    uint32_t key_pieces = layer.head_dim * KV::BYTES / PIECE_BYTES;
+    uint32_t value_pieces = layer.head_dim_v * KV::BYTES / PIECE_BYTES;
     uint32_t row_pieces = key_pieces + value_pieces;
     uint64_t total = (uint64_t)tokens * layer.heads_kv * row_pieces;
     for (uint64_t i = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x; i < total;
          i += (uint64_t)gridDim.x * blockDim.x) {
         uint64_t row = i / row_pieces;
-        uint32_t piece = i % row_pieces;
+        uint32_t piece = i % row_pieces, head = row % layer.heads_kv;
         bool is_value = piece >= key_pieces;
         if (is_value) piece -= key_pieces;
         uint32_t place = places[row / layer.heads_kv], page = place / layer.page_size;
@@ -85,9 +86,11 @@ __global__ void append_kernel(attn_cuda_layer layer, const uint32_t *places, con
             *status = 1;
             continue;
         }
-        const char *from = (is_value ? values : keys) + (row * (is_value ? value_pieces : key_pieces) + piece) * PIECE_BYTES;
-        char *to = layout::pool_piece(layer, page, row % layer.heads_kv, place % layer.page_size, is_value, piece);
-        *(uint4 *)to = *(const uint4 *)from;
+        const float *scales = is_value ? layer.value_scales : layer.key_scales;
+        uint4 stored =
+            KV::load_new(layer, is_value ? values : keys, row * (is_value ? layer.head_dim_v : layer.head_dim), piece,
+                         scales != nullptr ? scales[head] : 1.0f);
+        *(uint4 *)layout::pool_piece(layer, page, head, place % layer.page_size, is_value, piece) = stored;
     }
 }
 
@@ -403,8 +406,8 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const __grid_constant__ 
     uint32_t rows = unit.queries * group, columns = work.call.layer.head_dim_v;
     uint32_t lane = threadIdx.x % 32;
     for (uint32_t row = threadIdx.x / 32; row < rows; row += WARPS) {
-        destination to = find_destination(work.call, sequence, unit.query_first + row / group,
-                                          unit.head * group + row % group, 0);
+        destination to =
+            find_destination(work.call, sequence, unit.query_first + row / group, unit.head * group + row % group, 0);
         auto lse_of = [&](uint32_t c) { return work.slot_lse[(size_t)slots[c] * ATTN_CUDA_MAX_ROWS + row]; };
         row_weights weights = weigh(unit.slot_count, to.sink, lse_of);
         float sums[256 / 32] = {};
@@ -443,7 +446,8 @@ cudaError_t launch(void (*kernel)(PARAMETERS...), uint32_t blocks, uint32_t thre
 
 template <typename T, uint32_t ROWS, uint32_t PARTS>
 cudaError_t launch_attend(const attn_cuda_work &work, cudaStream_t on) {
-    return launch(attend_kernel<T, ROWS, PARTS>, work.workers, THREADS, shared_bytes<T, ROWS>(work.call.layer), on, work);
+    return launch(attend_kernel<T, ROWS, PARTS>, work.workers, THREADS, shared_bytes<T, ROWS>(work.call.layer), on,
+                  work);
 }
 
 template <typename T> cudaError_t launch_attend_of(const attn_cuda_work &work, cudaStream_t on) {
@@ -467,13 +471,12 @@ template <typename T> cudaError_t allow_shared_of() {
     return error;
 }
 
-template <typename T>
+template <typename KV>
 cudaError_t launch_append(const attn_cuda_layer &layer, const uint32_t *places, const void *keys, const void *values,
                           uint32_t tokens, uint32_t *status, cudaStream_t on) {
-    uint64_t pieces = (uint64_t)tokens * layer.heads_kv * (layer.head_dim + layer.head_dim_v) * sizeof(T) / PIECE_BYTES;
+    uint64_t pieces = (uint64_t)tokens * layer.heads_kv * (layer.head_dim + layer.head_dim_v) * KV::BYTES / PIECE_BYTES;
     uint32_t blocks = (uint32_t)min((pieces + 255) / 256, (uint64_t)4096);
-    return launch(append_kernel<T>, blocks, 256, 0, on, layer, places, (const char *)keys, (const char *)values, tokens,
-                  status);
+    return launch(append_kernel<KV>, blocks, 256, 0, on, layer, places, keys, values, tokens, status);
 }
 
 template <typename T> cudaError_t launch_merge(const attn_cuda_work &work, cudaStream_t on) {
@@ -496,10 +499,11 @@ extern "C" int attn_cuda_append(const attn_cuda_layer *layer, const uint32_t *pl
                                 const void *values, uint32_t tokens, uint32_t *status, void *stream) {
     if (tokens == 0) return cudaSuccess;
     cudaStream_t on = (cudaStream_t)stream;
-    switch (layer->dtype) {
-    case ATTN_BF16: return launch_append<__nv_bfloat16>(*layer, places, keys, values, tokens, status, on);
-    case ATTN_FP16: return launch_append<__half>(*layer, places, keys, values, tokens, status, on);
-    case ATTN_FP32: return launch_append<float>(*layer, places, keys, values, tokens, status, on);
+    switch (layer->kv_dtype) {
+    case ATTN_BF16: return launch_append<elements::bf16>(*layer, places, keys, values, tokens, status, on);
+    case ATTN_FP16: return launch_append<elements::fp16>(*layer, places, keys, values, tokens, status, on);
+    case ATTN_FP32: return launch_append<elements::fp32>(*layer, places, keys, values, tokens, status, on);
+    case ATTN_FP8_E4M3: return launch_append<elements::fp8>(*layer, places, keys, values, tokens, status, on);
     default: return cudaErrorInvalidValue;
     }
 }

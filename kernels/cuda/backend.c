@@ -1,10 +1,11 @@
 /*
- * The cuda backend. The host walks the line over the lengths of each call and uploads what the thread blocks
- * have to do, together with the rows, as one arena; then append, attend and merge, one after the other on the
- * backend's stream; then the outputs come back as another. docs/kernel-notes.md says what is to become of it.
+ * The cuda backend. A call's tables and rows are packed into pinned memory and uploaded at once; then, for the
+ * geometries of decode.h, one launch stores the new rows, plans, attends and merges. For others the host walks the line
+ * over the lengths of the call and uploads what the thread blocks have to do; append, attend and merge follow one
+ * another (attend.cu). Kernels write outputs straight to pinned memory.
  *
- * An arena is a block of pinned memory and one of device memory with the same layout; both only grow. What a call
- * puts into it is laid out twice by the same function: with no memory, which measures, and in earnest.
+ * What a call puts into an arena is laid out twice by the same function: with no memory, which measures, and in
+ * earnest.
  */
 #define _POSIX_C_SOURCE 200809L
 
@@ -15,7 +16,7 @@
 
 #include "base/clock.h"
 #include "kernels/backend.h"
-#include "kernels/cuda/decode_hopper.h"
+#include "kernels/cuda/decode.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/probe.h"
 
@@ -25,9 +26,11 @@
     ((size_t)256 << 20) /* batch_invariant: of partial results of a wave, at least one sequence's                      \
                          */
 
+/* Pinned memory, and what the device sees of it: device memory with the same layout, or the same memory. Only grows. */
 typedef struct {
     char *host, *device;
     size_t bytes;
+    bool is_shared; /* device is host */
 } arena;
 
 typedef struct {
@@ -39,11 +42,12 @@ typedef struct {
     arena up, down;
     float *slot_out, *slot_lse; /* device; [slots, MAX_ROWS, head_dim_v], [slots, MAX_ROWS] */
     uint64_t slots;
-    bool is_hopper; /* the device and the geometry are what decode_hopper.h is for */
-    attn_hopper_tuning tuning;
-    void *workspace;    /* of decode_hopper.h; its first word is the status */
-    uint32_t *status;   /* device: set to 1 by a kernel that met a page outside the pool */
-    cudaError_t failed; /* what an operation that returns nothing has met */
+    bool is_fast; /* the geometry and the device are what decode.h is for; else slot_out and slot_lse are there */
+    attn_cuda_tuning tuning;
+    attn_cuda_workspace runs, chunks; /* of decode.h: default mode, batch_invariant */
+    float *scales;                    /* device; fp8: [2, layers, heads_kv], of keys and of values; else NULL */
+    uint32_t *status;                 /* pinned: set to 1 by a kernel that met a page outside the pool */
+    cudaError_t failed;               /* what an operation that returns nothing has met */
 
     cudaEvent_t kernels_begin, kernels_end; /* attn_batch.device_time: around the kernels of a decode */
     uint32_t launches;                      /* of kernels, by the current decode */
@@ -53,6 +57,14 @@ static cuda_backend *of(attn_backend *backend) { return (cuda_backend *)backend;
 
 static uint32_t group_of(const cuda_backend *self) {
     return self->base.geometry.heads_q / self->base.geometry.heads_kv;
+}
+
+/*
+ * Rows of a block of the narrow kernels, which batch_invariant is for: a unit of the line, here as there. The kernels
+ * for any geometry take up to 16, too.
+ */
+static uint32_t narrow_rows(const attn_geometry *geometry) {
+    return geometry->heads_q / geometry->heads_kv <= 8 ? 8 : 16;
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -70,8 +82,8 @@ static attn_status cuda_status(cudaError_t error, const char *what) {
 
 static void arena_fini(arena *memory) {
     cudaFreeHost(memory->host);
-    cudaFree(memory->device);
-    *memory = (arena){0};
+    if (!memory->is_shared) cudaFree(memory->device);
+    *memory = (arena){.is_shared = memory->is_shared};
 }
 
 static attn_status arena_reserve(arena *memory, size_t bytes) {
@@ -81,7 +93,8 @@ static attn_status arena_reserve(arena *memory, size_t bytes) {
         grown *= 2;
     arena_fini(memory);
     cudaError_t error = cudaMallocHost((void **)&memory->host, grown);
-    if (error == cudaSuccess) error = cudaMalloc((void **)&memory->device, grown);
+    if (memory->is_shared) memory->device = memory->host;
+    if (error == cudaSuccess && !memory->is_shared) error = cudaMalloc((void **)&memory->device, grown);
     if (error != cudaSuccess) {
         cudaGetLastError();
         arena_fini(memory);
@@ -115,12 +128,70 @@ static place carve(carver *from, size_t bytes) {
 static attn_cuda_layer layer_at(const cuda_backend *self, uint32_t layer) {
     attn_cuda_layer found = self->layer;
     found.memory += layer * self->layer_bytes;
+    if (self->scales) {
+        found.key_scales = self->scales + (size_t)layer * found.heads_kv;
+        found.value_scales = found.key_scales + (size_t)self->base.geometry.layers * found.heads_kv;
+    }
     return found;
+}
+
+/* The least head_dim that decode.h has a kernel for. */
+static uint32_t padded_dim(uint32_t dim) {
+    static const uint32_t built[] = {64, 96, 128, 192};
+    for (size_t i = 0; i < sizeof built / sizeof *built; i++) {
+        if (dim <= built[i]) return built[i];
+    }
+    return 256;
+}
+
+/*
+ * The dims that kernels work with: columns of zeros behind the geometry's change neither scores nor outputs. Float32
+ * has no tensor cores, and stays as it is.
+ */
+static void pad_dims(attn_cuda_layer *layer) {
+    if (layer->dtype == ATTN_FP32) return;
+    layer->head_dim = padded_dim(layer->head_dim);
+    layer->head_dim_v = padded_dim(layer->head_dim_v);
+    if (layer->head_dim == 192 && layer->head_dim_v <= 128) {
+        layer->head_dim_v = 128;
+    } else if (layer->head_dim > layer->head_dim_v) {
+        layer->head_dim_v = layer->head_dim;
+    } else {
+        layer->head_dim = layer->head_dim_v;
+    }
+}
+
+/* Copies rows of `from_bytes` each to rows of `to_bytes` each: cut, or filled up with zeros. */
+static void copy_rows(void *to, size_t to_bytes, const void *from, size_t from_bytes, size_t rows) {
+    if (to_bytes == from_bytes) {
+        memcpy(to, from, rows * to_bytes);
+        return;
+    }
+    size_t kept = to_bytes < from_bytes ? to_bytes : from_bytes;
+    for (size_t i = 0; i < rows; i++) {
+        memcpy((char *)to + i * to_bytes, (const char *)from + i * from_bytes, kept);
+        memset((char *)to + i * to_bytes + kept, 0, to_bytes - kept);
+    }
+}
+
+/* Bytes of one head's row on the device, in the layer's dtype; and on the host. */
+typedef struct {
+    size_t key, value; /* also of a query; of an output */
+} row_bytes;
+
+static row_bytes device_row(const cuda_backend *self) {
+    size_t element = attn_dtype_bytes(self->base.geometry.dtype);
+    return (row_bytes){self->layer.head_dim * element, self->layer.head_dim_v * element};
+}
+
+static row_bytes host_row(const cuda_backend *self) {
+    size_t element = attn_dtype_bytes(self->base.geometry.dtype);
+    return (row_bytes){self->base.geometry.head_dim * element, self->base.geometry.head_dim_v * element};
 }
 
 static attn_status allocate_pool(cuda_backend *self, const attn_backend_config *config) {
     const attn_geometry *geometry = &config->geometry;
-    uint32_t element = (uint32_t)attn_dtype_bytes(geometry->dtype);
+    uint32_t element = (uint32_t)attn_dtype_bytes(attn_kv_dtype(geometry));
     self->layer = (attn_cuda_layer){
         .pages = config->pages,
         .page_size = geometry->page_size,
@@ -129,8 +200,12 @@ static attn_status allocate_pool(cuda_backend *self, const attn_backend_config *
         .head_dim = geometry->head_dim,
         .head_dim_v = geometry->head_dim_v,
         .dtype = geometry->dtype,
-        .tile_bytes = attn_cuda_tile_bytes(geometry->page_size, geometry->head_dim, geometry->head_dim_v, element),
+        .kv_dtype = attn_kv_dtype(geometry),
+        .element_bytes = element,
     };
+    pad_dims(&self->layer);
+    self->layer.tile_bytes =
+        attn_cuda_tile_bytes(geometry->page_size, self->layer.head_dim, self->layer.head_dim_v, element);
     size_t bytes;
     if (__builtin_mul_overflow((size_t)self->layer.tile_bytes * geometry->heads_kv, (size_t)config->pages,
                                &self->layer_bytes) ||
@@ -165,26 +240,19 @@ static void cuda_copy_page(attn_backend *backend, uint32_t from, uint32_t to) {
 
 static void cuda_poison(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots) {
     cuda_backend *self = of(backend);
-    const attn_geometry *geometry = &backend->geometry;
-    size_t element = attn_dtype_bytes(geometry->dtype), tile = self->layer.tile_bytes;
-    size_t key = geometry->head_dim * element, value = geometry->head_dim_v * element;
     cudaSetDevice(self->device);
-    for (uint32_t layer = 0; layer < geometry->layers; layer++) { /* all bits set is NaN in every dtype */
-        char *keys = layer_at(self, layer).memory + page * tile * geometry->heads_kv + first_slot * key;
-        char *values = keys + geometry->page_size * key - first_slot * key + first_slot * value;
-        note(self, cudaMemset2DAsync(keys, tile, 0xff, slots * key, geometry->heads_kv, self->stream));
-        note(self, cudaMemset2DAsync(values, tile, 0xff, slots * value, geometry->heads_kv, self->stream));
+    for (uint32_t i = 0; i < backend->geometry.layers; i++) {
+        attn_cuda_layer layer = layer_at(self, i);
+        note(self, (cudaError_t)attn_cuda_poison(&layer, page, first_slot, slots, self->stream));
     }
 }
 
 /* Waits for the stream, and says what has gone wrong since the last time. */
 static attn_status settle(cuda_backend *self) {
-    uint32_t outside = 0;
     CUDA_TRY(self->failed);
-    CUDA_TRY(cudaMemcpyAsync(&outside, self->status, sizeof outside, cudaMemcpyDeviceToHost, self->stream));
     CUDA_TRY(cudaStreamSynchronize(self->stream));
-    if (outside == 0) return attn_ok();
-    CUDA_TRY(cudaMemset(self->status, 0, sizeof *self->status));
+    if (*self->status == 0) return attn_ok();
+    *self->status = 0;
     return attn_error(ATTN_INTERNAL, "a page table led a kernel to a page outside the pool");
 }
 
@@ -195,25 +263,25 @@ static attn_status cuda_append(attn_backend *backend, uint32_t layer, const uint
                                uint32_t tokens, const void *keys, const void *values) {
     cuda_backend *self = of(backend);
     uint32_t page_size = backend->geometry.page_size;
-    size_t key_bytes = tokens * attn_key_row_bytes(&backend->geometry);
-    size_t value_bytes = tokens * attn_value_row_bytes(&backend->geometry);
+    size_t rows = (size_t)tokens * backend->geometry.heads_kv;
+    row_bytes there = device_row(self), here = host_row(self);
     place at, key, value;
     cudaSetDevice(self->device);
     for (int earnest = 0; earnest < 2; earnest++) {
         carver from = {0};
         if (earnest) from = (carver){self->up.host, self->up.device, 0};
         at = carve(&from, tokens * sizeof(uint32_t));
-        key = carve(&from, key_bytes);
-        value = carve(&from, value_bytes);
+        key = carve(&from, rows * there.key);
+        value = carve(&from, rows * there.value);
         if (!earnest) ATTN_TRY(arena_reserve(&self->up, from.used));
     }
     for (uint32_t t = 0; t < tokens; t++) {
         uint64_t token = position + t;
         ((uint32_t *)at.host)[t] = pages[token / page_size] * page_size + (uint32_t)(token % page_size);
     }
-    memcpy(key.host, keys, key_bytes);
-    memcpy(value.host, values, value_bytes);
-    size_t bytes = (size_t)((char *)value.host - self->up.host) + value_bytes;
+    copy_rows(key.host, there.key, keys, here.key, rows);
+    copy_rows(value.host, there.value, values, here.value, rows);
+    size_t bytes = (size_t)((char *)value.host - self->up.host) + rows * there.value;
     CUDA_TRY(cudaMemcpyAsync(self->up.device, self->up.host, bytes, cudaMemcpyHostToDevice, self->stream));
     attn_cuda_layer to = layer_at(self, layer);
     CUDA_TRY(attn_cuda_append(&to, at.device, key.device, value.device, tokens, self->status, self->stream));
@@ -238,7 +306,6 @@ typedef struct {
     place sequences, lengths, page_offsets, page_table, places, queries, keys, values, sinks;
     place first_pieces, pieces, merges, slots;
     place out, lse, partial_out, partial_lse;
-    size_t down_bytes;
 } call_memory;
 
 static uint32_t chunks_of(uint32_t length) { return (length + ATTN_CHUNK_TOKENS - 1) / ATTN_CHUNK_TOKENS; }
@@ -272,26 +339,28 @@ static tally count_batch(const cuda_backend *self, const attn_batch *batch) {
 static void lay_out(const cuda_backend *self, const attn_batch *batch, const tally *count, carver *up, carver *down,
                     call_memory *memory) {
     const attn_geometry *geometry = &self->base.geometry;
+    row_bytes row = device_row(self);
+    size_t query_rows = (size_t)count->rows * geometry->heads_q,
+           new_rows = (size_t)count->new_rows * geometry->heads_kv;
+    size_t partial_rows = (size_t)count->partial_rows * geometry->heads_q;
     memory->sequences = carve(up, batch->size * sizeof(attn_cuda_sequence));
     memory->lengths = carve(up, batch->size * sizeof(uint32_t));
     memory->page_offsets = carve(up, batch->size * sizeof(uint32_t));
     memory->page_table = carve(up, count->pages * sizeof(uint32_t));
     memory->places = carve(up, count->new_rows * sizeof(uint32_t));
-    memory->queries = carve(up, count->rows * attn_query_row_bytes(geometry));
-    memory->keys = carve(up, count->new_rows * attn_key_row_bytes(geometry));
-    memory->values = carve(up, count->new_rows * attn_value_row_bytes(geometry));
+    memory->queries = carve(up, query_rows * row.key);
+    memory->keys = carve(up, new_rows * row.key);
+    memory->values = carve(up, new_rows * row.value);
     memory->sinks = carve(up, geometry->heads_q * sizeof(float));
     memory->first_pieces = carve(up, (self->base.line.workers + 1) * sizeof(uint32_t));
     memory->merges = carve(up, count->merges * sizeof(attn_cuda_merge));
     memory->slots = carve(up, count->slots * sizeof(uint32_t));
     memory->pieces = carve(up, count->pieces * sizeof(attn_cuda_piece)); /* last: only those in use are uploaded */
 
-    memory->out = carve(down, count->rows * attn_out_row_bytes(geometry));
-    memory->lse = carve(down, (size_t)count->rows * geometry->heads_q * sizeof(float));
-    memory->partial_out =
-        carve(down, (size_t)count->partial_rows * geometry->heads_q * geometry->head_dim_v * sizeof(float));
-    memory->partial_lse = carve(down, (size_t)count->partial_rows * geometry->heads_q * sizeof(float));
-    memory->down_bytes = down->used;
+    memory->out = carve(down, query_rows * row.value);
+    memory->lse = carve(down, query_rows * sizeof(float));
+    memory->partial_out = carve(down, partial_rows * self->layer.head_dim_v * sizeof(float));
+    memory->partial_lse = carve(down, partial_rows * sizeof(float));
 }
 
 static attn_status reserve_call(cuda_backend *self, const attn_batch *batch, const tally *count, call_memory *memory) {
@@ -308,6 +377,7 @@ static attn_status reserve_call(cuda_backend *self, const attn_batch *batch, con
 /* Page tables, where new rows go, and the rows, packed. */
 static void fill_rows(const cuda_backend *self, const attn_batch *batch, const call_memory *memory) {
     const attn_geometry *geometry = &self->base.geometry;
+    row_bytes there = device_row(self), here = host_row(self);
     uint32_t row = 0, partial_row = 0, new_row = 0, page = 0;
     for (uint32_t i = 0; i < batch->size; i++) {
         const attn_part *part = attn_batch_part(batch, i);
@@ -324,18 +394,20 @@ static void fill_rows(const cuda_backend *self, const attn_batch *batch, const c
             .first_query = row,
             .first_out = part ? partial_row : row,
             .chunk_rows = part && batch->batch_invariant ? queries : 0,
+            .new_rows = new_rows,
+            .first_new = new_row,
             .total_length = part ? part->total_length : batch->lengths[i],
         };
         ((uint32_t *)memory->lengths.host)[i] = batch->lengths[i];
         ((uint32_t *)memory->page_offsets.host)[i] = page;
         memcpy((uint32_t *)memory->page_table.host + page, pages, page_count * sizeof *pages);
-        memcpy((char *)memory->queries.host + row * attn_query_row_bytes(geometry), batch->queries[i],
-               queries * attn_query_row_bytes(geometry));
+        copy_rows((char *)memory->queries.host + row * geometry->heads_q * there.key, there.key, batch->queries[i],
+                  here.key, (size_t)queries * geometry->heads_q);
         if (new_rows > 0) {
-            memcpy((char *)memory->keys.host + new_row * attn_key_row_bytes(geometry), batch->new_keys[i],
-                   new_rows * attn_key_row_bytes(geometry));
-            memcpy((char *)memory->values.host + new_row * attn_value_row_bytes(geometry), batch->new_values[i],
-                   new_rows * attn_value_row_bytes(geometry));
+            size_t first = (size_t)new_row * geometry->heads_kv, rows = (size_t)new_rows * geometry->heads_kv;
+            copy_rows((char *)memory->keys.host + first * there.key, there.key, batch->new_keys[i], here.key, rows);
+            copy_rows((char *)memory->values.host + first * there.value, there.value, batch->new_values[i], here.value,
+                      rows);
         }
         for (uint32_t t = batch->lengths[i] - new_rows; t < batch->lengths[i]; t++) {
             ((uint32_t *)memory->places.host)[new_row++] =
@@ -433,28 +505,40 @@ static work_lists list_work(const cuda_backend *self, const attn_plan *plan, con
 /* ------------------------------------------------------------------------------------------- */
 /* Launches */
 
-static attn_cuda_work describe_work(const cuda_backend *self, const attn_batch *batch, const call_memory *memory,
-                                    uint32_t merges, uint32_t most_queries) {
-    return (attn_cuda_work){
+static attn_cuda_call describe_call(const cuda_backend *self, const attn_batch *batch, const call_memory *memory) {
+    return (attn_cuda_call){
         .layer = layer_at(self, batch->layer),
+        .batch = batch->size,
+        .lengths = memory->lengths.device,
         .sequences = memory->sequences.device,
         .page_table = memory->page_table.device,
-        .pieces = memory->pieces.device,
-        .first_pieces = memory->first_pieces.device,
-        .merges = memory->merges.device,
-        .slots = memory->slots.device,
+        .page_offsets = memory->page_offsets.device,
         .queries = memory->queries.device,
+        .keys = memory->keys.device,
+        .values = memory->values.device,
         .sinks = batch->sinks ? memory->sinks.device : NULL,
         .out = memory->out.device,
         .lse = memory->lse.device,
         .partial_out = memory->partial_out.device,
         .partial_lse = memory->partial_lse.device,
-        .slot_out = self->slot_out,
-        .slot_lse = self->slot_lse,
         .status = self->status,
         .scale = batch->scale,
         .softcap = batch->softcap,
         .window = batch->window,
+        .batch_invariant = batch->batch_invariant,
+    };
+}
+
+static attn_cuda_work describe_work(const cuda_backend *self, const attn_batch *batch, const call_memory *memory,
+                                    uint32_t merges, uint32_t most_queries) {
+    return (attn_cuda_work){
+        .call = describe_call(self, batch, memory),
+        .pieces = memory->pieces.device,
+        .first_pieces = memory->first_pieces.device,
+        .merges = memory->merges.device,
+        .slots = memory->slots.device,
+        .slot_out = self->slot_out,
+        .slot_lse = self->slot_lse,
         .workers = self->base.line.workers,
         .merge_count = merges,
         .rows = (most_queries < self->base.line.block_queries ? most_queries : self->base.line.block_queries) *
@@ -504,52 +588,41 @@ static attn_status run_pieces(cuda_backend *self, const attn_batch *batch, const
 }
 
 /* ------------------------------------------------------------------------------------------- */
-/* Hopper's fast path: plans, attends and merges in one launch, from the live lengths */
+/* The fast path: stores, plans, attends and merges in one launch, from the live lengths */
 
-static bool fits_hopper(const cuda_backend *self, const attn_batch *batch, const tally *count) {
-    if (!self->is_hopper || count->most_queries > 1 || count->partial_rows > 0) return false;
-    return !batch->batch_invariant && batch->softcap == 0 && batch->window == 0 && !batch->sinks;
-}
-
-static attn_status run_hopper(cuda_backend *self, const attn_batch *batch, const call_memory *memory,
-                              const tally *count) {
-    attn_hopper_decode decode = {
-        .pool = layer_at(self, batch->layer).memory,
-        .pool_pages = self->base.pages,
-        .page_size = self->base.geometry.page_size,
-        .heads_kv = self->base.geometry.heads_kv,
-        .group = group_of(self),
-        .batch = batch->size,
-        .lengths = memory->lengths.device,
-        .page_table = memory->page_table.device,
-        .page_table_stride = count->pages / batch->size,
-        .page_offsets = memory->page_offsets.device,
-        .queries = memory->queries.device,
-        .out = memory->out.device,
-        .lse = memory->lse.device,
-        .scale = batch->scale,
-        .workspace = self->workspace,
-    };
-    CUDA_TRY(attn_hopper_decode_launch(&decode, &self->tuning, self->stream));
+static attn_status launch_decode(cuda_backend *self, const attn_cuda_call *call, uint32_t most_queries) {
+    const attn_cuda_workspace *workspace = call->batch_invariant ? &self->chunks : &self->runs;
+    CUDA_TRY(attn_cuda_decode_launch(call, &self->tuning, workspace, most_queries, self->stream));
     self->launches++;
     return attn_ok();
 }
 
-static attn_status allocate_workspace(cuda_backend *self, const struct cudaDeviceProp *properties) {
-    const attn_geometry *geometry = &self->base.geometry;
-    self->is_hopper = properties->major == 9 && geometry->dtype == ATTN_BF16 && geometry->page_size <= 64 &&
-                      geometry->head_dim == ATTN_HOPPER_HEAD_DIM && geometry->head_dim_v == ATTN_HOPPER_HEAD_DIM;
-    self->tuning = (attn_hopper_tuning){
-        .workers = (uint32_t)properties->multiProcessorCount, .blocks_per_sm = 1, .stages = 3, .align_tiles = 4};
-    size_t bytes =
-        self->is_hopper ? attn_hopper_workspace_bytes(self->tuning.workers, group_of(self)) : sizeof(uint32_t);
-    cudaError_t error = cudaMalloc(&self->workspace, bytes);
-    if (error == cudaSuccess) error = cudaMemset(self->workspace, 0, bytes);
-    self->status = self->workspace;
-    if (error == cudaSuccess) return attn_ok();
-    cudaGetLastError();
-    return attn_error(ATTN_RESOURCE_EXHAUSTED, "no device memory for a workspace of %zu bytes: %s", bytes,
-                      cudaGetErrorString(error));
+/* batch_invariant: as many sequences at a time as the chunks' slots are enough for. */
+static attn_status run_chunks(cuda_backend *self, attn_cuda_call call, uint32_t most_queries) {
+    const attn_line *line = &self->base.line;
+    const attn_cuda_sequence *sequences = call.sequences;
+    uint32_t first = 0, size = line->batch->size;
+    while (first < size) {
+        uint32_t last = first + 1;
+        while (last < size && line->starts[last + 1] - line->starts[first] <= self->chunks.slots)
+            last++;
+        call.sequences = sequences + first;
+        call.batch = last - first;
+        ATTN_TRY(launch_decode(self, &call, most_queries));
+        first = last;
+    }
+    return attn_ok();
+}
+
+static attn_status run_decode(cuda_backend *self, const attn_batch *batch, const call_memory *memory,
+                              const tally *count) {
+    attn_cuda_call call = describe_call(self, batch, memory);
+    if (batch->batch_invariant) return run_chunks(self, call, count->most_queries);
+    bool has_new = count->new_rows > 0;
+    if (!has_new) call.keys = call.values = NULL;
+    bool is_plain = count->most_queries == 1 && count->partial_rows == 0;
+    if (is_plain && (!has_new || count->new_rows == batch->size)) call.sequences = NULL;
+    return launch_decode(self, &call, count->most_queries);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -558,25 +631,25 @@ static attn_status allocate_workspace(cuda_backend *self, const struct cudaDevic
 /* From the packed rows to where the caller wants each sequence's. */
 static void scatter(const cuda_backend *self, const attn_batch *batch, const call_memory *memory) {
     const attn_geometry *geometry = &self->base.geometry;
-    size_t partial_bytes = (size_t)geometry->heads_q * geometry->head_dim_v * sizeof(float);
-    size_t lse_bytes = geometry->heads_q * sizeof(float), row = 0, partial_row = 0;
+    size_t there = device_row(self).value, here = host_row(self).value, heads = geometry->heads_q;
+    size_t partial_there = self->layer.head_dim_v * sizeof(float), partial_here = geometry->head_dim_v * sizeof(float);
+    size_t row = 0, partial_row = 0;
     for (uint32_t i = 0; i < batch->size; i++) {
-        size_t queries = batch->query_lengths[i];
+        size_t rows = batch->query_lengths[i] * heads;
         if (attn_batch_part(batch, i)) {
-            size_t rows = queries * (batch->batch_invariant ? chunks_of(batch->lengths[i]) : 1);
-            memcpy(batch->partials[i].out, (char *)memory->partial_out.host + partial_row * partial_bytes,
-                   rows * partial_bytes);
-            memcpy(batch->partials[i].lse, (char *)memory->partial_lse.host + partial_row * lse_bytes,
-                   rows * lse_bytes);
-            partial_row += rows;
+            size_t partial_rows = rows * (batch->batch_invariant ? chunks_of(batch->lengths[i]) : 1);
+            copy_rows(batch->partials[i].out, partial_here,
+                      (char *)memory->partial_out.host + partial_row * partial_there, partial_there, partial_rows);
+            memcpy(batch->partials[i].lse, (float *)memory->partial_lse.host + partial_row,
+                   partial_rows * sizeof(float));
+            partial_row += partial_rows;
         } else {
-            memcpy(batch->outs[i], (char *)memory->out.host + row * attn_out_row_bytes(geometry),
-                   queries * attn_out_row_bytes(geometry));
+            copy_rows(batch->outs[i], here, (char *)memory->out.host + row * there, there, rows);
             if (batch->lses && batch->lses[i]) {
-                memcpy(batch->lses[i], (char *)memory->lse.host + row * lse_bytes, queries * lse_bytes);
+                memcpy(batch->lses[i], (float *)memory->lse.host + row, rows * sizeof(float));
             }
         }
-        row += queries;
+        row += rows;
     }
 }
 
@@ -604,15 +677,13 @@ static attn_status cuda_decode(attn_backend *backend, const attn_batch *batch, c
     fill_rows(self, batch, &memory);
     ATTN_TRY(upload(self, self->up.host, memory.first_pieces.host));
     if (batch->device_time) CUDA_TRY(cudaEventRecord(self->kernels_begin, self->stream));
-    ATTN_TRY(append_new_rows(self, batch, &memory, count.new_rows));
-    if (fits_hopper(self, batch, &count)) {
-        ATTN_TRY(run_hopper(self, batch, &memory, &count));
+    if (self->is_fast) {
+        ATTN_TRY(run_decode(self, batch, &memory, &count));
     } else {
+        ATTN_TRY(append_new_rows(self, batch, &memory, count.new_rows));
         ATTN_TRY(run_pieces(self, batch, plan, &memory, &count));
     }
     if (batch->device_time) CUDA_TRY(cudaEventRecord(self->kernels_end, self->stream));
-    CUDA_TRY(
-        cudaMemcpyAsync(self->down.host, self->down.device, memory.down_bytes, cudaMemcpyDeviceToHost, self->stream));
     ATTN_TRY(settle(self));
     scatter(self, batch, &memory);
     if (batch->device_time) ATTN_TRY(read_device_time(self, timing));
@@ -638,28 +709,74 @@ static void cuda_destroy(attn_backend *backend) {
     cudaFree(self->layer.memory);
     cudaFree(self->slot_out);
     cudaFree(self->slot_lse);
-    cudaFree(self->workspace);
+    cudaFree(self->runs.memory);
+    cudaFree(self->chunks.memory);
+    cudaFree(self->scales);
+    cudaFreeHost(self->status);
     attn_backend_fini(backend);
     free(self);
 }
 
-static attn_status allocate_slots(cuda_backend *self) {
+/* Of partial results: batch_invariant needs those of the longest sequence at least, others two a worker. */
+static uint64_t count_slots(const cuda_backend *self, size_t slot_bytes) {
     const attn_geometry *geometry = &self->base.geometry;
-    size_t slot_bytes = ATTN_CUDA_MAX_ROWS * geometry->head_dim_v * sizeof(float);
-    uint64_t least = attn_line_min_chunk_slots(geometry, self->base.pages), runs = 2 * self->base.line.workers;
+    uint64_t least = attn_line_min_chunk_slots(geometry, self->base.pages), slots = 2 * self->base.line.workers;
     uint64_t usual = (uint64_t)self->base.pages * geometry->page_size / ATTN_CHUNK_TOKENS * geometry->heads_kv;
     if (usual > SLOT_BYTES_MOST / slot_bytes) usual = SLOT_BYTES_MOST / slot_bytes;
-    self->slots = runs;
-    if (self->slots < least) self->slots = least;
-    if (self->slots < usual) self->slots = usual;
+    if (slots < least) slots = least;
+    return slots < usual ? usual : slots;
+}
+
+static attn_status partials_status(cudaError_t error, size_t bytes) {
+    if (error == cudaSuccess) return attn_ok();
+    cudaGetLastError();
+    return attn_error(ATTN_RESOURCE_EXHAUSTED, "no device memory for partial results: %zu MiB: %s", bytes >> 20,
+                      cudaGetErrorString(error));
+}
+
+static attn_status allocate_slots(cuda_backend *self) {
+    size_t slot_bytes = ATTN_CUDA_MAX_ROWS * self->layer.head_dim_v * sizeof(float);
+    self->slots = count_slots(self, slot_bytes);
     cudaError_t error = cudaMalloc((void **)&self->slot_out, self->slots * slot_bytes);
     if (error == cudaSuccess) {
         error = cudaMalloc((void **)&self->slot_lse, self->slots * ATTN_CUDA_MAX_ROWS * sizeof(float));
     }
-    if (error == cudaSuccess) return attn_ok();
-    cudaGetLastError();
-    return attn_error(ATTN_RESOURCE_EXHAUSTED, "no device memory for partial results: %zu MiB: %s",
-                      (size_t)(self->slots * slot_bytes >> 20), cudaGetErrorString(error));
+    return partials_status(error, self->slots * slot_bytes);
+}
+
+static attn_status allocate_workspace(attn_cuda_workspace *workspace, uint64_t slots, uint32_t rows,
+                                      uint32_t head_dim_v) {
+    *workspace = (attn_cuda_workspace){.slots = (uint32_t)slots, .rows = rows};
+    size_t bytes = attn_cuda_workspace_bytes(workspace->slots, rows, head_dim_v);
+    cudaError_t error = cudaMalloc(&workspace->memory, bytes);
+    if (error == cudaSuccess) error = cudaMemset(workspace->memory, 0, bytes);
+    return partials_status(error, bytes);
+}
+
+static attn_status allocate_workspaces(cuda_backend *self) {
+    uint32_t dim = self->layer.head_dim_v, rows = narrow_rows(&self->base.geometry);
+    ATTN_TRY(allocate_workspace(&self->runs, 2 * self->tuning.workers, 64, dim));
+    return allocate_workspace(&self->chunks, count_slots(self, rows * dim * sizeof(float)), rows, dim);
+}
+
+static attn_status upload_scales(cuda_backend *self, const attn_backend_config *config) {
+    if (attn_kv_dtype(&config->geometry) != ATTN_FP8_E4M3) return attn_ok();
+    size_t count = (size_t)config->geometry.layers * config->geometry.heads_kv;
+    ATTN_TRY(attn_backend_keep_scales(&self->base, config));
+    float *scales = calloc(2 * count, sizeof *scales);
+    if (scales == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for scales");
+    for (size_t i = 0; i < count; i++) {
+        attn_scale scale = attn_backend_scale(&self->base, (uint32_t)(i / config->geometry.heads_kv),
+                                              (uint32_t)(i % config->geometry.heads_kv));
+        scales[i] = scale.key;
+        scales[count + i] = scale.value;
+    }
+    cudaError_t error = cudaMalloc((void **)&self->scales, 2 * count * sizeof *scales);
+    if (error == cudaSuccess) {
+        error = cudaMemcpy(self->scales, scales, 2 * count * sizeof *scales, cudaMemcpyHostToDevice);
+    }
+    free(scales);
+    return cuda_status(error, "upload of the scales");
 }
 
 /* Device `rank`; where there are more ranks than devices, they share them in turn. */
@@ -679,6 +796,36 @@ static attn_status open_device(uint32_t rank, int *device, struct cudaDeviceProp
     return attn_ok();
 }
 
+/* Has the device room for the kernels' shared memory? The widest need 130 KB. */
+static bool has_room(const attn_cuda_layer *layer, const struct cudaDeviceProp *properties) {
+    return properties->sharedMemPerBlockOptin >= 160 * 1024 || (layer->head_dim <= 128 && layer->head_dim_v <= 128);
+}
+
+static attn_status allocate(cuda_backend *self, const attn_backend_config *config,
+                            const struct cudaDeviceProp *properties) {
+    ATTN_TRY(allocate_pool(self, config));
+    self->down.is_shared = true;
+    CUDA_TRY(cudaMallocHost((void **)&self->status, sizeof *self->status));
+    *self->status = 0;
+    self->is_fast = attn_cuda_decode_fits(&self->layer) && has_room(&self->layer, properties);
+    if (!self->is_fast && attn_kv_dtype(&config->geometry) == ATTN_FP8_E4M3) {
+        return attn_error(ATTN_UNAVAILABLE,
+                          "cuda: kv_dtype fp8_e4m3 with head_dim %u needs %u KiB of shared memory a block",
+                          config->geometry.head_dim, 160);
+    }
+    self->tuning = (attn_cuda_tuning){.is_hopper = properties->major == 9,
+                                      .workers = (uint32_t)properties->multiProcessorCount,
+                                      .blocks_per_sm = 1,
+                                      .shared_bytes = (uint32_t)properties->sharedMemPerBlockOptin,
+                                      .align_tiles = 4};
+    ATTN_TRY(upload_scales(self, config));
+    ATTN_TRY(self->is_fast ? allocate_workspaces(self) : allocate_slots(self));
+    CUDA_TRY(cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking));
+    CUDA_TRY(cudaEventCreate(&self->kernels_begin));
+    CUDA_TRY(cudaEventCreate(&self->kernels_end));
+    return attn_ok();
+}
+
 static attn_status cuda_create(const attn_backend_config *config, attn_backend **backend) {
     attn_status status = attn_ok();
     struct cudaDeviceProp properties;
@@ -689,16 +836,11 @@ static attn_status cuda_create(const attn_backend_config *config, attn_backend *
     self->device = device;
     uint32_t workers = BLOCKS_AN_SM * (uint32_t)properties.multiProcessorCount;
     attn_backend_init(&self->base, &attn_cuda_backend_ops, config, ATTN_CUDA_TILE_TOKENS,
-                      ATTN_CUDA_MAX_ROWS / (config->geometry.heads_q / config->geometry.heads_kv), workers);
-    ATTN_TRY_GOTO(status, allocate_pool(self, config), cleanup);
-    ATTN_TRY_GOTO(status, allocate_slots(self), cleanup);
-    ATTN_TRY_GOTO(status, allocate_workspace(self, &properties), cleanup);
-    ATTN_TRY_GOTO(status, cuda_status(cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking), "stream"),
-                  cleanup);
-    ATTN_TRY_GOTO(status, cuda_status(cudaEventCreate(&self->kernels_begin), "event"), cleanup);
-    ATTN_TRY_GOTO(status, cuda_status(cudaEventCreate(&self->kernels_end), "event"), cleanup);
-    snprintf(self->base.description, sizeof self->base.description, "cuda %d, %.80s, sm_%d%d, %u workers%s", device,
-             properties.name, properties.major, properties.minor, workers, self->is_hopper ? ", Hopper's decode" : "");
+                      narrow_rows(&config->geometry) / (config->geometry.heads_q / config->geometry.heads_kv), workers);
+    ATTN_TRY_GOTO(status, allocate(self, config, &properties), cleanup);
+    snprintf(self->base.description, sizeof self->base.description, "cuda %d, %.80s, sm_%d%d, %s", device,
+             properties.name, properties.major, properties.minor,
+             self->is_fast ? "tensor cores, one launch" : "kernels for any geometry");
     *backend = &self->base;
     return status;
 cleanup:
@@ -708,6 +850,7 @@ cleanup:
 
 const attn_backend_ops attn_cuda_backend_ops = {
     .kind = "cuda",
+    .stores_fp8 = true,
     .create = cuda_create,
     .destroy = cuda_destroy,
     .append = cuda_append,

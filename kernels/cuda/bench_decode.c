@@ -126,7 +126,7 @@ typedef struct {
     uint32_t query_length;
     uint32_t *lengths; /* device */
     attn_cuda_sequence *sequences;
-    uint32_t *page_tables;     /* device [sets, batch, stride] */
+    uint32_t *page_tables; /* device [sets, batch, stride] */
     void *queries, *out;
     float *lse;
     uint32_t sets;
@@ -497,8 +497,8 @@ typedef struct {
 
 static bool parse_dtype(variant *form, const char *name) {
     form->dtype = strcmp(name, "fp16") == 0 ? ATTN_FP16 : ATTN_BF16;
-    form->kv_dtype = strcmp(name, "fp8") == 0 ? ATTN_BENCH_FP8 : form->dtype;
-    form->element_bytes = form->kv_dtype == ATTN_BENCH_FP8 ? 1 : 2;
+    form->kv_dtype = strcmp(name, "fp8") == 0 ? ATTN_FP8_E4M3 : form->dtype;
+    form->element_bytes = form->kv_dtype == ATTN_FP8_E4M3 ? 1 : 2;
     return strcmp(name, "bf16") == 0 || strcmp(name, "fp16") == 0 || strcmp(name, "fp8") == 0;
 }
 
@@ -564,7 +564,8 @@ static void print_row(const device_state *device, const peer_list *peers, const 
 static launcher prepare(const loaded_shape *loaded, const tuning_row *row, const device_state *device) {
     launcher with = {.loaded = loaded};
     const attn_cuda_layer *layer = &loaded->call.layer;
-    with.tuning = (attn_cuda_tuning){.is_hopper = 1, .workers = device->multiprocessors * row->blocks_per_sm,
+    with.tuning = (attn_cuda_tuning){.is_hopper = 1,
+                                     .workers = device->multiprocessors * row->blocks_per_sm,
                                      .blocks_per_sm = row->blocks_per_sm,
                                      .shared_bytes = device->shared_bytes,
                                      .stages = row->stages,
@@ -591,7 +592,7 @@ static bool bench_shape(const options *chosen, device_state *device, const peer_
         return true;
     }
     bool good = true;
-    double most = chosen->form.kv_dtype == ATTN_BENCH_FP8 ? MAX_FP8_ERROR : MAX_OUT_ERROR;
+    double most = chosen->form.kv_dtype == ATTN_FP8_E4M3 ? MAX_FP8_ERROR : MAX_OUT_ERROR;
     bench_poison_tails(&loaded.call, false, POOL_SEED);
     CUDA(cudaDeviceSynchronize());
     compute_reference(&expected, &loaded);
@@ -609,8 +610,8 @@ static bool bench_shape(const options *chosen, device_state *device, const peer_
             CUDA(error);
             if (pass == 0) {
                 checked[t] = check_shape(&with, &expected);
-                good = good && checked[t].out_error <= most && checked[t].lse_error <= MAX_LSE_ERROR &&
-                       checked[t].repeats;
+                good =
+                    good && checked[t].out_error <= most && checked[t].lse_error <= MAX_LSE_ERROR && checked[t].repeats;
             } else {
                 double us = chosen->check_only ? 0.0 : time_shape(&with);
                 print_row(device, peers, row, shape->name, loaded.bytes, us, &checked[t], &means[t]);
@@ -629,9 +630,10 @@ static bool bench_shape(const options *chosen, device_state *device, const peer_
 int main(int argc, char **argv) {
     options chosen;
     if (!parse_options(&chosen, argc, argv)) {
-        fprintf(stderr, "usage: bench_decode SHAPES PEERS [--pool-mib N] [--check] [--times] [--shape NAME] [--tuning NAME]\n"
-                        "       [--dtype bf16|fp16|fp8] [--head-dim N] [--head-dim-v N] [--query-length N] "
-                        "[--batch-invariant]\n");
+        fprintf(stderr,
+                "usage: bench_decode SHAPES PEERS [--pool-mib N] [--check] [--times] [--shape NAME] [--tuning NAME]\n"
+                "       [--dtype bf16|fp16|fp8] [--head-dim N] [--head-dim-v N] [--query-length N] "
+                "[--batch-invariant]\n");
         return 2;
     }
     static peer_list peers;

@@ -26,7 +26,7 @@ __device__ void set_random(void *memory, size_t i, uint32_t dtype, uint64_t seed
     float number = random_number(seed, i);
     if (dtype == ATTN_BF16) ((__nv_bfloat16 *)memory)[i] = __float2bfloat16(number);
     if (dtype == ATTN_FP16) ((__half *)memory)[i] = __float2half(number);
-    if (dtype == ATTN_BENCH_FP8) ((__nv_fp8_e4m3 *)memory)[i] = __nv_fp8_e4m3(number);
+    if (dtype == ATTN_FP8_E4M3) ((__nv_fp8_e4m3 *)memory)[i] = __nv_fp8_e4m3(number);
 }
 
 __device__ double element_at(const void *memory, size_t i, uint32_t dtype) {

@@ -11,8 +11,6 @@
 extern "C" {
 #endif
 
-enum { ATTN_BENCH_FP8 = 4 };
-
 /* Fills memory with numbers uniform in (-2, 2), each a function of its place and `seed` alone. */
 void bench_fill(void *memory, size_t elements, uint32_t dtype, uint64_t seed);
 

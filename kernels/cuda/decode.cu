@@ -30,7 +30,7 @@ int launch_narrow(const attn_cuda_call *call, const attn_cuda_tuning *tuning, co
     switch (call->layer.kv_dtype) {
     case ATTN_BF16: return attn_cuda_launch_narrow_bf16(call, tuning, workspace, rows, stream);
     case ATTN_FP16: return attn_cuda_launch_narrow_fp16(call, tuning, workspace, rows, stream);
-    case 4: return attn_cuda_launch_narrow_fp8(call, tuning, workspace, rows, stream);
+    case ATTN_FP8_E4M3: return attn_cuda_launch_narrow_fp8(call, tuning, workspace, rows, stream);
     default: return cudaErrorInvalidValue;
     }
 }
@@ -41,7 +41,8 @@ extern "C" int attn_cuda_decode_fits(const attn_cuda_layer *layer) {
     uint32_t dim = layer->head_dim, dim_v = layer->head_dim_v;
     bool is_built = dim == 64 || dim == 96 || dim == 128 || dim == 192 || dim == 256;
     return is_built && (dim == dim_v || (dim == 192 && dim_v == 128)) &&
-           (layer->kv_dtype == ATTN_BF16 || layer->kv_dtype == ATTN_FP16 || layer->kv_dtype == 4) && group_of(*layer) <= 64;
+           (layer->kv_dtype == ATTN_BF16 || layer->kv_dtype == ATTN_FP16 || layer->kv_dtype == ATTN_FP8_E4M3) &&
+           group_of(*layer) <= 64;
 }
 
 extern "C" size_t attn_cuda_workspace_bytes(uint32_t slots, uint32_t rows, uint32_t head_dim_v) {

@@ -24,8 +24,8 @@ extern "C" {
 
 /* How a launch is shaped. */
 typedef struct {
-    int is_hopper;          /* the device is of sm_90: the kernels for simple calls and the wide ones are built for it */
-    uint32_t workers;       /* thread blocks: the grid, constant for a device */
+    int is_hopper;    /* the device is of sm_90: the kernels for simple calls and the wide ones are built for it */
+    uint32_t workers; /* thread blocks: the grid, constant for a device */
     uint32_t blocks_per_sm; /* 1, or 2 where built: simple calls, head_dim 128, at most 8 rows, 16-bit cache */
     uint32_t shared_bytes;  /* that a block may have; the ring has as many stages as fit, but.. */
     uint32_t stages;        /* ..so many at most; 0: what docs/kernel-notes.md found best */

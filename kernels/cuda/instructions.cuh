@@ -226,7 +226,8 @@ __device__ inline uint32_t widen_e4m3(uint32_t bytes) {
     return pair;
 }
 
-/* Rounds to the nearest e4m3, ties to even; beyond 448, infinities too, to 448. NaN stays NaN. The first in the low byte. */
+/* Rounds to the nearest e4m3, ties to even; beyond 448, infinities too, to 448. NaN stays NaN. The first in the low
+ * byte. */
 __device__ inline uint32_t pack_e4m3(float first, float second) {
     __nv_fp8x2_storage_t pair = __nv_cvt_float2_to_fp8x2(make_float2(first, second), __NV_SATFINITE, __NV_E4M3);
     return pair;
@@ -306,7 +307,7 @@ template <uint32_t COUNT> __device__ inline void hold(float (&sums)[COUNT]) {
     "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]),        \
         "+f"(c[i + 7])
 #define ATTN_PTX_FLOATS_16(c, i) ATTN_PTX_FLOATS_8(c, i), ATTN_PTX_FLOATS_8(c, i + 8)
-#define ATTN_PTX_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define ATTN_PTX_NAMES_16        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define ATTN_PTX_NAMES_32                                                                                              \
     ATTN_PTX_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 

@@ -70,14 +70,14 @@ typedef struct {
     const uint32_t *page_table; /* entries beyond a sequence's last page are never read */
     const uint32_t *page_offsets;
     uint32_t page_table_stride;
-    const void *queries;             /* [rows, heads_q, head_dim] dtype */
-    const void *keys, *values;       /* [new rows, heads_kv, head_dim or head_dim_v] dtype; or NULL: none */
-    const float *sinks;              /* [heads_q] or NULL */
-    void *out;                       /* [rows, heads_q, head_dim_v] dtype */
-    float *lse;                      /* [rows, heads_q] */
-    float *partial_out;              /* [partial rows, heads_q, head_dim_v] */
-    float *partial_lse;              /* [partial rows, heads_q] */
-    uint32_t *status;                /* set to 1 when a page outside the pool is met; it is not read */
+    const void *queries;       /* [rows, heads_q, head_dim] dtype */
+    const void *keys, *values; /* [new rows, heads_kv, head_dim or head_dim_v] dtype; or NULL: none */
+    const float *sinks;        /* [heads_q] or NULL */
+    void *out;                 /* [rows, heads_q, head_dim_v] dtype */
+    float *lse;                /* [rows, heads_q] */
+    float *partial_out;        /* [partial rows, heads_q, head_dim_v] */
+    float *partial_lse;        /* [partial rows, heads_q] */
+    uint32_t *status;          /* set to 1 when a page outside the pool is met; it is not read */
     float scale, softcap;
     uint32_t window;
     uint32_t batch_invariant;

@@ -12,7 +12,7 @@
  * cut are merged while others are still being loaded, and not after all.
  *
  * In batch_invariant mode a unit begins and ends at whole chunks of ATTN_CHUNK_TOKENS, with empty tiles where there is
- * nothing to see, and shares are whole chunks.
+ * nothing to see, and shares are whole chunks; a part's units have all of its chunks, seen or not.
  */
 #ifndef ATTND_KERNELS_CUDA_LINE_CUH
 #define ATTND_KERNELS_CUDA_LINE_CUH
@@ -133,14 +133,19 @@ __device__ inline uint32_t blocks_of(const attn_cuda_sequence &sequence, const c
 }
 
 template <typename L>
-__device__ inline extent extent_of_block(const attn_cuda_call &call, const attn_cuda_sequence &sequence,
-                                         const cut &cut, uint32_t block) {
+__device__ inline extent extent_of_block(const attn_cuda_call &call, const attn_cuda_sequence &sequence, const cut &cut,
+                                         uint32_t block) {
     if (L::SIMPLE) return extent_of_tokens<L>(call, 0, sequence.length);
     uint32_t first = block * cut.block_queries;
     uint32_t last = min(first + cut.block_queries, sequence.query_length) - 1;
     uint32_t begin = results::row_visible(sequence, call.window, first).x;
     uint32_t end = results::row_visible(sequence, call.window, last).y;
-    return extent_of_tokens<L>(call, min(begin, end), end);
+    bool has_all_chunks = is_batch_invariant<L>(call) && sequence.chunk_stride != 0;
+    extent found =
+        extent_of_tokens<L>(call, has_all_chunks ? 0 : min(begin, end), has_all_chunks ? sequence.length : end);
+    found.begin = min(begin, end);
+    found.end = end;
+    return found;
 }
 
 /* Tiles of one KV head of sequence i. */
@@ -154,8 +159,7 @@ __device__ __noinline__ uint32_t count_tiles_a_head(const attn_cuda_call &call, 
     return tiles;
 }
 
-template <typename L>
-__device__ inline uint32_t tiles_a_head(const attn_cuda_call &call, const cut &cut, uint32_t i) {
+template <typename L> __device__ inline uint32_t tiles_a_head(const attn_cuda_call &call, const cut &cut, uint32_t i) {
     if (L::SIMPLE) return extent_of_tokens<L>(call, 0, __ldg(&call.lengths[i])).tiles;
     return count_tiles_a_head<L>(call, cut, i);
 }
@@ -183,8 +187,7 @@ __device__ inline uint32_t scan_lanes(uint32_t value, uint32_t lane) {
     return value;
 }
 
-template <typename L>
-__device__ inline scan scan_batch(const attn_cuda_call &call, const cut &cut, uint32_t lane) {
+template <typename L> __device__ inline scan scan_batch(const attn_cuda_call &call, const cut &cut, uint32_t lane) {
     scan found;
     found.stretch = (call.batch + 31) / 32;
     found.own = 0;
@@ -204,8 +207,8 @@ __device__ inline scan scan_batch(const attn_cuda_call &call, const cut &cut, ui
 
 /* The sequence of a stretch that begins at `found` in which the tile lies: 32 sequences at a time. */
 template <typename L>
-__device__ inline position locate_in_stretch(const attn_cuda_call &call, const cut &cut, position found,
-                                                   uint32_t tile, uint32_t lane) {
+__device__ inline position locate_in_stretch(const attn_cuda_call &call, const cut &cut, position found, uint32_t tile,
+                                             uint32_t lane) {
     for (;;) {
         uint32_t i = found.sequence + lane;
         uint32_t tiles = i < call.batch ? tiles_a_head<L>(call, cut, i) * call.layer.heads_kv : 0;
@@ -242,8 +245,7 @@ struct unit {
     attn_cuda_sequence of;
 };
 
-template <typename L>
-__device__ inline void load_unit(unit &found, const attn_cuda_call &call, const cut &cut) {
+template <typename L> __device__ inline void load_unit(unit &found, const attn_cuda_call &call, const cut &cut) {
     found.sees = extent_of_block<L>(call, found.of, cut, found.block);
 }
 
@@ -286,7 +288,7 @@ constexpr uint32_t TURN_TILES = 24;
 /* A worker's share begin .. end - 1, which it does in the order turn .. end - 1, begin .. turn - 1. */
 struct share {
     uint32_t begin, end, turn;
-    uint32_t tiles_a_worker;        /* worker w begins at w * this */
+    uint32_t tiles_a_worker; /* worker w begins at w * this */
     position at_begin, at_turn;
 };
 

@@ -3,8 +3,9 @@
  * of 64 of a stage and keep their own maximum, sum and output (m, l, O), so that no barrier is needed per tile. With a
  * token's keys as the rows of the matrix product,
  *     S^T [16 tokens x 8 rows] = K Q^T        O^T [head_dim_v x 8 rows] += V^T P^T
- * only the query rows are padded. At the end of a run (the block's tiles of one unit) the four states are merged through
- * shared memory. Two groups take turns run by run: while one ends its run, the other has its queries and consumes.
+ * only the query rows are padded. At the end of a run (the block's tiles of one unit) the four states are merged
+ * through shared memory. Two groups take turns run by run: while one ends its run, the other has its queries and
+ * consumes.
  */
 #ifndef ATTND_KERNELS_CUDA_NARROW_CUH
 #define ATTND_KERNELS_CUDA_NARROW_CUH
@@ -46,7 +47,7 @@ template <typename S> struct group_memory {
     float maximum[WARPS][S::ROWS];           /* of the scores, in units of log2 */
     float sum[WARPS][S::ROWS];
     uint2 visible[WARPS][S::ROWS]; /* tokens that a row sees, from .x to before .y; a warp has its own copy */
-    uint64_t turn; /* the group has consumed its run: the next one's begins */
+    uint64_t turn;                 /* the group has consumed its run: the next one's begins */
     uint32_t last_arriver;
 };
 
@@ -71,7 +72,7 @@ template <typename S> struct warp_state {
 /* What the rows of a unit's block are, to a lane: queries as the right-hand matrix, and what its columns see. */
 template <typename S> struct warp_rows {
     uint32_t queries[S::BLOCKS][S::DIM / 8];
-    float factor[S::BLOCKS][2]; /* fp8: a power of two, of its columns */
+    float factor[S::BLOCKS][2];  /* fp8: a power of two, of its columns */
     uint32_t all_begin, all_end; /* what every row sees */
 };
 
@@ -80,8 +81,7 @@ struct softness {
     float scale, softcap, scale_log2;
 };
 
-template <typename S>
-__device__ inline softness softness_of(const attn_cuda_call &call, uint32_t head) {
+template <typename S> __device__ inline softness softness_of(const attn_cuda_call &call, uint32_t head) {
     softness soft;
     soft.scale = call.scale;
     if (S::KV::BYTES == 1 && call.layer.key_scales != nullptr) soft.scale *= call.layer.key_scales[head];
@@ -122,22 +122,26 @@ __device__ inline void load_row_pairs(uint32_t (&pairs)[S::DIM / 8], const uint3
     }
 }
 
-/* Brings bf16 pairs into fp16's range with a power of two, the same for the four lanes of a row; returns its inverse. */
-template <uint32_t COUNT> __device__ inline float narrow_to_fp16(uint32_t (&pairs)[COUNT]) {
+/*
+ * Makes fp16 pairs of pairs of either dtype: bf16 is brought into fp16's range with a power of two, the same for the
+ * four lanes of a row. Returns its inverse.
+ */
+template <uint32_t COUNT> __device__ inline float narrow_to_fp16(uint32_t (&pairs)[COUNT], bool is_fp16) {
+    if (is_fp16) return 1.0f;
     float largest = 0.0f;
 #pragma unroll
     for (uint32_t i = 0; i < COUNT; i++) {
-        largest = fmaxf(largest, fmaxf(fabsf(__uint_as_float(pairs[i] << 16)),
-                                       fabsf(__uint_as_float(pairs[i] & 0xffff0000u))));
+        float2 pair = elements::fp8::unpack(pairs[i], false);
+        largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y)));
     }
     largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
-    uint32_t exponent = __float_as_uint(largest) >> 23;
-    exponent = min(max(exponent, 30u), 224u);
+    uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 30u), 224u);
     float down = __uint_as_float((254u - exponent) << 23), up = __uint_as_float(exponent << 23);
 #pragma unroll
     for (uint32_t i = 0; i < COUNT; i++) {
-        pairs[i] = ptx::pack_fp16(__uint_as_float(pairs[i] << 16) * down, __uint_as_float(pairs[i] & 0xffff0000u) * down);
+        float2 pair = elements::fp8::unpack(pairs[i], false);
+        pairs[i] = ptx::pack_fp16(pair.x * down, pair.y * down);
     }
     return up;
 }
@@ -146,7 +150,8 @@ template <typename S>
 __device__ inline void load_rows(warp_rows<S> &mine, uint2 *visible, const attn_cuda_call &call, const line::cut &cut,
                                  const line::unit &unit, uint32_t lane) {
     uint32_t query_first = unit.block * cut.block_queries;
-    uint32_t queries = S::rules::SIMPLE ? 1 : min(cut.block_queries, unit.of.query_length - query_first), rows = queries * cut.group;
+    uint32_t queries = S::rules::SIMPLE ? 1 : min(cut.block_queries, unit.of.query_length - query_first),
+             rows = queries * cut.group;
     mine.all_begin = 0;
     mine.all_end = unit.sees.end;
     if (!S::rules::SIMPLE) {
@@ -168,7 +173,7 @@ __device__ inline void load_rows(warp_rows<S> &mine, uint2 *visible, const attn_
                 mine.queries[b][i] = 0;
         }
         if (S::KV::BYTES == 1) {
-            float factor = narrow_to_fp16(mine.queries[b]);
+            float factor = narrow_to_fp16(mine.queries[b], call.layer.dtype == ATTN_FP16);
             mine.factor[b][0] = __shfl_sync(ALL_LANES, factor, lane % 4 * 8);
             mine.factor[b][1] = __shfl_sync(ALL_LANES, factor, lane % 4 * 8 + 4);
         }
@@ -208,7 +213,7 @@ __device__ inline void multiply_keys(float (&scores)[S::BLOCKS][4], const warp_r
     using T = typename S::stage;
     constexpr uint32_t PIECES = T::KEY_CHUNK / 16;
     constexpr uint32_t STEP_PIECES = 2; /* of a ldmatrix: two steps of fp8, one of 16 bits */
-    float sums[S::BLOCKS][2][4] = {}; /* two: the products of one sum wait for each other */
+    float sums[S::BLOCKS][2][4] = {};   /* two: the products of one sum wait for each other */
     uint32_t row = lane % 16, row_at = at.keys + row * T::KEY_CHUNK, xored = layout::swizzle(T::KEY_CHUNK, row);
 #pragma unroll
     for (uint32_t p = 0; p < T::KEY_BYTES / 16; p += STEP_PIECES) {
@@ -241,11 +246,11 @@ __device__ inline void multiply_keys(float (&scores)[S::BLOCKS][4], const warp_r
 }
 
 /*
- * out[head_dim_v x 8 rows] += V^T P^T. `keep`: masks of a lane's pairs of tokens, since a weight of 0 does not hide what
- * a row that nobody sees may hold. In fp8, row i of a step's 16 rows is dim 2 i, row i + 8 dim 2 i + 1.
+ * out[head_dim_v x 8 rows] += V^T P^T. `keep`: masks of a lane's pairs of tokens, since a weight of 0 does not hide
+ * what a row that nobody sees may hold. In fp8, row i of a step's 16 rows is dim 2 i, row i + 8 dim 2 i + 1.
  */
 template <typename S, bool MASKED>
-__device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&weights)[S::BLOCKS][2],
+__device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&weights)[S::KV::TERMS][S::BLOCKS][2],
                                        const slice_place &at, const uint32_t (&keep)[2], uint32_t lane) {
     using KV = typename S::KV;
     using T = typename S::stage;
@@ -257,8 +262,8 @@ __device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&we
 #pragma unroll
     for (uint32_t p = 0; p < T::VALUE_BYTES / 16; p += 2) {
         uint32_t loaded[4];
-        ptx::load_matrices_transposed(
-            loaded, row_at + p / PIECES * at.value_stride + ((p % PIECES + piece_of_lane) ^ xored) * 16);
+        ptx::load_matrices_transposed(loaded, row_at + p / PIECES * at.value_stride +
+                                                  ((p % PIECES + piece_of_lane) ^ xored) * 16);
         if (MASKED) {
 #pragma unroll
             for (uint32_t i = 0; i < 4; i++)
@@ -266,8 +271,11 @@ __device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&we
         }
         if (!is_bytes) {
 #pragma unroll
-            for (uint32_t b = 0; b < S::BLOCKS; b++)
-                KV::multiply(state.out[p / 2][b], loaded, weights[b][0], weights[b][1]);
+            for (uint32_t t = 0; t < KV::TERMS; t++) {
+#pragma unroll
+                for (uint32_t b = 0; b < S::BLOCKS; b++)
+                    KV::multiply(state.out[p / 2][b], loaded, weights[t][b][0], weights[t][b][1]);
+            }
         } else {
 #pragma unroll
             for (uint32_t half = 0; half < 2; half++) {
@@ -277,7 +285,7 @@ __device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&we
                                  ptx::widen_e4m3(second >> 16)};
 #pragma unroll
                 for (uint32_t b = 0; b < S::BLOCKS; b++)
-                    KV::multiply(state.out[p + half][b], a, weights[b][0], weights[b][1]);
+                    KV::multiply(state.out[p + half][b], a, weights[0][b][0], weights[0][b][1]);
             }
         }
     }
@@ -288,8 +296,7 @@ __device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&we
 
 /* Hides the scores of tokens that a row does not see. `first`: the slice's first token. */
 template <typename S>
-__device__ inline void mask_scores(float (&scores)[S::BLOCKS][4], const uint2 *visible, uint32_t first,
-                                   uint32_t lane) {
+__device__ inline void mask_scores(float (&scores)[S::BLOCKS][4], const uint2 *visible, uint32_t first, uint32_t lane) {
 #pragma unroll
     for (uint32_t b = 0; b < S::BLOCKS; b++) {
 #pragma unroll
@@ -360,9 +367,8 @@ __device__ inline void soften(float (&scores)[S::SLICES][S::BLOCKS][4], warp_sta
 /* Attends to the warp's slices of a stage whose first token is `first`. */
 template <typename S, bool MASKED>
 __device__ inline void attend(warp_state<S> &state, const warp_rows<S> &mine, const uint2 *visible,
-                              const line::extent &sees, uint32_t stage,
-                              uint32_t block_tokens, uint32_t first, const softness &soft, uint32_t warp,
-                              uint32_t lane) {
+                              const line::extent &sees, uint32_t stage, uint32_t block_tokens, uint32_t first,
+                              const softness &soft, uint32_t warp, uint32_t lane) {
     float scores[S::SLICES][S::BLOCKS][4];
 #pragma unroll
     for (uint32_t j = 0; j < S::SLICES; j++) {
@@ -382,11 +388,18 @@ __device__ inline void attend(warp_state<S> &state, const warp_rows<S> &mine, co
     soften<S, MASKED>(scores, state, soft.scale_log2);
 #pragma unroll
     for (uint32_t j = 0; j < S::SLICES; j++) {
-        uint32_t weights[S::BLOCKS][2];
+        uint32_t weights[S::KV::TERMS][S::BLOCKS][2];
 #pragma unroll
         for (uint32_t b = 0; b < S::BLOCKS; b++) {
-            weights[b][0] = ptx::transpose_matrix(S::KV::pack(scores[j][b][0], scores[j][b][1]));
-            weights[b][1] = ptx::transpose_matrix(S::KV::pack(scores[j][b][2], scores[j][b][3]));
+#pragma unroll
+            for (uint32_t half = 0; half < 2; half++) {
+                float low = scores[j][b][2 * half], high = scores[j][b][2 * half + 1];
+                uint32_t packed = S::KV::pack(low, high);
+                weights[0][b][half] = ptx::transpose_matrix(packed);
+                if (S::KV::TERMS == 2) {
+                    weights[S::KV::TERMS - 1][b][half] = ptx::transpose_matrix(S::KV::pack_rest(low, high, packed));
+                }
+            }
         }
         uint32_t keep[2] = {ALL_LANES, ALL_LANES};
         if (MASKED) find_kept(keep, sees, first + j * 64 + warp * 16, lane);
@@ -447,8 +460,8 @@ __device__ inline void finish_run(const group_context<S> &own, const line::unit 
                               own.memory.maximum[w][index], own.memory.sum[w][index]);
         }
         rows::place at = {unit, own.cut, index};
-        rows::deliver_row<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(own.call, own.work, at, done, own.by, merged,
-                                                                       own.lane);
+        rows::deliver_row<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(own.call, own.work, at, done, own.by,
+                                                                                merged, own.lane);
     }
     ptx::named_barrier<GROUP_THREADS>(own.group); /* the states may be overwritten; the partials are written */
     if (!rows::is_cut<typename S::rules>(own.call, unit, done)) return;
@@ -458,8 +471,8 @@ __device__ inline void finish_run(const group_context<S> &own, const line::unit 
     ptx::named_barrier<GROUP_THREADS>(own.group);
     if (!own.memory.last_arriver) return;
     for (uint32_t index = own.warp; index < count; index += WARPS) {
-        rows::merge_row<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(own.call, own.work, {unit, own.cut, index}, own.by,
-                                                           own.lane);
+        rows::merge_row<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(own.call, own.work,
+                                                                              {unit, own.cut, index}, own.by, own.lane);
     }
 }
 
@@ -506,13 +519,15 @@ __device__ inline void consume(const group_context<S> &own, const line::share &m
     for (uint32_t part = 0; part < 2; part++) {
         uint32_t begin = part == 0 ? mine.turn : mine.begin, end = part == 0 ? mine.end : mine.turn;
         if (begin == end) continue;
-        line::unit unit = line::unit_at<typename S::rules>(own.call, own.cut, part == 0 ? mine.at_turn : mine.at_begin, begin);
+        line::unit unit =
+            line::unit_at<typename S::rules>(own.call, own.cut, part == 0 ? mine.at_turn : mine.at_begin, begin);
         rows::run run;
 #pragma unroll 1
         for (run.begin = begin; run.begin < end; run.begin = run.end, number++) {
             if (run.begin == unit.begin + unit.sees.tiles) line::next_unit<typename S::rules>(unit, own.call, own.cut);
             run.end = min(end, unit.begin + unit.sees.tiles);
-            if (line::is_batch_invariant<typename S::rules>(own.call)) run.end = min(run.end, run.begin + (1u << own.by.chunk_shift));
+            if (line::is_batch_invariant<typename S::rules>(own.call))
+                run.end = min(run.end, run.begin + (1u << own.by.chunk_shift));
             if (number % S::GROUPS == own.group) {
                 bool waits = S::GROUPS > 1 && number > 0;
                 do_run<S>(own, unit, run, ring, tiles_done, waits ? before : 0, (number - 1) / S::GROUPS % 2);
@@ -536,11 +551,10 @@ __device__ inline void prefetch_page_table(const attn_cuda_call &call) {
 }
 
 /*
- * The constant cache is cold when a launch begins, and what a launch is passed lies in several of its lines, which would
- * be fetched one after the other as they are needed. So each warp first asks for another one.
+ * The constant cache is cold when a launch begins, and what a launch is passed lies in several of its lines, which
+ * would be fetched one after the other as they are needed. So each warp first asks for another one.
  */
-template <typename A>
-__device__ inline void fetch_constants(const attn_cuda_call &call, const A &with, uint32_t warp) {
+template <typename A> __device__ inline void fetch_constants(const attn_cuda_call &call, const A &with, uint32_t warp) {
     uint32_t word = 0;
     if (warp == 0) word = call.layer.heads_kv;
     if (warp == 1) word = call.batch;
@@ -563,7 +577,10 @@ template <typename S>
 __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_SM)
     narrow_kernel(const __grid_constant__ attn_cuda_call call, const __grid_constant__ arguments with) {
 #if __CUDA_ARCH__ < 900
-    if (S::rules::SIMPLE) __trap();
+    if (S::rules::SIMPLE) { /* never launched there, and need not be compiled */
+        __trap();
+        return;
+    }
 #endif
     extern __shared__ __align__(1024) char shared[];
     block_memory<S> &memory = *(block_memory<S> *)(shared + with.stages * S::stage::BYTES);
@@ -643,8 +660,8 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
 }
 
 /*
- * Two groups have 168 registers a thread, one has 255: what does not fit the former has one. Before sm_90 all calls have
- * the kernels that can do everything.
+ * Two groups have 168 registers a thread, one has 255: what does not fit the former has one. Before sm_90 all calls
+ * have the kernels that can do everything.
  */
 template <typename KV, uint32_t DIM, uint32_t DIM_V>
 cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tuning,

@@ -1,4 +1,5 @@
-/* The narrow kernels (narrow.cuh), a source file a cache dtype. `rows`: of a block, 8 or 16. Each returns a cudaError_t. */
+/* The narrow kernels (narrow.cuh), a source file a cache dtype. `rows`: of a block, 8 or 16. Each returns a
+ * cudaError_t. */
 #ifndef ATTND_KERNELS_CUDA_NARROW_H
 #define ATTND_KERNELS_CUDA_NARROW_H
 

@@ -16,8 +16,8 @@
 
 namespace produce {
 
-using line::ALL_LANES;
 using layout::PIECE_BYTES;
+using line::ALL_LANES;
 
 /* The ring: addresses in the shared window. */
 struct ring {
@@ -51,11 +51,11 @@ struct ring_place {
 /* What a stage is filled from. */
 template <uint32_t TOKENS> struct tile_source {
     static constexpr uint32_t MAX_BLOCKS = TOKENS / 16;
-    uint32_t pages[MAX_BLOCKS];     /* of its blocks of tokens; not looked at before they are needed */
-    uint32_t first_block;           /* of the sequence */
-    uint32_t tokens;                /* live ones of the tile; 0: nothing to copy */
-    uint32_t new_begin, new_end;    /* rows of the tile that are new.. */
-    uint32_t first_new;             /* ..and the first of them among all new rows */
+    uint32_t pages[MAX_BLOCKS];  /* of its blocks of tokens; not looked at before they are needed */
+    uint32_t first_block;        /* of the sequence */
+    uint32_t tokens;             /* live ones of the tile; 0: nothing to copy */
+    uint32_t new_begin, new_end; /* rows of the tile that are new.. */
+    uint32_t first_new;          /* ..and the first of them among all new rows */
     uint32_t head;
 };
 
@@ -95,7 +95,8 @@ __device__ inline tile_source<L::TOKENS> locate_tile(const attn_cuda_call &call,
         sees = line::extent_of_block<L>(call, sequence, cut, block);
     }
     uint32_t first = sees.first_token + within * TOKENS;
-    source.tokens = first < sees.end ? min(TOKENS, sees.end - first) : 0;
+    bool is_seen = first < sees.end && first + TOKENS > sees.begin;
+    source.tokens = is_seen ? min(TOKENS, sees.end - first) : 0;
 
     const uint32_t *table = call.page_table + sequence.page_offset;
     source.first_block = first >> cut.block_shift;
@@ -157,7 +158,7 @@ __device__ __noinline__ void store_rows(const attn_cuda_call &call, uint32_t blo
             bool is_value = piece >= key_pieces;
             uint32_t of_row = is_value ? piece - key_pieces : piece;
             const float *scales = is_value ? layer.value_scales : layer.key_scales;
-            uint4 stored = KV::load_new(is_value ? call.values : call.keys,
+            uint4 stored = KV::load_new(layer, is_value ? call.values : call.keys,
                                         new_row * (is_value ? layer.head_dim_v : layer.head_dim), of_row,
                                         scales != nullptr ? scales[rows.head] : 1.0f);
             uint32_t at = layout::piece_offset(is_value ? value_bytes : key_bytes, block_tokens, row, of_row);
@@ -209,7 +210,8 @@ template <typename KV_, uint32_t DIM, uint32_t DIM_V, uint32_t TOKENS_, bool GAT
     static constexpr uint32_t TOKENS = TOKENS_;
     static constexpr bool GATHERED = GATHERED_;
     static constexpr uint32_t KEY_BYTES = DIM * KV::BYTES, VALUE_BYTES = DIM_V * KV::BYTES;
-    static constexpr uint32_t KEY_CHUNK = layout::chunk_bytes(KEY_BYTES), VALUE_CHUNK = layout::chunk_bytes(VALUE_BYTES);
+    static constexpr uint32_t KEY_CHUNK = layout::chunk_bytes(KEY_BYTES),
+                              VALUE_CHUNK = layout::chunk_bytes(VALUE_BYTES);
     static constexpr uint32_t BYTES = TOKENS * (KEY_BYTES + VALUE_BYTES);
 };
 
@@ -219,8 +221,7 @@ struct block_place {
     uint32_t key_stride, value_stride; /* from chunk to chunk */
 };
 
-template <typename S>
-__device__ inline block_place place_block(uint32_t stage, uint32_t row, uint32_t block_tokens) {
+template <typename S> __device__ inline block_place place_block(uint32_t stage, uint32_t row, uint32_t block_tokens) {
     if (S::GATHERED) {
         return {stage + row * S::KEY_CHUNK, stage + S::TOKENS * S::KEY_BYTES + row * S::VALUE_CHUNK,
                 S::TOKENS * S::KEY_CHUNK, S::TOKENS * S::VALUE_CHUNK};
@@ -252,8 +253,9 @@ __device__ inline void copy_block(const block_place &to, const char *from, uint3
 
 /* Starts the bulk copies of a tile. By the lane that found it. */
 template <typename S>
-__device__ inline void fill_stage(const attn_cuda_call &call, const line::cut &cut, const tile_source<S::TOKENS> &source,
-                                  uint32_t stage, uint32_t full, uint64_t policy) {
+__device__ inline void fill_stage(const attn_cuda_call &call, const line::cut &cut,
+                                  const tile_source<S::TOKENS> &source, uint32_t stage, uint32_t full,
+                                  uint64_t policy) {
     if (source.tokens == 0 || is_outside<S::TOKENS>(call, source)) {
         ptx::barrier_arrive(full);
         return;
@@ -270,10 +272,41 @@ __device__ inline void fill_stage(const attn_cuda_call &call, const line::cut &c
     }
 }
 
+/*
+ * The same by the whole warp, of the tile that lane `owner` has found: a lane a block. Where a page is small a tile has
+ * many, and one lane that starts one copy after the other would not keep up.
+ */
+template <typename S>
+__device__ inline void fill_stage_by_lanes(const attn_cuda_call &call, const line::cut &cut,
+                                           const tile_source<S::TOKENS> &source, uint32_t owner, uint32_t stage,
+                                           uint32_t full, uint64_t policy, uint32_t lane) {
+    uint32_t tokens = __shfl_sync(ALL_LANES, source.tokens, owner), row = lane << cut.block_shift, page = 0;
+    uint32_t head = __shfl_sync(ALL_LANES, source.head, owner);
+    uint32_t first_block = __shfl_sync(ALL_LANES, source.first_block, owner);
+#pragma unroll
+    for (uint32_t b = 0; b < tile_source<S::TOKENS>::MAX_BLOCKS; b++) {
+        uint32_t found = __shfl_sync(ALL_LANES, source.pages[b], owner);
+        if (lane == b) page = found;
+    }
+    bool is_live = row < tokens;
+    if (__any_sync(ALL_LANES, is_live && page >= call.layer.pages)) {
+        *call.status = 1;
+        tokens = 0;
+    }
+    if (lane == 0 && tokens == 0) ptx::barrier_arrive(full);
+    if (lane == 0 && tokens > 0) ptx::barrier_arrive_expect(full, tokens * (S::KEY_BYTES + S::VALUE_BYTES));
+    __syncwarp();
+    if (!is_live || tokens == 0) return;
+    uint32_t block_tokens = 1u << cut.block_shift;
+    copy_block<S>(place_block<S>(stage, row, block_tokens), find_block(call, cut, page, head, first_block + lane),
+                  block_tokens, min(block_tokens, tokens - row), full, policy);
+}
+
 /* The same in pieces of 16 bytes, by the whole warp, of the tile that lane `owner` has found. */
 template <typename S>
 __device__ inline void fill_stage_in_pieces(const attn_cuda_call &call, const line::cut &cut,
-                                            const tile_source<S::TOKENS> &source, uint32_t owner, uint32_t stage, uint32_t full, uint32_t lane) {
+                                            const tile_source<S::TOKENS> &source, uint32_t owner, uint32_t stage,
+                                            uint32_t full, uint32_t lane) {
     uint32_t head = __shfl_sync(ALL_LANES, source.head, owner);
     uint32_t first_block = __shfl_sync(ALL_LANES, source.first_block, owner);
     uint32_t outside = lane == owner ? is_outside<S::TOKENS>(call, source) : 0;
@@ -315,9 +348,8 @@ template <typename S, typename L>
 __device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cut, const line::share &mine,
                                  const ring &ring, uint32_t lane) {
     uint32_t count = mine.end - mine.begin, last_run = mine.end - mine.turn;
-    uint64_t policy = 0;
 #if __CUDA_ARCH__ >= 900
-    policy = ptx::evict_first_policy();
+    uint64_t policy = ptx::evict_first_policy();
 #endif
     lane_walk walk;
     bool has_entered = false, in_last_run = true;
@@ -342,7 +374,10 @@ __device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cu
         for (uint32_t j = 0; j < found; j++) {
             uint32_t stage = ring.memory + place.stage * ring.stage_bytes;
 #if __CUDA_ARCH__ >= 900
-            if (lane == j) {
+            if (cut.block_shift < 6) {
+                ptx::barrier_wait(ring.empty + place.stage * 8, place.parity);
+                fill_stage_by_lanes<S>(call, cut, source, j, stage, ring.full + place.stage * 8, policy, lane);
+            } else if (lane == j) {
                 ptx::barrier_wait(ring.empty + place.stage * 8, place.parity);
                 fill_stage<S>(call, cut, source, stage, ring.full + place.stage * 8, policy);
             }

@@ -15,10 +15,22 @@
 
 namespace results {
 
-template <typename T> __device__ inline T from_float(float value);
-template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
-template <> __device__ inline __half from_float<__half>(float value) { return __float2half_rn(value); }
-template <> __device__ inline float from_float<float>(float value) { return value; }
+/* bf16 or fp16, as the layer's dtype says. */
+struct either_16_bits {
+    uint16_t bits;
+};
+
+/* As an output of a layer of this dtype. */
+template <typename T> __device__ inline T from_float(float value, uint32_t dtype);
+template <> __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value, uint32_t) {
+    return __float2bfloat16_rn(value);
+}
+template <> __device__ inline __half from_float<__half>(float value, uint32_t) { return __float2half_rn(value); }
+template <> __device__ inline float from_float<float>(float value, uint32_t) { return value; }
+template <> __device__ inline either_16_bits from_float<either_16_bits>(float value, uint32_t dtype) {
+    return {dtype == ATTN_FP16 ? __half_as_ushort(__float2half_rn(value))
+                               : __bfloat16_as_ushort(__float2bfloat16_rn(value))};
+}
 
 /* ------------------------------------------------------------------------------------------- */
 /* What a row sees: attn_row_visible (kernels/split_plan.h), of the live sequence */
@@ -111,7 +123,7 @@ __device__ inline void write_out(const attn_cuda_call &call, const destination &
     if (to.is_partial) {
         call.partial_out[at] = value;
     } else {
-        ((T *)call.out)[at] = from_float<T>(value);
+        ((T *)call.out)[at] = from_float<T>(value, call.layer.dtype);
     }
 }
 

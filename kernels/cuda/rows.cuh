@@ -48,15 +48,9 @@ template <uint32_t COLUMNS> struct row {
 };
 
 template <uint32_t WIDTH> struct words;
-template <> struct words<1> {
-    using type = float;
-};
-template <> struct words<2> {
-    using type = float2;
-};
-template <> struct words<4> {
-    using type = float4;
-};
+template <> struct words<1> { using type = float; };
+template <> struct words<2> { using type = float2; };
+template <> struct words<4> { using type = float4; };
 
 template <uint32_t COLUMNS> __device__ inline row<COLUMNS> load_row(const float *from, uint32_t lane) {
     using word = typename words<row<COLUMNS>::WIDTH>::type;
@@ -120,7 +114,7 @@ template <uint32_t COLUMNS> __device__ inline void scale_row(row<COLUMNS> &scale
 }
 
 template <typename IO, uint32_t COLUMNS>
-__device__ inline void write_elements(IO *to, const row<COLUMNS> &written, uint32_t lane) {
+__device__ inline void write_elements(IO *to, const row<COLUMNS> &written, uint32_t dtype, uint32_t lane) {
     constexpr uint32_t WIDTH = row<COLUMNS>::WIDTH;
     struct alignas(sizeof(IO) * WIDTH) elements {
         IO of[WIDTH];
@@ -130,7 +124,7 @@ __device__ inline void write_elements(IO *to, const row<COLUMNS> &written, uint3
         elements packed;
 #pragma unroll
         for (uint32_t e = 0; e < WIDTH; e++) {
-            packed.of[e] = results::from_float<IO>(written.parts[p][e]);
+            packed.of[e] = results::from_float<IO>(written.parts[p][e], dtype);
         }
         ((elements *)to)[p * 32 + lane] = packed;
     }
@@ -146,7 +140,9 @@ template <uint32_t COLUMNS> struct row_state {
 };
 
 /* A power of two of x <= 0, or of what -inf - -inf comes to where nothing has been seen: 0. */
-__device__ inline float decay(float x, float maximum) { return maximum == -INFINITY ? 0.0f : ptx::exp2_fast(x - maximum); }
+__device__ inline float decay(float x, float maximum) {
+    return maximum == -INFINITY ? 0.0f : ptx::exp2_fast(x - maximum);
+}
 
 template <uint32_t COLUMNS> __device__ inline row_state<COLUMNS> empty_state() {
     row_state<COLUMNS> state;
@@ -210,7 +206,7 @@ __device__ inline void write_row(const attn_cuda_call &call, const place &at, ro
     if (!L::SIMPLE && to.is_partial) {
         store_row(call.partial_out + to.row * COLUMNS, state.out, lane);
     } else {
-        write_elements((IO *)call.out + to.row * COLUMNS, state.out, lane);
+        write_elements((IO *)call.out + to.row * COLUMNS, state.out, call.layer.dtype, lane);
     }
     if (lane == 0) results::write_lse(call, to, lse_of(state.maximum, state.sum));
 }
@@ -324,7 +320,7 @@ __device__ __noinline__ void merge_chunks(const attn_cuda_call &call, const floa
             }
         }
     }
-    write_elements((IO *)call.out + to.row * COLUMNS, sum, lane);
+    write_elements((IO *)call.out + to.row * COLUMNS, sum, call.layer.dtype, lane);
     if (lane == 0) results::write_lse(call, to, results::merged_lse(weights));
 }
 
@@ -340,6 +336,7 @@ struct run {
 template <uint32_t COLUMNS, uint32_t ROWS>
 __device__ inline void store_partial(const workspace &work, uint32_t slot, uint32_t index, const row<COLUMNS> &out,
                                      float2 state, uint32_t lane) {
+    if (slot >= work.slots) return; /* never, if the host has counted as the device does */
     store_row(work.outs + ((size_t)slot * ROWS + index) * COLUMNS, out, lane);
     if (lane == 0) work.states[(size_t)slot * ROWS + index] = state;
 }

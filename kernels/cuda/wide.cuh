@@ -161,7 +161,7 @@ __device__ inline void multiply_keys(float (&scores)[TOKENS / 2], uint32_t queri
 
 /* Starts out += P V. */
 template <typename S>
-__device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&weights)[TOKENS / STEP][4],
+__device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&weights)[S::KV::TERMS][TOKENS / STEP][4],
                                        uint32_t stage) {
     using T = typename S::stage;
     constexpr uint32_t COLUMN_BYTES = TOKENS * T::VALUE_CHUNK;
@@ -171,7 +171,9 @@ __device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&we
 #pragma unroll
         for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
             uint32_t skip = d * COLUMN_BYTES + k * STEP * T::VALUE_CHUNK;
-            S::KV::multiply_columns(state.out[d], weights[k], b.at(skip));
+#pragma unroll
+            for (uint32_t t = 0; t < S::KV::TERMS; t++)
+                S::KV::multiply_columns(state.out[d], weights[t][k], b.at(skip));
         }
     }
 }
@@ -285,8 +287,9 @@ template <typename S> __device__ inline void rescale(warp_state<S> &state, const
 
 /* Scores become weights, which are summed and packed. */
 template <typename S>
-__device__ inline void soften(float (&scores)[TOKENS / 2], warp_state<S> &state, uint32_t (&weights)[TOKENS / STEP][4],
-                              float scale_log2) {
+__device__ inline void soften(float (&scores)[TOKENS / 2], warp_state<S> &state,
+                              uint32_t (&weights)[S::KV::TERMS][TOKENS / STEP][4], float scale_log2) {
+    constexpr uint32_t LAST = S::KV::TERMS - 1;
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
         float base = state.maximum[half] == -INFINITY ? 0.0f : state.maximum[half];
@@ -298,8 +301,11 @@ __device__ inline void soften(float (&scores)[TOKENS / 2], warp_state<S> &state,
         state.sum[half] += reduce_row(scores, half, [](float x, float y) { return x + y; });
     }
 #pragma unroll
-    for (uint32_t i = 0; i < TOKENS / 4; i++)
-        weights[i / 4][i % 4] = S::KV::pack(scores[2 * i], scores[2 * i + 1]);
+    for (uint32_t i = 0; i < TOKENS / 4; i++) {
+        uint32_t packed = S::KV::pack(scores[2 * i], scores[2 * i + 1]);
+        weights[0][i / 4][i % 4] = packed;
+        if (LAST == 1) weights[LAST][i / 4][i % 4] = S::KV::pack_rest(scores[2 * i], scores[2 * i + 1], packed);
+    }
 }
 
 /* Bends and hides scores of the tile that begins at run.first, and moves the maxima for them. */
@@ -402,7 +408,7 @@ __device__ inline void consume_tiles(block_memory<S> &memory, const produce::rin
     enter_tile<S>(ring, at, run.tiles == 1 ? turn : 0, own.lane);
 
     float scores[TOKENS / 2], factors[2];
-    uint32_t weights[TOKENS / STEP][4];
+    uint32_t weights[S::KV::TERMS][TOKENS / STEP][4];
     ptx::warpgroup_fence();
     multiply_keys<S>(scores, queries, ring.memory + at.stage * S::stage::BYTES);
     ptx::warpgroup_commit();
@@ -652,6 +658,7 @@ __device__ inline void finish_last_run(const consumer<S> &own, char *ring, uint3
 template <typename S>
 __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, 1)
     wide_kernel(const __grid_constant__ attn_cuda_call call, const __grid_constant__ arguments with) {
+#if __CUDA_ARCH__ >= 900 /* never launched elsewhere */
     extern __shared__ __align__(1024) char shared[];
     block_memory<S> &memory = *(block_memory<S> *)(shared + with.stages * S::stage::BYTES);
     produce::ring ring = {ptx::shared_address(shared), ptx::shared_address(memory.full),
@@ -700,6 +707,7 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, 1)
         if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
             atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
     }
+#endif
 }
 
 /* ------------------------------------------------------------------------------------------- */
