@@ -109,6 +109,11 @@ template <int THREADS> __device__ inline void named_barrier(uint32_t group) {
     asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
 }
 
+/* Arrives at a barrier at which others wait. */
+template <int THREADS> __device__ inline void named_barrier_arrive(uint32_t group) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* Global memory */
 
