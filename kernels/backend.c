@@ -51,11 +51,11 @@ static attn_status check_scales(const attn_geometry *geometry, const char *name,
 attn_status attn_backend_create(const attn_backend_config *config, attn_backend **backend) {
     const attn_backend_ops *ops = find_kind(config->kind);
     *backend = NULL;
-    if (!ops) return refuse_kind(config->kind);
     ATTN_TRY(attn_geometry_check(&config->geometry));
     ATTN_TRY(check_scales(&config->geometry, "k_scales", config->k_scales));
     ATTN_TRY(check_scales(&config->geometry, "v_scales", config->v_scales));
     if (config->pages == 0) return attn_error(ATTN_INVALID_ARGUMENT, "a backend needs at least one page");
+    if (!ops) return refuse_kind(config->kind);
     if (attn_kv_dtype(&config->geometry) == ATTN_FP8_E4M3 && !ops->stores_fp8) {
         return attn_error(ATTN_UNAVAILABLE, "the %s backend stores no keys and values in fp8_e4m3", ops->kind);
     }

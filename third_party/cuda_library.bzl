@@ -5,7 +5,7 @@ load("@cuda//:defs.bzl", "CUDA_ONLY", "HAVE_CUDA", "NVCC")
 
 # The sanitizers do not look into device code, and nvcc takes minutes: their builds have no CUDA.
 CUDA_BUILT = CUDA_ONLY + select({
-    "//:sanitized": ["@platforms//:incompatible"],
+    "//:sanitized": ["@cuda//:missing"],
     "//conditions:default": [],
 })
 

@@ -4,7 +4,7 @@
  *     IO         queries, outputs and appended rows
  *     multiply   c[16 x 8] += a[16 x 16] b[16 x 8]
  *     pack       two floats as operands, the first in the low half
- *     TERMS      operands that a weight is the sum of: bf16 alone would add an error of its own size to the output's
+ *     TERMS      operands that a weight is the sum of: one alone would add an error of its own size to the output's
  *     multiply_rows, multiply_columns   products of a warpgroup (instructions.cuh); 16 bits only
  */
 #ifndef ATTND_KERNELS_CUDA_ELEMENTS_CUH
@@ -46,7 +46,7 @@ struct bf16 {
 
 struct fp16 {
     using IO = __half;
-    static constexpr uint32_t BYTES = 2, TERMS = 1;
+    static constexpr uint32_t BYTES = 2, TERMS = 2;
     static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         ptx::multiply_add_fp16(c, a, b0, b1);
     }
@@ -58,7 +58,10 @@ struct fp16 {
         ptx::multiply_columns_fp16(c, a, b);
     }
     static __device__ uint32_t pack(float low, float high) { return ptx::pack_fp16(low, high); }
-    static __device__ uint32_t pack_rest(float, float, uint32_t) { return 0; }
+    static __device__ uint32_t pack_rest(float low, float high, uint32_t packed) {
+        float2 kept = __half22float2(*reinterpret_cast<__half2 *>(&packed));
+        return pack(low - kept.x, high - kept.y);
+    }
     static __device__ uint4 load_new(const attn_cuda_layer &layer, const void *rows, size_t row, uint32_t piece,
                                      float scale) {
         (void)layer;
