@@ -40,6 +40,12 @@ template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t GROUPS_, bool S
 
 constexpr uint32_t MAX_STAGES = 12;
 
+/*
+ * What a block has on its way while each group consumes a stage, more or less. With more all blocks get their first
+ * tiles late, and some get more of the memory's time than others.
+ */
+constexpr uint32_t ON_THE_WAY = 96 * 1024;
+
 /* What a block keeps in shared memory, behind the ring. */
 template <typename S> struct block_memory {
     alignas(1024) char queries[S::GROUPS][ROWS * S::stage::KEY_BYTES]; /* of a group's run, in columns (layout.cuh) */
@@ -792,7 +798,7 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     if (workspace.rows < ROWS || group > ROWS || tuning.blocks_per_sm != 1) return cudaErrorInvalidValue;
     if (tuning.shared_bytes < sizeof(block_memory<S>) + S::GROUPS * S::stage::BYTES) return cudaErrorInvalidValue;
     uint32_t stages = (tuning.shared_bytes - (uint32_t)sizeof(block_memory<S>)) / S::stage::BYTES;
-    uint32_t most = tuning.stages != 0 ? tuning.stages : (192 * 1024 + S::stage::BYTES - 1) / S::stage::BYTES;
+    uint32_t most = tuning.stages != 0 ? tuning.stages : S::GROUPS + (ON_THE_WAY + S::stage::BYTES - 1) / S::stage::BYTES;
     stages = min(min(stages, most), MAX_STAGES) / S::GROUPS * S::GROUPS;
     size_t bytes = stages * S::stage::BYTES + sizeof(block_memory<S>);
     auto *kernel = wide_kernel<S>;
