@@ -587,38 +587,44 @@ __device__ inline float2 fetch_partials(const consumer<S> &own, const merge_orde
         at = slot * ROWS + order.index + row * order.step;
         state = __ldcg(own.work.states + at);
     }
-#pragma unroll 2
+    const float *outs = own.work.outs + lane * 4;
+    landing += lane * 16;
+#pragma unroll 4
     for (uint32_t i = 0; i < count * order.length; i++) {
         uint32_t from_row = __shfl_sync(ALL_LANES, at, i);
-        if (from_row == NO_TILE) continue;
-        const float *out = own.work.outs + (size_t)from_row * S::DIM_V;
+        const float *out = outs + (size_t)from_row * S::DIM_V;
 #pragma unroll
         for (uint32_t piece = 0; piece < S::DIM_V / 4; piece += 32) {
-            if (S::DIM_V / 4 % 32 == 0 || piece + lane < S::DIM_V / 4) {
-                ptx::copy_16_bytes(landing + i * S::DIM_V * 4 + (piece + lane) * 16, out + (piece + lane) * 4);
-            }
+            bool is_there = from_row != NO_TILE && (S::DIM_V / 4 % 32 == 0 || piece + lane < S::DIM_V / 4);
+            if (is_there) ptx::copy_16_bytes(landing + i * S::DIM_V * 4 + piece * 16, out + piece * 4);
         }
     }
     ptx::copies_commit();
     return state;
 }
 
-/* Adds up a section, whose states lanes begin .. begin + count - 1 have. */
+/*
+ * Adds up a section, whose states lanes begin .. begin + count - 1 have. Without branches, so that nothing waits for what
+ * it does not need: in place of partials that are not there the last one is taken, 0 times.
+ */
 template <typename S>
 __device__ inline rows::row_state<S::DIM_V> add_section(float2 state, uint32_t begin, uint32_t count,
                                                         const float *landing, uint32_t lane) {
     rows::row_state<S::DIM_V> sum = rows::empty_state<S::DIM_V>();
+    rows::row<S::DIM_V> outs[MAX_SECTION];
 #pragma unroll
     for (uint32_t i = 0; i < MAX_SECTION; i++) {
-        if (i < count) sum.maximum = fmaxf(sum.maximum, __shfl_sync(ALL_LANES, state.x, begin + i));
+        uint32_t from = begin + min(i, count - 1);
+        outs[i] = rows::load_row<S::DIM_V>(landing + from * S::DIM_V, lane);
+        sum.maximum = fmaxf(sum.maximum, __shfl_sync(ALL_LANES, state.x, from));
     }
     float factor = rows::decay(state.x, sum.maximum), weighted = state.y * factor;
 #pragma unroll
     for (uint32_t i = 0; i < MAX_SECTION; i++) {
-        if (i >= count) break;
-        rows::add_row(sum.out, 1.0f, rows::load_row<S::DIM_V>(landing + (begin + i) * S::DIM_V, lane),
-                      __shfl_sync(ALL_LANES, factor, begin + i));
-        sum.sum += __shfl_sync(ALL_LANES, weighted, begin + i);
+        uint32_t from = begin + min(i, count - 1);
+        float of_out = __shfl_sync(ALL_LANES, factor, from), of_sum = __shfl_sync(ALL_LANES, weighted, from);
+        rows::add_row(sum.out, 1.0f, outs[i], i < count ? of_out : 0.0f);
+        sum.sum += i < count ? of_sum : 0.0f;
     }
     return sum;
 }
