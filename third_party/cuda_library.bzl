@@ -93,7 +93,10 @@ def cuda_library(name, srcs, hdrs = [], deps = [], copts = [], **kwargs):
         srcs = srcs,
         hdrs = hdrs,
         deps = deps + ["@cuda//:cudart"],
-        copts = copts,
+        copts = copts + select({
+            "//:checked": ["-DATTN_CUDA_CHECKED"],
+            "//conditions:default": [],
+        }),
         target_compatible_with = CUDA_BUILT,
         **kwargs
     )

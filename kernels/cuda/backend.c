@@ -17,6 +17,7 @@
 #include "base/clock.h"
 #include "kernels/backend.h"
 #include "kernels/cuda/decode.h"
+#include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/probe.h"
 
@@ -82,7 +83,7 @@ static attn_status cuda_status(cudaError_t error, const char *what) {
 
 static void arena_fini(arena *memory) {
     cudaFreeHost(memory->host);
-    if (!memory->is_shared) cudaFree(memory->device);
+    if (!memory->is_shared) attn_cuda_free(memory->device);
     *memory = (arena){.is_shared = memory->is_shared};
 }
 
@@ -91,10 +92,11 @@ static attn_status arena_reserve(arena *memory, size_t bytes) {
     size_t grown = memory->bytes < ((size_t)1 << 20) ? (size_t)1 << 20 : memory->bytes;
     while (grown < bytes)
         grown *= 2;
+    if (ATTN_CUDA_IS_CHECKED) grown = bytes;
     arena_fini(memory);
     cudaError_t error = cudaMallocHost((void **)&memory->host, grown);
     if (memory->is_shared) memory->device = memory->host;
-    if (error == cudaSuccess && !memory->is_shared) error = cudaMalloc((void **)&memory->device, grown);
+    if (error == cudaSuccess && !memory->is_shared) error = attn_cuda_allocate((void **)&memory->device, grown, "staging memory");
     if (error != cudaSuccess) {
         cudaGetLastError();
         arena_fini(memory);
@@ -213,7 +215,7 @@ static attn_status allocate_pool(cuda_backend *self, const attn_backend_config *
         return attn_error(ATTN_RESOURCE_EXHAUSTED, "a KV pool of %u pages of %zu bytes is more than an address space",
                           config->pages, attn_page_bytes(geometry));
     }
-    cudaError_t error = cudaMalloc((void **)&self->layer.memory, bytes);
+    cudaError_t error = attn_cuda_allocate((void **)&self->layer.memory, bytes, "KV pool");
     if (error == cudaSuccess) return attn_ok();
     cudaGetLastError();
     size_t free_bytes = 0, total_bytes = 0;
@@ -251,6 +253,8 @@ static void cuda_poison(attn_backend *backend, uint32_t page, uint32_t first_slo
 static attn_status settle(cuda_backend *self) {
     CUDA_TRY(self->failed);
     CUDA_TRY(cudaStreamSynchronize(self->stream));
+    const char *damaged = attn_cuda_check_guards();
+    if (damaged != NULL) return attn_error(ATTN_INTERNAL, "cuda: something was written next to the %s", damaged);
     if (*self->status == 0) return attn_ok();
     *self->status = 0;
     return attn_error(ATTN_INTERNAL, "a page table led a kernel to a page outside the pool");
@@ -298,6 +302,7 @@ typedef struct {
     uint32_t new_rows;
     uint32_t pages;
     uint32_t most_queries;
+    uint32_t shortest, longest;     /* tokens of a sequence in this pool */
     uint64_t pieces, merges, slots; /* at most, of one wave */
 } tally;
 
@@ -315,7 +320,7 @@ static uint32_t pages_of(const attn_geometry *geometry, uint32_t length) {
 }
 
 static tally count_batch(const cuda_backend *self, const attn_batch *batch) {
-    tally count = {0};
+    tally count = {.shortest = UINT32_MAX};
     uint64_t units = 0;
     const attn_line *line = &self->base.line;
     for (uint32_t i = 0; i < batch->size; i++) {
@@ -325,6 +330,8 @@ static tally count_batch(const cuda_backend *self, const attn_batch *batch) {
         count.new_rows += attn_batch_new_rows(batch, i);
         count.pages += pages_of(&self->base.geometry, batch->lengths[i]);
         if (queries > count.most_queries) count.most_queries = queries;
+        if (batch->lengths[i] < count.shortest) count.shortest = batch->lengths[i];
+        if (batch->lengths[i] > count.longest) count.longest = batch->lengths[i];
         if (attn_batch_part(batch, i) == NULL) continue;
         count.partial_rows += queries * (batch->batch_invariant ? chunks_of(batch->lengths[i]) : 1);
     }
@@ -590,15 +597,16 @@ static attn_status run_pieces(cuda_backend *self, const attn_batch *batch, const
 /* ------------------------------------------------------------------------------------------- */
 /* The fast path: stores, plans, attends and merges in one launch, from the live lengths */
 
-static attn_status launch_decode(cuda_backend *self, const attn_cuda_call *call, uint32_t most_queries) {
+static attn_status launch_decode(cuda_backend *self, const attn_cuda_call *call, const tally *count) {
     const attn_cuda_workspace *workspace = call->batch_invariant ? &self->chunks : &self->runs;
-    CUDA_TRY(attn_cuda_decode_launch(call, &self->tuning, workspace, most_queries, self->stream));
+    attn_cuda_expected expected = {count->most_queries, count->shortest, count->longest};
+    CUDA_TRY(attn_cuda_decode_launch(call, &self->tuning, workspace, &expected, self->stream));
     self->launches++;
     return attn_ok();
 }
 
 /* batch_invariant: as many sequences at a time as the chunks' slots are enough for. */
-static attn_status run_chunks(cuda_backend *self, attn_cuda_call call, uint32_t most_queries) {
+static attn_status run_chunks(cuda_backend *self, attn_cuda_call call, const tally *count, bool is_plain) {
     const attn_line *line = &self->base.line;
     const attn_cuda_sequence *sequences = call.sequences;
     uint32_t first = 0, size = line->batch->size;
@@ -606,9 +614,9 @@ static attn_status run_chunks(cuda_backend *self, attn_cuda_call call, uint32_t 
         uint32_t last = first + 1;
         while (last < size && line->starts[last + 1] - line->starts[first] <= self->chunks.slots)
             last++;
-        call.sequences = sequences + first;
+        call.sequences = is_plain && last - first == size ? NULL : sequences + first;
         call.batch = last - first;
-        ATTN_TRY(launch_decode(self, &call, most_queries));
+        ATTN_TRY(launch_decode(self, &call, count));
         first = last;
     }
     return attn_ok();
@@ -617,12 +625,13 @@ static attn_status run_chunks(cuda_backend *self, attn_cuda_call call, uint32_t 
 static attn_status run_decode(cuda_backend *self, const attn_batch *batch, const call_memory *memory,
                               const tally *count) {
     attn_cuda_call call = describe_call(self, batch, memory);
-    if (batch->batch_invariant) return run_chunks(self, call, count->most_queries);
     bool has_new = count->new_rows > 0;
     if (!has_new) call.keys = call.values = NULL;
-    bool is_plain = count->most_queries == 1 && count->partial_rows == 0;
-    if (is_plain && (!has_new || count->new_rows == batch->size)) call.sequences = NULL;
-    return launch_decode(self, &call, count->most_queries);
+    bool is_plain = count->most_queries == 1 && count->partial_rows == 0 &&
+                    (!has_new || count->new_rows == batch->size); /* as without call.sequences */
+    if (batch->batch_invariant) return run_chunks(self, call, count, is_plain);
+    if (is_plain) call.sequences = NULL;
+    return launch_decode(self, &call, count);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -706,12 +715,12 @@ static void cuda_destroy(attn_backend *backend) {
     if (self->kernels_end) cudaEventDestroy(self->kernels_end);
     arena_fini(&self->up);
     arena_fini(&self->down);
-    cudaFree(self->layer.memory);
-    cudaFree(self->slot_out);
-    cudaFree(self->slot_lse);
-    cudaFree(self->runs.memory);
-    cudaFree(self->chunks.memory);
-    cudaFree(self->scales);
+    attn_cuda_free(self->layer.memory);
+    attn_cuda_free(self->slot_out);
+    attn_cuda_free(self->slot_lse);
+    attn_cuda_free(self->runs.memory);
+    attn_cuda_free(self->chunks.memory);
+    attn_cuda_free(self->scales);
     cudaFreeHost(self->status);
     attn_backend_fini(backend);
     free(self);
@@ -737,9 +746,10 @@ static attn_status partials_status(cudaError_t error, size_t bytes) {
 static attn_status allocate_slots(cuda_backend *self) {
     size_t slot_bytes = ATTN_CUDA_MAX_ROWS * self->layer.head_dim_v * sizeof(float);
     self->slots = count_slots(self, slot_bytes);
-    cudaError_t error = cudaMalloc((void **)&self->slot_out, self->slots * slot_bytes);
+    cudaError_t error = attn_cuda_allocate((void **)&self->slot_out, self->slots * slot_bytes, "partial outputs");
     if (error == cudaSuccess) {
-        error = cudaMalloc((void **)&self->slot_lse, self->slots * ATTN_CUDA_MAX_ROWS * sizeof(float));
+        size_t lse_bytes = self->slots * ATTN_CUDA_MAX_ROWS * sizeof(float);
+        error = attn_cuda_allocate((void **)&self->slot_lse, lse_bytes, "partial LSE");
     }
     return partials_status(error, self->slots * slot_bytes);
 }
@@ -748,14 +758,14 @@ static attn_status allocate_workspace(attn_cuda_workspace *workspace, uint64_t s
                                       uint32_t head_dim_v) {
     *workspace = (attn_cuda_workspace){.slots = (uint32_t)slots, .rows = rows};
     size_t bytes = attn_cuda_workspace_bytes(workspace->slots, rows, head_dim_v);
-    cudaError_t error = cudaMalloc(&workspace->memory, bytes);
+    cudaError_t error = attn_cuda_allocate(&workspace->memory, bytes, "partial results");
     if (error == cudaSuccess) error = cudaMemset(workspace->memory, 0, bytes);
     return partials_status(error, bytes);
 }
 
 static attn_status allocate_workspaces(cuda_backend *self) {
     uint32_t dim = self->layer.head_dim_v, rows = narrow_rows(&self->base.geometry);
-    ATTN_TRY(allocate_workspace(&self->runs, 2 * self->tuning.workers, 64, dim));
+    ATTN_TRY(allocate_workspace(&self->runs, 4 * self->tuning.workers, 64, dim));
     return allocate_workspace(&self->chunks, count_slots(self, rows * dim * sizeof(float)), rows, dim);
 }
 
@@ -771,7 +781,7 @@ static attn_status upload_scales(cuda_backend *self, const attn_backend_config *
         scales[i] = scale.key;
         scales[count + i] = scale.value;
     }
-    cudaError_t error = cudaMalloc((void **)&self->scales, 2 * count * sizeof *scales);
+    cudaError_t error = attn_cuda_allocate((void **)&self->scales, 2 * count * sizeof *scales, "scales");
     if (error == cudaSuccess) {
         error = cudaMemcpy(self->scales, scales, 2 * count * sizeof *scales, cudaMemcpyHostToDevice);
     }
@@ -815,9 +825,9 @@ static attn_status allocate(cuda_backend *self, const attn_backend_config *confi
     }
     self->tuning = (attn_cuda_tuning){.is_hopper = properties->major == 9,
                                       .workers = (uint32_t)properties->multiProcessorCount,
-                                      .blocks_per_sm = 1,
                                       .shared_bytes = (uint32_t)properties->sharedMemPerBlockOptin,
                                       .align_tiles = 4};
+    if (self->is_fast && self->tuning.is_hopper) CUDA_TRY(attn_cuda_find_clusters(&self->tuning));
     ATTN_TRY(upload_scales(self, config));
     ATTN_TRY(self->is_fast ? allocate_workspaces(self) : allocate_slots(self));
     CUDA_TRY(cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking));

@@ -1,7 +1,7 @@
 /*
  * Times the decode kernels on a file of shapes and checks every one against a float64 reference.
  *
- *     bench_decode SHAPES PEERS [--pool-mib N] [--check] [--times] [--shape NAME] [--tuning NAME]
+ *     bench_decode SHAPES PEERS [--pool-mib N] [--check] [--runs N] [--times] [--shape NAME] [--tuning NAME]
  *                  [--dtype bf16|fp16|fp8] [--head-dim N] [--head-dim-v N] [--query-length N] [--batch-invariant]
  *
  * Measured: a CUDA graph of 10 to 64 launches, each over other pages of a pool of 12 GiB in random order, so that the
@@ -10,7 +10,7 @@
  * read bandwidth of its own run, so a ratio above 1 is faster than the peer whatever the machine's memory.
  *
  * Checked, per shape and tuning: 256 output rows spread over the batch, with all rows of the last pages beyond the
- * lengths NaN and all unused page table entries 2147480000; every output row written; three runs bitwise equal.
+ * lengths NaN and all unused page table entries 2147480000; every output row written; N runs (3) bitwise equal.
  * --check only does that, on a pool just as large as the shape.
  */
 #include <cuda_runtime_api.h>
@@ -98,14 +98,16 @@ typedef struct {
     const char *name;
     uint32_t blocks_per_sm;
     uint32_t stages;
-    uint32_t align_tiles, whole_workers, whole_tiles;
+    uint32_t align_tiles;
     int overlap_launches;
+    int clusters;
 } tuning_row;
 
 static const tuning_row TUNINGS[] = {
-    {"one_block", 1, 0, 4, 0, 0, 0},
-    {"two_blocks", 2, 0, 4, 0, 0, 0},
-    {"overlap", 1, 0, 4, 0, 0, 1},
+    {"best", 0, 0, 4, 0, 1},
+    {"overlap", 0, 0, 4, 1, 1},
+    {"one_block", 1, 0, 4, 0, 0},
+    {"two_blocks", 2, 0, 4, 0, 0},
 };
 enum { TUNING_COUNT = sizeof TUNINGS / sizeof TUNINGS[0] };
 
@@ -124,6 +126,7 @@ typedef struct {
 typedef struct {
     attn_cuda_call call; /* with set 0's page table */
     uint32_t query_length;
+    attn_cuda_expected expected;
     uint32_t *lengths; /* device */
     attn_cuda_sequence *sequences;
     uint32_t *page_tables; /* device [sets, batch, stride] */
@@ -216,7 +219,8 @@ static void load_sequences(loaded_shape *loaded, const attn_shape *shape, uint32
 
 /* False if the pool is too small for the shape, or no kernel is built for it. */
 static bool load_shape(loaded_shape *loaded, const attn_shape *shape, const variant *form, const device_state *device) {
-    *loaded = (loaded_shape){.query_length = form->query_length};
+    *loaded = (loaded_shape){.query_length = form->query_length,
+                             .expected = {.most_queries = form->query_length, .shortest = UINT32_MAX}};
     attn_cuda_call *call = &loaded->call;
     uint64_t pages = 0, tokens = 0;
     uint32_t stride = 1;
@@ -225,6 +229,8 @@ static bool load_shape(loaded_shape *loaded, const attn_shape *shape, const vari
         pages += used;
         tokens += shape->lengths[i];
         if (used > stride) stride = used;
+        if (shape->lengths[i] < loaded->expected.shortest) loaded->expected.shortest = shape->lengths[i];
+        if (shape->lengths[i] > loaded->expected.longest) loaded->expected.longest = shape->lengths[i];
     }
     call->layer = describe_layer(shape, form, device);
     if (pages > call->layer.pages || !attn_cuda_decode_fits(&call->layer)) return false;
@@ -273,7 +279,7 @@ static void unload_shape(loaded_shape *loaded) {
 typedef struct {
     double out_error; /* ||out - ref|| / ||ref|| over the checked rows; NaN if a row was not written */
     double lse_error;
-    bool repeats; /* three runs bitwise equal */
+    bool repeats; /* all runs bitwise equal */
 } check_result;
 
 /* A launch: a shape, how it is run, and what it works in. */
@@ -284,7 +290,7 @@ typedef struct {
 } launcher;
 
 static int launch(const launcher *with, const attn_cuda_call *call, cudaStream_t stream) {
-    return attn_cuda_decode_launch(call, &with->tuning, &with->workspace, with->loaded->query_length, stream);
+    return attn_cuda_decode_launch(call, &with->tuning, &with->workspace, &with->loaded->expected, stream);
 }
 
 static size_t rows_of(const attn_cuda_call *call, uint32_t query_length) {
@@ -349,14 +355,14 @@ static void compute_reference(reference *expected, const loaded_shape *loaded) {
     CUDA(cudaFree(lse));
 }
 
-static check_result check_shape(const launcher *with, const reference *expected) {
+static check_result check_shape(const launcher *with, const reference *expected, uint32_t runs) {
     const attn_cuda_call *call = &with->loaded->call;
     size_t rows = rows_of(call, with->loaded->query_length), dim = call->layer.head_dim_v, elements = rows * dim;
     uint16_t *out = host_allocate(elements * sizeof *out), *again = host_allocate(elements * sizeof *again);
     float *lse = host_allocate(rows * sizeof *lse), *lse_again = host_allocate(rows * sizeof *lse_again);
     check_result result = {0.0, 0.0, true};
     run_once(with, rows, out, lse);
-    for (int i = 0; i < 2; i++) {
+    for (uint32_t i = 1; i < runs; i++) {
         run_once(with, rows, again, lse_again);
         result.repeats = result.repeats && memcmp(out, again, elements * sizeof *out) == 0 &&
                          memcmp(lse, lse_again, rows * sizeof *lse) == 0;
@@ -452,7 +458,7 @@ static double measure_read(void) {
 
 /* When the thread blocks of one launch began and ended, after the device's clock; a line a block. */
 static void print_times(const launcher *with) {
-    uint32_t workers = with->tuning.workers;
+    uint32_t workers = 2 * with->tuning.workers; /* at most */
     size_t bytes = (size_t)workers * 4 * sizeof(uint64_t);
     uint64_t *times = host_allocate(bytes);
     launcher timed = *with;
@@ -467,9 +473,10 @@ static void print_times(const launcher *with) {
     CUDA(cudaMemcpy(times, timed.tuning.times, bytes, cudaMemcpyDeviceToHost));
     uint64_t first = UINT64_MAX;
     for (uint32_t w = 0; w < workers; w++) {
-        if (times[w * 4 + 1] < first) first = times[w * 4 + 1];
+        if (times[w * 4 + 1] != 0 && times[w * 4 + 1] < first) first = times[w * 4 + 1];
     }
     for (uint32_t w = 0; w < workers; w++) {
+        if (times[w * 4 + 1] == 0) continue; /* there is no such block */
         printf("# block %u on %llu: %llu %llu %llu\n", w, (unsigned long long)times[w * 4],
                (unsigned long long)(times[w * 4 + 1] - first), (unsigned long long)(times[w * 4 + 2] - first),
                (unsigned long long)(times[w * 4 + 3] - first));
@@ -485,6 +492,7 @@ typedef struct {
     const char *shapes_path, *peers_path;
     const char *only_shape, *only_tuning;
     size_t pool_mib;
+    uint32_t runs; /* compared with one another */
     bool check_only, times;
     variant form;
 } options;
@@ -507,6 +515,7 @@ static bool parse_options(options *chosen, int argc, char **argv) {
     *chosen = (options){.shapes_path = argv[1],
                         .peers_path = argv[2],
                         .pool_mib = 12288,
+                        .runs = 3,
                         .form = {.dtype = ATTN_BF16, .kv_dtype = ATTN_BF16, .element_bytes = 2, .query_length = 1}};
     for (int i = 3; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : NULL;
@@ -525,6 +534,8 @@ static bool parse_options(options *chosen, int argc, char **argv) {
         if (value == NULL) return false;
         if (strcmp(argv[i], "--pool-mib") == 0) {
             chosen->pool_mib = strtoul(value, NULL, 10);
+        } else if (strcmp(argv[i], "--runs") == 0) {
+            chosen->runs = (uint32_t)strtoul(value, NULL, 10);
         } else if (strcmp(argv[i], "--shape") == 0) {
             chosen->only_shape = value;
         } else if (strcmp(argv[i], "--tuning") == 0) {
@@ -565,16 +576,15 @@ static launcher prepare(const loaded_shape *loaded, const tuning_row *row, const
     launcher with = {.loaded = loaded};
     const attn_cuda_layer *layer = &loaded->call.layer;
     with.tuning = (attn_cuda_tuning){.is_hopper = 1,
-                                     .workers = device->multiprocessors * row->blocks_per_sm,
+                                     .workers = device->multiprocessors,
                                      .blocks_per_sm = row->blocks_per_sm,
                                      .shared_bytes = device->shared_bytes,
                                      .stages = row->stages,
                                      .align_tiles = row->align_tiles,
-                                     .whole_workers = row->whole_workers,
-                                     .whole_tiles = row->whole_tiles,
                                      .overlap_launches = row->overlap_launches};
+    if (row->clusters) CUDA(attn_cuda_find_clusters(&with.tuning));
     with.workspace.rows = loaded->call.batch_invariant ? 16 : 64;
-    with.workspace.slots = 2 * with.tuning.workers;
+    with.workspace.slots = 4 * with.tuning.workers;
     if (loaded->call.batch_invariant) with.workspace.slots = 1 << 16;
     size_t bytes = attn_cuda_workspace_bytes(with.workspace.slots, with.workspace.rows, layer->head_dim_v);
     with.workspace.memory = device_allocate(bytes);
@@ -609,7 +619,7 @@ static bool bench_shape(const options *chosen, device_state *device, const peer_
             }
             CUDA(error);
             if (pass == 0) {
-                checked[t] = check_shape(&with, &expected);
+                checked[t] = check_shape(&with, &expected, chosen->runs);
                 good =
                     good && checked[t].out_error <= most && checked[t].lse_error <= MAX_LSE_ERROR && checked[t].repeats;
             } else {
@@ -631,8 +641,8 @@ int main(int argc, char **argv) {
     options chosen;
     if (!parse_options(&chosen, argc, argv)) {
         fprintf(stderr,
-                "usage: bench_decode SHAPES PEERS [--pool-mib N] [--check] [--times] [--shape NAME] [--tuning NAME]\n"
-                "       [--dtype bf16|fp16|fp8] [--head-dim N] [--head-dim-v N] [--query-length N] "
+                "usage: bench_decode SHAPES PEERS [--pool-mib N] [--check] [--runs N] [--times] [--shape NAME]\n"
+                "       [--tuning NAME] [--dtype bf16|fp16|fp8] [--head-dim N] [--head-dim-v N] [--query-length N] "
                 "[--batch-invariant]\n");
         return 2;
     }

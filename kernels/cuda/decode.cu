@@ -26,11 +26,11 @@ bool is_wide(const attn_cuda_call &call, const attn_cuda_tuning &tuning, uint32_
 }
 
 int launch_narrow(const attn_cuda_call *call, const attn_cuda_tuning *tuning, const attn_cuda_workspace *workspace,
-                  uint32_t rows, void *stream) {
+                  const attn_cuda_expected *expected, uint32_t rows, void *stream) {
     switch (call->layer.kv_dtype) {
-    case ATTN_BF16: return attn_cuda_launch_narrow_bf16(call, tuning, workspace, rows, stream);
-    case ATTN_FP16: return attn_cuda_launch_narrow_fp16(call, tuning, workspace, rows, stream);
-    case ATTN_FP8_E4M3: return attn_cuda_launch_narrow_fp8(call, tuning, workspace, rows, stream);
+    case ATTN_BF16: return attn_cuda_launch_narrow_bf16(call, tuning, workspace, expected, rows, stream);
+    case ATTN_FP16: return attn_cuda_launch_narrow_fp16(call, tuning, workspace, expected, rows, stream);
+    case ATTN_FP8_E4M3: return attn_cuda_launch_narrow_fp8(call, tuning, workspace, expected, rows, stream);
     default: return cudaErrorInvalidValue;
     }
 }
@@ -52,14 +52,15 @@ extern "C" size_t attn_cuda_workspace_bytes(uint32_t slots, uint32_t rows, uint3
 }
 
 extern "C" int attn_cuda_decode_launch(const attn_cuda_call *call, const attn_cuda_tuning *tuning,
-                                       const attn_cuda_workspace *workspace, uint32_t most_queries, void *stream) {
+                                       const attn_cuda_workspace *workspace, const attn_cuda_expected *expected,
+                                       void *stream) {
     if (!attn_cuda_decode_fits(&call->layer)) return cudaErrorInvalidValue;
     if (call->batch == 0) return cudaSuccess;
-    uint32_t rows = rows_a_block(*call, most_queries);
+    uint32_t rows = rows_a_block(*call, expected->most_queries);
     if (is_wide(*call, *tuning, rows)) {
         return call->layer.kv_dtype == ATTN_BF16 ? attn_cuda_launch_wide_bf16(call, tuning, workspace, stream)
                                                  : attn_cuda_launch_wide_fp16(call, tuning, workspace, stream);
     }
-    if (rows > 16) rows = 16;
-    return launch_narrow(call, tuning, workspace, rows, stream);
+    if (rows > MAX_NARROW_ROWS) rows = MAX_NARROW_ROWS;
+    return launch_narrow(call, tuning, workspace, expected, rows, stream);
 }

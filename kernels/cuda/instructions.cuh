@@ -13,6 +13,20 @@
 namespace ptx {
 
 /* ------------------------------------------------------------------------------------------- */
+/* Checked builds (device_memory.h) */
+
+#ifdef ATTN_CUDA_CHECKED
+constexpr bool IS_CHECKED = true;
+#else
+constexpr bool IS_CHECKED = false;
+#endif
+
+/* In checked builds the launch fails if this does not hold. */
+__device__ inline void require(bool holds) {
+    if (IS_CHECKED && !holds) __trap();
+}
+
+/* ------------------------------------------------------------------------------------------- */
 /* mbarrier and bulk copy */
 
 __device__ inline uint32_t shared_address(const void *pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
@@ -109,6 +123,11 @@ template <int THREADS> __device__ inline void named_barrier(uint32_t group) {
     asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
 }
 
+/* Arrives at a barrier at which others wait. */
+template <int THREADS> __device__ inline void named_barrier_arrive(uint32_t group) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* Global memory */
 
@@ -135,6 +154,57 @@ __device__ inline uint32_t multiprocessor() {
     uint32_t number;
     asm volatile("mov.u32 %0, %smid;" : "=r"(number));
     return number;
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Clusters: blocks that can write to each other's shared memory. From sm_90 on */
+
+/* Says that this thread has got its block's shared memory ready for the others. */
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+/* Waits until all threads of the cluster have arrived, or ended. */
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+/* Where block `rank` of the cluster has what lies here at `address`. */
+__device__ inline uint32_t address_in_cluster(uint32_t address, uint32_t rank) {
+    uint32_t there = address;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+#endif
+    return there;
+}
+
+/* Stores to a block of the cluster; the bytes count on `barrier`, of that block. */
+__device__ inline void store_in_cluster(uint32_t to, float value, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(value),
+                 "r"(barrier)
+                 : "memory");
+#endif
+}
+
+__device__ inline void store_in_cluster(uint32_t to, float2 value, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+                 "f"(value.x), "f"(value.y), "r"(barrier)
+                 : "memory");
+#endif
+}
+
+__device__ inline void store_in_cluster(uint32_t to, float4 value, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier)
+                 : "memory");
+#endif
 }
 
 /* ------------------------------------------------------------------------------------------- */

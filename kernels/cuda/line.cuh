@@ -37,7 +37,9 @@ struct cut {
     uint32_t page_shift;      /* log2 of tokens of a page.. */
     uint32_t block_shift;     /* ..and of a block of it (layout.cuh) */
     uint32_t block_bytes;
-    uint32_t align_tiles, whole_workers, whole_tiles; /* attn_cuda_tuning */
+    uint32_t align_tiles;   /* attn_cuda_tuning */
+    uint32_t parts;         /* blocks of a cluster; 1: there are none */
+    uint32_t parts_inverse; /* worker / parts is worker * this >> 16 */
 };
 
 __host__ inline uint32_t log2_of(uint32_t power) {
@@ -47,19 +49,20 @@ __host__ inline uint32_t log2_of(uint32_t power) {
     return shift;
 }
 
-/* Of a kernel whose blocks have `rows` rows. */
-__host__ inline cut make_cut(const attn_cuda_layer &layer, const attn_cuda_tuning &tuning, uint32_t rows) {
+/* Of a kernel whose blocks have `rows` rows, and a launch of so many workers in clusters of `parts`. */
+__host__ inline cut make_cut(const attn_cuda_layer &layer, const attn_cuda_tuning &tuning, uint32_t rows,
+                             uint32_t workers, uint32_t parts) {
     cut made;
     made.group = layer.heads_q / layer.heads_kv;
     made.group_inverse = (65536 + made.group - 1) / made.group;
     made.block_queries = rows / made.group;
-    made.workers_inverse = ((1ull << 40) + tuning.workers - 1) / tuning.workers;
+    made.workers_inverse = ((1ull << 40) + workers - 1) / workers;
     made.page_shift = log2_of(layer.page_size);
     made.block_shift = log2_of(layout::block_tokens(layer.page_size));
     made.block_bytes = layer.tile_bytes >> (made.page_shift - made.block_shift);
     made.align_tiles = tuning.align_tiles;
-    made.whole_workers = tuning.whole_workers;
-    made.whole_tiles = tuning.whole_tiles;
+    made.parts = parts;
+    made.parts_inverse = (65536 + parts - 1) / parts;
     return made;
 }
 
@@ -76,16 +79,16 @@ __device__ inline uint32_t query_of(const cut &cut, uint32_t row) { return row *
 template <uint32_t TOKENS_, bool SIMPLE_, bool INVARIANT_ = !SIMPLE_> struct rules {
     static constexpr uint32_t TOKENS = TOKENS_; /* of a tile */
     static constexpr bool SIMPLE = SIMPLE_;
-    static constexpr bool INVARIANT = INVARIANT_; /* can batch_invariant mode */
+    static constexpr bool INVARIANT = INVARIANT_; /* can batch_invariant mode; simple ones do nothing else */
     static_assert(TOKENS == 64 || TOKENS == 128, "");
 };
 
 __host__ __device__ inline bool is_simple(const attn_cuda_call &call) {
-    return call.sequences == nullptr && call.window == 0 && call.softcap == 0 && !call.batch_invariant;
+    return call.sequences == nullptr && call.window == 0 && call.softcap == 0;
 }
 
 template <typename L> __device__ inline bool is_batch_invariant(const attn_cuda_call &call) {
-    return L::INVARIANT && call.batch_invariant;
+    return L::INVARIANT && (L::SIMPLE || call.batch_invariant);
 }
 
 template <typename L> __device__ inline attn_cuda_sequence sequence_at(const attn_cuda_call &call, uint32_t i) {
@@ -199,8 +202,8 @@ template <typename L> __device__ inline scan scan_batch(const attn_cuda_call &ca
         found.own += tiles;
         found.least = min(found.least, tiles);
         found.most = max(found.most, tiles);
+        if (!L::SIMPLE && blocks_of(sequence_at<L>(call, i), cut) > 1) found.least = 0;
     }
-    if (!L::SIMPLE) found.least = call.sequences != nullptr || call.window != 0 ? 0 : found.least;
     found.through = scan_lanes(found.own, lane);
     return found;
 }
@@ -289,6 +292,7 @@ constexpr uint32_t TURN_TILES = 24;
 struct share {
     uint32_t begin, end, turn;
     uint32_t tiles_a_worker; /* worker w begins at w * this */
+    bool is_part;            /* of a unit that a cluster has by itself (cluster.cuh) */
     position at_begin, at_turn;
 };
 
@@ -298,15 +302,31 @@ __device__ inline uint32_t choose_share(uint32_t total, uint32_t workers, uint32
     uint32_t equal = (uint32_t)((total + workers - 1) * cut.workers_inverse >> 40);
     if (least != most) return equal;
     uint32_t unit = most, whole = equal <= unit ? unit : (equal + unit - 1) / unit * unit;
-    if (whole <= equal + cut.align_tiles || (whole <= cut.whole_tiles && total >= whole * cut.whole_workers))
-        return whole;
+    if (whole <= equal + cut.align_tiles) return whole;
     if (unit < 2 * equal) return equal;
     uint32_t parts = unit / equal, aligned = (unit + parts - 1) / parts;
     return aligned <= equal + cut.align_tiles ? aligned : equal;
 }
 
+/* Which of a cluster's blocks a worker is. */
+__device__ inline uint32_t part_of(const cut &cut, uint32_t worker) {
+    return worker - (worker * cut.parts_inverse >> 16) * cut.parts;
+}
+
+/* The share of a block of a cluster, if units are alike and each is one cluster's: an equal part of its tiles. */
+__device__ inline void take_part(share &mine, uint32_t worker, uint32_t total, uint32_t unit, const cut &cut) {
+    uint32_t first = (worker * cut.parts_inverse >> 16) * unit, part = part_of(cut, worker);
+    auto begin_of = [&](uint32_t p) {
+        return p == cut.parts ? unit : (uint32_t)((uint64_t)p * unit * cut.parts_inverse >> 16);
+    };
+    mine.is_part = true;
+    mine.begin = min(total, first + begin_of(part));
+    mine.end = min(total, first + begin_of(part + 1));
+    mine.turn = mine.end;
+}
+
 /* By a whole warp; the same in all lanes. */
-template <typename L>
+template <typename L, bool CLUSTERED = false>
 __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, uint32_t workers, uint32_t worker,
                                    uint32_t lane) {
     scan batch = scan_batch<L>(call, cut, lane);
@@ -324,10 +344,14 @@ __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, u
     mine.begin = begin < total ? (uint32_t)begin : total;
     mine.end = min(total, mine.begin + mine.tiles_a_worker);
     mine.turn = mine.end;
+    mine.is_part = false;
+    if (CLUSTERED && least == most && most >= cut.parts && total * cut.parts <= workers * most) {
+        take_part(mine, worker, total, most, cut);
+    }
     mine.at_begin = mine.at_turn = {0, 0};
     if (mine.begin == mine.end) return mine;
     mine.at_begin = locate<L>(call, cut, batch, mine.begin, lane);
-    if (is_batch_invariant<L>(call) || mine.tiles_a_worker < TURN_TILES) return mine;
+    if ((CLUSTERED && mine.is_part) || is_batch_invariant<L>(call) || mine.tiles_a_worker < TURN_TILES) return mine;
     mine.at_turn = locate<L>(call, cut, batch, mine.end - 1, lane);
     unit last = unit_at<L>(call, cut, mine.at_turn, mine.end - 1);
     if (last.begin > mine.begin && last.begin + last.sees.tiles > mine.end) mine.turn = last.begin;

@@ -10,15 +10,16 @@
 #ifndef ATTND_KERNELS_CUDA_NARROW_CUH
 #define ATTND_KERNELS_CUDA_NARROW_CUH
 
-#include <cuda_runtime_api.h>
-
+#include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/launching.cuh"
 #include "kernels/cuda/produce.cuh"
 #include "kernels/cuda/rows.cuh"
 
 namespace narrow {
 
+using launching::arguments;
 using line::ALL_LANES;
 using rows::LOG2_E;
 
@@ -27,7 +28,7 @@ constexpr uint32_t GROUP_THREADS = WARPS * 32;
 
 /* A kernel's shape. BLOCKS: 8-row blocks of queries. */
 template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t BLOCKS_, uint32_t GROUPS_, uint32_t BLOCKS_PER_SM_,
-          bool SIMPLE>
+          bool SIMPLE, bool INVARIANT = !SIMPLE, bool CLUSTERED_ = false>
 struct shape {
     using KV = KV_;
     using IO = typename KV::IO;
@@ -38,7 +39,8 @@ struct shape {
     static constexpr uint32_t TOKENS = 64 * (DIM + DIM_V) * KV::BYTES <= 16384 ? 128 : 64;
     static constexpr uint32_t SLICES = TOKENS / 64; /* of 16 tokens, that a warp has of a tile */
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, false>;
-    using rules = line::rules<TOKENS, SIMPLE>;
+    using rules = line::rules<TOKENS, SIMPLE, INVARIANT>;
+    static constexpr bool CLUSTERED = CLUSTERED_; /* cluster.cuh */
 };
 
 /* What a block keeps in shared memory, behind the ring. */
@@ -53,10 +55,11 @@ template <typename S> struct group_memory {
 
 constexpr uint32_t MAX_STAGES = 12;
 
-template <typename S> struct block_memory {
+template <typename S> struct alignas(16) block_memory {
     group_memory<S> group[S::GROUPS];
     uint64_t full[MAX_STAGES];
     uint64_t empty[MAX_STAGES];
+    uint64_t received; /* the other blocks of the cluster have sent their parts */
 };
 
 /* ------------------------------------------------------------------------------------------- */
@@ -445,6 +448,34 @@ template <typename S> struct group_context {
     uint32_t group, warp, lane;
 };
 
+/* A row of a run: the warps' states merged. */
+template <typename S>
+__device__ inline rows::row_state<S::DIM_V> merge_warps(const group_context<S> &own, uint32_t index) {
+    rows::row_state<S::DIM_V> merged = rows::empty_state<S::DIM_V>();
+#pragma unroll
+    for (uint32_t w = 0; w < WARPS; w++) {
+        rows::merge_state(merged, rows::load_row<S::DIM_V>(own.memory.out[w][index], own.lane),
+                          own.memory.maximum[w][index], own.memory.sum[w][index]);
+    }
+    return merged;
+}
+
+/* Ends a run that is a part of a cluster's unit. */
+template <typename S>
+__device__ inline void finish_part(const group_context<S> &own, const line::unit &unit, const cluster::inbox &inbox) {
+    ptx::named_barrier<GROUP_THREADS>(own.group);
+    ptx::cluster_wait(); /* the first block's inbox is open */
+    for (uint32_t index = own.warp; index < inbox.rows; index += WARPS) {
+        rows::row_state<S::DIM_V> merged = merge_warps<S>(own, index);
+        if (inbox.part != 0) {
+            cluster::send_row(inbox, index, merged, own.lane);
+            continue;
+        }
+        cluster::receive_row(inbox, index, merged, own.lane);
+        rows::write_row<typename S::rules, typename S::IO>(own.call, {unit, own.cut, index}, merged, own.lane);
+    }
+}
+
 /* Ends a run: merges the warps' states and delivers the rows; who brings the unit to its end merges what was cut. */
 template <typename S>
 __device__ inline void finish_run(const group_context<S> &own, const line::unit &unit, const rows::run &done) {
@@ -453,12 +484,7 @@ __device__ inline void finish_run(const group_context<S> &own, const line::unit 
     uint32_t count = queries * own.cut.group;
     ptx::named_barrier<GROUP_THREADS>(own.group);
     for (uint32_t index = own.warp; index < count; index += WARPS) {
-        rows::row_state<S::DIM_V> merged = rows::empty_state<S::DIM_V>();
-#pragma unroll
-        for (uint32_t w = 0; w < WARPS; w++) {
-            rows::merge_state(merged, rows::load_row<S::DIM_V>(own.memory.out[w][index], own.lane),
-                              own.memory.maximum[w][index], own.memory.sum[w][index]);
-        }
+        rows::row_state<S::DIM_V> merged = merge_warps<S>(own, index);
         rows::place at = {unit, own.cut, index};
         rows::deliver_row<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(own.call, own.work, at, done, own.by,
                                                                                 merged, own.lane);
@@ -512,7 +538,7 @@ __device__ inline void do_run(const group_context<S> &own, const line::unit &uni
 /* A consumer warp: its group's of the worker's runs, every GROUPS-th. */
 template <typename S>
 __device__ inline void consume(const group_context<S> &own, const line::share &mine, block_memory<S> &memory,
-                               const produce::ring &ring) {
+                               const produce::ring &ring, const cluster::inbox &inbox) {
     uint32_t before = ptx::shared_address(&memory.group[(own.group + S::GROUPS - 1) % S::GROUPS].turn);
     uint32_t number = 0, tiles_done = 0;
 #pragma unroll 1
@@ -533,7 +559,11 @@ __device__ inline void consume(const group_context<S> &own, const line::share &m
                 do_run<S>(own, unit, run, ring, tiles_done, waits ? before : 0, (number - 1) / S::GROUPS % 2);
                 /* The launch before may still read what is written from here on. */
                 if (number < S::GROUPS) ptx::wait_for_previous_launch();
-                finish_run<S>(own, unit, run);
+                if (S::CLUSTERED && mine.is_part) {
+                    finish_part<S>(own, unit, inbox);
+                } else {
+                    finish_run<S>(own, unit, run);
+                }
             }
             tiles_done += run.end - run.begin;
         }
@@ -542,36 +572,6 @@ __device__ inline void consume(const group_context<S> &own, const line::share &m
 
 /* ------------------------------------------------------------------------------------------- */
 /* The kernel */
-
-/* Brings a small page table into the L2 cache while the lengths, which say where in it to look, are on their way. */
-__device__ inline void prefetch_page_table(const attn_cuda_call &call) {
-    constexpr uint32_t LINE_ENTRIES = 32;
-    size_t entry = (size_t)blockIdx.x * LINE_ENTRIES;
-    if (entry < (size_t)call.batch * call.page_table_stride) ptx::prefetch_l2(call.page_table + entry);
-}
-
-/*
- * The constant cache is cold when a launch begins, and what a launch is passed lies in several of its lines, which
- * would be fetched one after the other as they are needed. So each warp first asks for another one.
- */
-template <typename A> __device__ inline void fetch_constants(const attn_cuda_call &call, const A &with, uint32_t warp) {
-    uint32_t word = 0;
-    if (warp == 0) word = call.layer.heads_kv;
-    if (warp == 1) word = call.batch;
-    if (warp == 2) word = call.page_table_stride;
-    if (warp == 3) word = call.window;
-    if (warp == 4) word = with.cut.page_shift;
-    if (warp == 5) word = with.stages;
-    asm volatile("" ::"r"(word));
-}
-
-/* What a launch passes besides the call. */
-struct arguments {
-    line::cut cut;
-    attn_cuda_workspace workspace;
-    uint32_t stages;
-    uint64_t *times; /* attn_cuda_tuning */
-};
 
 template <typename S>
 __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_SM)
@@ -587,9 +587,9 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
     produce::ring ring = {ptx::shared_address(shared), ptx::shared_address(memory.full),
                           ptx::shared_address(memory.empty), with.stages, S::stage::BYTES};
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    fetch_constants(call, with, warp);
+    launching::fetch_constants(call, with, warp);
     if (threadIdx.x == S::GROUPS * GROUP_THREADS) {
-        prefetch_page_table(call);
+        launching::prefetch_page_table(call);
         for (uint32_t stage = 0; stage < with.stages; stage++) {
             ptx::barrier_init(ring.full + stage * 8, produce::full_arrivals());
             ptx::barrier_init(ring.empty + stage * 8, WARPS);
@@ -597,14 +597,19 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
         for (uint32_t group = 0; group < S::GROUPS; group++) {
             ptx::barrier_init(ptx::shared_address(&memory.group[group].turn), WARPS);
         }
+        if (S::CLUSTERED) {
+            cluster::open_inbox(ptx::shared_address(&memory.received),
+                                cluster::inbox_bytes(with.cut.parts, with.cut.group, S::DIM_V));
+        }
         ptx::barrier_init_fence();
     }
+    if (S::CLUSTERED) ptx::cluster_arrive();
     if (with.times != nullptr && threadIdx.x == 0) {
         with.times[blockIdx.x * 4] = ptx::multiprocessor();
         with.times[blockIdx.x * 4 + 1] = ptx::global_time_ns();
     }
     ptx::launch_dependents();
-    line::share mine = line::find_share<typename S::rules>(call, with.cut, gridDim.x, blockIdx.x, lane);
+    line::share mine = line::find_share<typename S::rules, S::CLUSTERED>(call, with.cut, gridDim.x, blockIdx.x, lane);
     __syncthreads();
     if (mine.begin == mine.end) return;
     if (warp == S::GROUPS * WARPS) {
@@ -620,7 +625,12 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
                                 warp % WARPS,
                                 lane};
         if (with.times != nullptr && threadIdx.x == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();
-        consume<S>(own, mine, memory, ring);
+        cluster::inbox inbox = {};
+        if (S::CLUSTERED) {
+            inbox = cluster::view_inbox((char *)(&memory + 1), ptx::shared_address(&memory.received),
+                                        line::part_of(with.cut, blockIdx.x), with.cut.parts, with.cut.group, S::DIM_V);
+        }
+        consume<S>(own, mine, memory, ring, inbox);
         if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
             atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
     }
@@ -629,71 +639,140 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
 /* ------------------------------------------------------------------------------------------- */
 /* Launching */
 
+/* Launches blocks of the shape, in clusters of `parts` if it is for that. */
 template <typename S>
 cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_workspace &workspace,
-                   cudaStream_t stream) {
+                   uint32_t parts, cudaStream_t stream) {
     uint32_t group = call.layer.heads_q / call.layer.heads_kv;
+    uint32_t workers = parts == 1 ? tuning.workers * S::BLOCKS_PER_SM : call.batch * call.layer.heads_kv * parts;
     if (workspace.rows < S::ROWS || S::ROWS < group) return cudaErrorInvalidValue;
+    if (!call.batch_invariant && workspace.slots < 2 * workers) return cudaErrorInvalidValue;
+    uint32_t besides = (uint32_t)sizeof(block_memory<S>) + cluster::inbox_bytes(parts, group, S::DIM_V);
     uint32_t room = tuning.shared_bytes / S::BLOCKS_PER_SM - (S::BLOCKS_PER_SM - 1) * 1024;
-    if (room < sizeof(block_memory<S>) + S::stage::BYTES) return cudaErrorInvalidValue;
-    uint32_t stages = (room - (uint32_t)sizeof(block_memory<S>)) / S::stage::BYTES;
+    if (room < besides + S::stage::BYTES) return cudaErrorInvalidValue;
     uint32_t most = tuning.stages != 0 ? tuning.stages : (96 * 1024 + S::stage::BYTES - 1) / S::stage::BYTES;
-    stages = min(min(stages, most), MAX_STAGES);
-    size_t bytes = stages * S::stage::BYTES + sizeof(block_memory<S>);
-    auto *kernel = narrow_kernel<S>;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    if (error != cudaSuccess) return error;
+    uint32_t stages = min(min((room - besides) / S::stage::BYTES, most), MAX_STAGES);
     attn_cuda_workspace slots = workspace;
     slots.rows = S::ROWS;
-    arguments with = {line::make_cut(call.layer, tuning, S::ROWS), slots, stages, tuning.times};
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(tuning.workers);
-    config.blockDim = dim3(S::GROUPS * GROUP_THREADS + 32);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = tuning.overlap_launches ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, call, with);
+    arguments with = {line::make_cut(call.layer, tuning, S::ROWS, workers, parts), slots, stages, tuning.times};
+    launching::grid size = {workers, S::GROUPS * GROUP_THREADS + 32, parts, stages * S::stage::BYTES + besides};
+    return launching::launch_kernel(narrow_kernel<S>, size, tuning, call, with, stream);
+}
+
+/* Head dims that have kernels for clusters and for batch_invariant calls that are simple. */
+template <uint32_t DIM, uint32_t DIM_V> constexpr bool IS_COMMON = DIM == DIM_V && (DIM == 64 || DIM == 128);
+
+/* Two groups have 168 registers a thread, one has 255: what does not fit the former has one. */
+template <typename KV, uint32_t DIM, uint32_t DIM_V> struct shapes {
+    static constexpr uint32_t GROUPS = DIM_V > 128 ? 1 : 2;
+    using simple = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true>;
+    using clustered = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, false, true>;
+    using invariant = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, true>;
+    using general = shape<KV, DIM, DIM_V, 1, GROUPS, 1, false>;
+    using simple_two_blocks = shape<KV, DIM, DIM_V, 1, 1, 2, true>; /* an SM */
+    using simple_16_rows = shape<KV, DIM, DIM_V, 2, 1, 1, true>;
+    using general_16_rows = shape<KV, DIM, DIM_V, 2, 1, 1, false>;
+};
+
+/* Tiles of a unit if all are expected to have as many; else 0. */
+template <typename S> uint32_t expected_tiles(const attn_cuda_expected &expected) {
+    uint32_t least = (expected.shortest + S::TOKENS - 1) / S::TOKENS;
+    uint32_t most = (expected.longest + S::TOKENS - 1) / S::TOKENS;
+    return least == most ? most : 0;
 }
 
 /*
- * Two groups have 168 registers a thread, one has 255: what does not fit the former has one. Before sm_90 all calls
- * have the kernels that can do everything.
+ * The blocks of the clusters that a call is launched in; 1: none. As many as the device runs at once with a cluster a
+ * unit, if that is worth it: merging in a cluster saves about as much time as MAX_MORE tiles take, so no worker may
+ * have that many more than with all multiprocessors at work; and a unit of few tiles is better not cut at all.
  */
+template <typename S>
+uint32_t choose_parts(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_expected &expected) {
+    constexpr uint32_t MAX_MORE = 576 / S::TOKENS, MIN_SAVED = 256 / S::TOKENS;
+    uint32_t units = call.batch * call.layer.heads_kv, tiles = expected_tiles<S>(expected);
+    uint32_t equal = (uint32_t)((uint64_t)tiles * units / tuning.workers);
+    for (uint32_t parts = min((uint32_t)ATTN_CUDA_MAX_CLUSTER, tiles); parts > 1; parts--) {
+        uint32_t of_worker = (tiles + parts - 1) / parts;
+        if (units <= tuning.clusters[parts] && of_worker <= equal + MAX_MORE && of_worker + MIN_SAVED <= tiles) {
+            return parts;
+        }
+    }
+    return 1;
+}
+
+/*
+ * Are two blocks an SM better, with a group of consumers each? Where there is about a unit for each, or the units are
+ * so short that little else than their ends is to be done.
+ */
+template <typename S>
+bool prefers_two_blocks(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
+                        const attn_cuda_expected &expected) {
+    constexpr uint32_t SHORT_TILES = 8;
+    uint32_t units = call.batch * call.layer.heads_kv, tiles = expected_tiles<S>(expected);
+    if (tuning.blocks_per_sm != 0 || tiles == 0) return tuning.blocks_per_sm == 2;
+    bool is_one_each = units * 2 > tuning.workers * 3 && units <= tuning.workers * 2;
+    return is_one_each || (tiles <= SHORT_TILES && units > tuning.workers * 2);
+}
+
+/* The kernel that does the call with the least code. Before sm_90 all calls have the one that can do everything. */
 template <typename KV, uint32_t DIM, uint32_t DIM_V>
 cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
-                         const attn_cuda_workspace &workspace, uint32_t rows, cudaStream_t stream) {
-    constexpr uint32_t GROUPS = DIM_V > 128 ? 1 : 2;
-    bool is_simple = line::is_simple(call) && tuning.is_hopper;
+                         const attn_cuda_workspace &workspace, const attn_cuda_expected &expected, uint32_t rows,
+                         cudaStream_t stream) {
+    using built = shapes<KV, DIM, DIM_V>;
+    bool is_simple = line::is_simple(call) && tuning.is_hopper, is_decode = is_simple && !call.batch_invariant;
     if (rows > 8) {
-        return is_simple ? launch<shape<KV, DIM, DIM_V, 2, 1, 1, true>>(call, tuning, workspace, stream)
-                         : launch<shape<KV, DIM, DIM_V, 2, 1, 1, false>>(call, tuning, workspace, stream);
+        if (is_decode) return launch<typename built::simple_16_rows>(call, tuning, workspace, 1, stream);
+        return launch<typename built::general_16_rows>(call, tuning, workspace, 1, stream);
     }
-    if (tuning.blocks_per_sm == 2) {
-        return DIM == 128 && DIM_V == 128 && is_simple && KV::BYTES == 2
-                   ? launch<shape<KV, 128, 128, 1, 1, 2, true>>(call, tuning, workspace, stream)
-                   : cudaErrorInvalidValue;
+    if constexpr (DIM == 128 && DIM_V == 128 && KV::BYTES == 2) {
+        using two = typename built::simple_two_blocks;
+        bool is_better = is_decode && prefers_two_blocks<two>(call, tuning, expected);
+        if (is_better) return launch<two>(call, tuning, workspace, 1, stream);
     }
-    return is_simple ? launch<shape<KV, DIM, DIM_V, 1, GROUPS, 1, true>>(call, tuning, workspace, stream)
-                     : launch<shape<KV, DIM, DIM_V, 1, GROUPS, 1, false>>(call, tuning, workspace, stream);
+    if (tuning.blocks_per_sm == 2) return cudaErrorInvalidValue;
+    if constexpr (IS_COMMON<DIM, DIM_V>) {
+        uint32_t parts = is_decode ? choose_parts<typename built::clustered>(call, tuning, expected) : 1;
+        if (parts > 1) return launch<typename built::clustered>(call, tuning, workspace, parts, stream);
+        if (is_simple && call.batch_invariant) {
+            return launch<typename built::invariant>(call, tuning, workspace, 1, stream);
+        }
+    }
+    if (is_decode) return launch<typename built::simple>(call, tuning, workspace, 1, stream);
+    return launch<typename built::general>(call, tuning, workspace, 1, stream);
+}
+
+/* attn_cuda_find_clusters. All shapes fill a multiprocessor, so it is the same for each. */
+inline cudaError_t find_clusters(attn_cuda_tuning &tuning) {
+    using S = shapes<elements::bf16, 128, 128>::clustered;
+    for (uint32_t parts = 2; parts <= ATTN_CUDA_MAX_CLUSTER; parts++) {
+        launching::grid size = {parts, S::GROUPS * GROUP_THREADS + 32, parts, tuning.shared_bytes};
+        cudaError_t error = launching::allow_shared_memory(narrow_kernel<S>, size.shared_bytes);
+        cudaLaunchAttribute attributes[2];
+        cudaLaunchConfig_t config;
+        launching::describe_launch(config, attributes, size, false, NULL);
+        int clusters = 0;
+        if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, narrow_kernel<S>, &config);
+        if (error != cudaSuccess) return error;
+        tuning.clusters[parts] = (uint32_t)clusters;
+    }
+    return cudaSuccess;
 }
 
 /* `rows`: a block's, 8 or 16. */
 template <typename KV>
 cudaError_t launch_dims(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
-                        const attn_cuda_workspace &workspace, uint32_t rows, cudaStream_t stream) {
+                        const attn_cuda_workspace &workspace, const attn_cuda_expected &expected, uint32_t rows,
+                        cudaStream_t stream) {
     uint32_t dim = call.layer.head_dim, dim_v = call.layer.head_dim_v;
-    if (dim == 192 && dim_v == 128) return launch_shape<KV, 192, 128>(call, tuning, workspace, rows, stream);
+    if (dim == 192 && dim_v == 128) return launch_shape<KV, 192, 128>(call, tuning, workspace, expected, rows, stream);
     if (dim != dim_v) return cudaErrorInvalidValue;
     switch (dim) {
-    case 64: return launch_shape<KV, 64, 64>(call, tuning, workspace, rows, stream);
-    case 96: return launch_shape<KV, 96, 96>(call, tuning, workspace, rows, stream);
-    case 128: return launch_shape<KV, 128, 128>(call, tuning, workspace, rows, stream);
-    case 192: return launch_shape<KV, 192, 192>(call, tuning, workspace, rows, stream);
-    case 256: return launch_shape<KV, 256, 256>(call, tuning, workspace, rows, stream);
+    case 64: return launch_shape<KV, 64, 64>(call, tuning, workspace, expected, rows, stream);
+    case 96: return launch_shape<KV, 96, 96>(call, tuning, workspace, expected, rows, stream);
+    case 128: return launch_shape<KV, 128, 128>(call, tuning, workspace, expected, rows, stream);
+    case 192: return launch_shape<KV, 192, 192>(call, tuning, workspace, expected, rows, stream);
+    case 256: return launch_shape<KV, 256, 256>(call, tuning, workspace, expected, rows, stream);
     default: return cudaErrorInvalidValue;
     }
 }

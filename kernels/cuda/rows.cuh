@@ -336,6 +336,7 @@ struct run {
 template <uint32_t COLUMNS, uint32_t ROWS>
 __device__ inline void store_partial(const workspace &work, uint32_t slot, uint32_t index, const row<COLUMNS> &out,
                                      float2 state, uint32_t lane) {
+    ptx::require(slot < work.slots && index < ROWS);
     if (slot >= work.slots) return; /* never, if the host has counted as the device does */
     store_row(work.outs + ((size_t)slot * ROWS + index) * COLUMNS, out, lane);
     if (lane == 0) work.states[(size_t)slot * ROWS + index] = state;
@@ -401,6 +402,7 @@ template <typename L>
 __device__ inline bool arrive(const attn_cuda_call &call, const workspace &work, const line::unit &unit,
                               const run &done, const worker &by) {
     uint32_t *ticket = &work.tickets[ticket_of<L>(call, unit, by)];
+    ptx::require(ticket_of<L>(call, unit, by) < work.slots);
     uint32_t tiles = done.end - done.begin;
     bool last = ptx::atomic_add_acquire_release(ticket, tiles) + tiles == unit.sees.tiles;
     if (last) *ticket = 0; /* for the next launch */
