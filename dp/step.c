@@ -26,6 +26,7 @@ attn_status dp_steps_init(dp_steps *steps) {
 }
 
 static void step_free(dp_step *step) {
+    if (step == NULL) return;
     dp_partition_fini(&step->partition);
     free(step->sequences);
     free(step->handles);
@@ -52,30 +53,34 @@ static attn_status steps_reserve(dp_steps *steps) {
     return attn_ok();
 }
 
-static attn_status steps_add(dp_engine *engine, dp_step **step) {
+/* NULL: there is no memory for one, as *status says. */
+static dp_step *steps_add(dp_engine *engine, attn_status *status) {
     dp_steps *steps = &engine->steps;
-    ATTN_TRY(steps_reserve(steps));
+    *status = steps_reserve(steps);
+    if (attn_failed(*status)) return NULL;
     dp_step *added = calloc(1, sizeof *added);
-    if (added == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a step");
-    added->parts = calloc(engine->config.ranks, sizeof *added->parts);
-    added->timing = calloc(engine->config.ranks, sizeof *added->timing);
-    if (added->parts == NULL || added->timing == NULL) {
+    if (added != NULL) {
+        added->parts = calloc(engine->config.ranks, sizeof *added->parts);
+        added->timing = calloc(engine->config.ranks, sizeof *added->timing);
+    }
+    if (added == NULL || added->parts == NULL || added->timing == NULL) {
         step_free(added);
-        return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a step");
+        *status = attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a step");
+        return NULL;
     }
     added->engine = engine;
     added->slot = steps->count;
     steps->slots[steps->count++] = added;
-    *step = added;
-    return attn_ok();
+    return added;
 }
 
-static attn_status steps_acquire(dp_engine *engine, dp_step **step) {
+/* A free step; or NULL, as steps_add. */
+static dp_step *steps_acquire(dp_engine *engine, attn_status *status) {
     dp_steps *steps = &engine->steps;
-    if (steps->first_free == NO_SLOT) return steps_add(engine, step);
-    *step = steps->slots[steps->first_free];
-    steps->first_free = (*step)->next_free;
-    return attn_ok();
+    if (steps->first_free == NO_SLOT) return steps_add(engine, status);
+    dp_step *step = steps->slots[steps->first_free];
+    steps->first_free = step->next_free;
+    return step;
 }
 
 static void steps_return(dp_steps *steps, dp_step *step) {
@@ -270,15 +275,15 @@ static void make_parts(dp_step *step) {
 attn_status dp_step_begin(dp_engine *engine, const dp_step_request *request, dp_step **step) {
     uint32_t tokens = 0;
     ATTN_TRY(check_request(engine, request, &tokens));
-    dp_step *begun = NULL;
+    attn_status status = attn_ok();
     pthread_mutex_lock(&engine->lock);
-    attn_status status = steps_acquire(engine, &begun);
-    if (!attn_failed(status)) {
+    dp_step *begun = steps_acquire(engine, &status);
+    if (begun != NULL) {
         status = begin_locked(begun, request, tokens);
         if (attn_failed(status)) steps_return(&engine->steps, begun);
     }
     pthread_mutex_unlock(&engine->lock);
-    if (attn_failed(status)) return status;
+    if (begun == NULL || attn_failed(status)) return status;
     /* Page tables may be long: those of sequences that are now busy with this step are copied without the lock. */
     if (!request->read_only) status = make_partition(begun);
     if (!attn_failed(status)) make_parts(begun);

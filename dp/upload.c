@@ -68,26 +68,22 @@ static void give_back(dp_upload *upload) {
     pthread_mutex_unlock(&upload->engine->lock);
 }
 
-static attn_status grow_sequence(dp_engine *engine, uint32_t tenant, uint64_t handle, uint64_t tokens,
-                                 dp_sequence **sequence) {
+static attn_status grow_sequence(dp_engine *engine, uint32_t tenant, dp_sequence *sequence, uint64_t tokens) {
     dp_sequences *table = &engine->sequences;
-    dp_sequence *found = dp_sequences_find(table, tenant, handle);
-    if (found == NULL) return attn_error(ATTN_NOT_FOUND, "sequence: unknown, closed or not yours");
     dp_engine_note_lost(engine);
-    ATTN_TRY(dp_sequence_holds(table, found));
-    if (found->busy) return attn_error(ATTN_ABORTED, "sequence: in another step or upload right now");
-    if (tokens > table->max_length - found->length) {
+    ATTN_TRY(dp_sequence_holds(table, sequence));
+    if (sequence->busy) return attn_error(ATTN_ABORTED, "sequence: in another step or upload right now");
+    if (tokens > table->max_length - sequence->length) {
         return attn_error(ATTN_RESOURCE_EXHAUSTED,
                           "tokens: %" PRIu64 " after the sequence's %" PRIu64 "; a sequence holds %" PRIu64 " at most",
-                          tokens, found->length, table->max_length);
+                          tokens, sequence->length, table->max_length);
     }
     uint64_t needs[DP_MAX_RANKS] = {0};
     uint64_t quota = 0;
-    dp_sequence_needs(table, found, tokens, needs, &quota);
+    dp_sequence_needs(table, sequence, tokens, needs, &quota);
     ATTN_TRY(dp_sequences_afford(table, tenant, needs, quota));
-    ATTN_TRY(dp_sequence_reserve(table, found, tokens));
-    dp_sequence_grow(table, found, tokens);
-    *sequence = found;
+    ATTN_TRY(dp_sequence_reserve(table, sequence, tokens));
+    dp_sequence_grow(table, sequence, tokens);
     return attn_ok();
 }
 
@@ -114,20 +110,26 @@ static attn_status make_part(dp_upload *upload, uint32_t stripe) {
     return attn_ok();
 }
 
-static attn_status make_upload(dp_engine *engine, dp_sequence *sequence, uint64_t tokens, dp_upload **upload) {
+/* With parts that have no page tables yet. NULL: there is no memory for one. */
+static dp_upload *allocate_upload(uint32_t stripes, uint32_t layers) {
     dp_upload *made = calloc(1, sizeof *made);
+    if (made == NULL) return NULL;
+    made->stripes = stripes;
+    made->parts = calloc(stripes, sizeof *made->parts);
+    made->layer_tokens = calloc(layers, sizeof *made->layer_tokens);
+    if (made->parts != NULL && made->layer_tokens != NULL) return made;
+    upload_free(made);
+    return NULL;
+}
+
+static attn_status make_upload(dp_engine *engine, dp_sequence *sequence, uint64_t tokens, dp_upload **upload) {
+    dp_upload *made = allocate_upload(sequence->stripes, engine->config.geometry.layers);
     if (made == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an upload");
     made->engine = engine;
     made->sequence = sequence;
     made->first = sequence->length;
     made->tokens = tokens;
-    made->stripes = sequence->stripes;
-    made->parts = calloc(made->stripes, sizeof *made->parts);
-    made->layer_tokens = calloc(engine->config.geometry.layers, sizeof *made->layer_tokens);
     attn_status status = attn_ok();
-    if (made->parts == NULL || made->layer_tokens == NULL) {
-        status = attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an upload");
-    }
     for (uint32_t j = 0; j < made->stripes && !attn_failed(status); j++)
         status = make_part(made, j);
     if (attn_failed(status)) {
@@ -144,11 +146,12 @@ static attn_status make_upload(dp_engine *engine, dp_sequence *sequence, uint64_
 attn_status dp_upload_begin(dp_engine *engine, uint32_t tenant, uint64_t sequence, uint64_t tokens,
                             dp_upload **upload) {
     if (tokens == 0) return attn_error(ATTN_INVALID_ARGUMENT, "tokens: 0; an upload brings 1 or more");
-    dp_sequence *grown = NULL;
     pthread_mutex_lock(&engine->lock);
-    attn_status status = grow_sequence(engine, tenant, sequence, tokens, &grown);
+    dp_sequence *grown = dp_sequences_find(&engine->sequences, tenant, sequence);
+    attn_status status = grown == NULL ? attn_error(ATTN_NOT_FOUND, "sequence: unknown, closed or not yours")
+                                       : grow_sequence(engine, tenant, grown, tokens);
     pthread_mutex_unlock(&engine->lock);
-    if (attn_failed(status)) return status;
+    if (grown == NULL || attn_failed(status)) return status;
     status = make_upload(engine, grown, tokens, upload);
     if (attn_failed(status)) {
         pthread_mutex_lock(&engine->lock);

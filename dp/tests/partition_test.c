@@ -131,7 +131,7 @@ static void run_step(machine *machine, const script_step *script, const layer_ro
 
 static void run_on_all(machine *machines, uint32_t count, const script_step *script, dice *dice) {
     const attn_geometry *geometry = &machines[0].geometry;
-    layer_rows layers[4];
+    layer_rows layers[4] = {0};
     assert_true(geometry->layers <= 4);
     for (uint32_t layer = 0; layer < geometry->layers; layer++) {
         layers[layer] = random_rows(dice, geometry, script->rows, script->read_only);

@@ -83,7 +83,7 @@ static void read_share(void *context, uint32_t worker) {
 }
 
 attn_status attn_read_bandwidth_create(size_t bytes, uint32_t threads, attn_read_bandwidth **created) {
-    attn_status status = attn_ok();
+    attn_status status;
     *created = NULL;
     attn_read_bandwidth *reader = calloc(1, sizeof *reader);
     if (reader == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory");

@@ -87,8 +87,10 @@ static void arena_fini(arena *memory) {
     *memory = (arena){.is_shared = memory->is_shared};
 }
 
-static attn_status arena_reserve(arena *memory, size_t bytes) {
-    if (bytes <= memory->bytes) return attn_ok();
+/* False: there is no memory, as *status says; the arena is empty then. */
+static bool arena_reserve(arena *memory, size_t bytes, attn_status *status) {
+    *status = attn_ok();
+    if (bytes <= memory->bytes) return true;
     size_t grown = memory->bytes < ((size_t)1 << 20) ? (size_t)1 << 20 : memory->bytes;
     while (grown < bytes)
         grown *= 2;
@@ -96,20 +98,22 @@ static attn_status arena_reserve(arena *memory, size_t bytes) {
     arena_fini(memory);
     cudaError_t error = cudaMallocHost((void **)&memory->host, grown);
     if (memory->is_shared) memory->device = memory->host;
-    if (error == cudaSuccess && !memory->is_shared) error = attn_cuda_allocate((void **)&memory->device, grown, "staging memory");
+    if (error == cudaSuccess && !memory->is_shared)
+        error = attn_cuda_allocate((void **)&memory->device, grown, "staging memory");
     if (error != cudaSuccess) {
         cudaGetLastError();
         arena_fini(memory);
-        return attn_error(ATTN_RESOURCE_EXHAUSTED, "cuda: no memory to stage a call of %zu bytes: %s", bytes,
-                          cudaGetErrorString(error));
+        *status = attn_error(ATTN_RESOURCE_EXHAUSTED, "cuda: no memory to stage a call of %zu bytes: %s", bytes,
+                             cudaGetErrorString(error));
+        return false;
     }
     memory->bytes = grown;
-    return attn_ok();
+    return true;
 }
 
-/* A place in an arena. With no memory behind it the pointers are NULL, and only `used` counts. */
+/* Lays out what an arena holds. Without one, which measures, the places are NULL, and only `used` counts. */
 typedef struct {
-    char *host, *device;
+    const arena *memory;
     size_t used;
 } carver;
 
@@ -119,7 +123,7 @@ typedef struct {
 
 static place carve(carver *from, size_t bytes) {
     place carved = {NULL, NULL};
-    if (from->host != NULL) carved = (place){from->host + from->used, from->device + from->used};
+    if (from->memory != NULL) carved = (place){from->memory->host + from->used, from->memory->device + from->used};
     from->used += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     return carved;
 }
@@ -270,14 +274,14 @@ static attn_status cuda_append(attn_backend *backend, uint32_t layer, const uint
     size_t rows = (size_t)tokens * backend->geometry.heads_kv;
     row_bytes there = device_row(self), here = host_row(self);
     place at, key, value;
+    attn_status status;
     cudaSetDevice(self->device);
     for (int earnest = 0; earnest < 2; earnest++) {
-        carver from = {0};
-        if (earnest) from = (carver){self->up.host, self->up.device, 0};
+        carver from = {.memory = earnest ? &self->up : NULL};
         at = carve(&from, tokens * sizeof(uint32_t));
         key = carve(&from, rows * there.key);
         value = carve(&from, rows * there.value);
-        if (!earnest) ATTN_TRY(arena_reserve(&self->up, from.used));
+        if (!earnest && !arena_reserve(&self->up, from.used, &status)) return status;
     }
     for (uint32_t t = 0; t < tokens; t++) {
         uint64_t token = position + t;
@@ -370,15 +374,16 @@ static void lay_out(const cuda_backend *self, const attn_batch *batch, const tal
     memory->partial_lse = carve(down, partial_rows * sizeof(float));
 }
 
-static attn_status reserve_call(cuda_backend *self, const attn_batch *batch, const tally *count, call_memory *memory) {
+/* False: as arena_reserve. */
+static bool reserve_call(cuda_backend *self, const attn_batch *batch, const tally *count, call_memory *memory,
+                         attn_status *status) {
     carver up = {0}, down = {0};
     lay_out(self, batch, count, &up, &down, memory);
-    ATTN_TRY(arena_reserve(&self->up, up.used));
-    ATTN_TRY(arena_reserve(&self->down, down.used));
-    up = (carver){self->up.host, self->up.device, 0};
-    down = (carver){self->down.host, self->down.device, 0};
+    if (!arena_reserve(&self->up, up.used, status) || !arena_reserve(&self->down, down.used, status)) return false;
+    up = (carver){.memory = &self->up};
+    down = (carver){.memory = &self->down};
     lay_out(self, batch, count, &up, &down, memory);
-    return attn_ok();
+    return true;
 }
 
 /* Page tables, where new rows go, and the rows, packed. */
@@ -674,13 +679,14 @@ static attn_status cuda_decode(attn_backend *backend, const attn_batch *batch, c
                                attn_timing *timing) {
     cuda_backend *self = of(backend);
     call_memory memory;
+    attn_status status;
     int64_t start = attn_now_ns();
     self->launches = 0;
     cudaSetDevice(self->device);
     ATTN_TRY(attn_line_build(&backend->line, batch));
     plan = attn_backend_accept_plan(backend, plan);
     tally count = count_batch(self, batch);
-    ATTN_TRY(reserve_call(self, batch, &count, &memory));
+    if (!reserve_call(self, batch, &count, &memory, &status)) return status;
     timing->plan_ns = attn_now_ns() - start;
 
     fill_rows(self, batch, &memory);
@@ -837,8 +843,7 @@ static attn_status allocate(cuda_backend *self, const attn_backend_config *confi
 }
 
 static attn_status cuda_create(const attn_backend_config *config, attn_backend **backend) {
-    attn_status status = attn_ok();
-    struct cudaDeviceProp properties;
+    struct cudaDeviceProp properties = {0};
     int device = 0;
     ATTN_TRY(open_device(config->device, &device, &properties));
     cuda_backend *self = calloc(1, sizeof *self);
@@ -847,14 +852,15 @@ static attn_status cuda_create(const attn_backend_config *config, attn_backend *
     uint32_t workers = BLOCKS_AN_SM * (uint32_t)properties.multiProcessorCount;
     attn_backend_init(&self->base, &attn_cuda_backend_ops, config, ATTN_CUDA_TILE_TOKENS,
                       narrow_rows(&config->geometry) / (config->geometry.heads_q / config->geometry.heads_kv), workers);
-    ATTN_TRY_GOTO(status, allocate(self, config, &properties), cleanup);
+    attn_status status = allocate(self, config, &properties);
+    if (attn_failed(status)) {
+        cuda_destroy(&self->base);
+        return status;
+    }
     snprintf(self->base.description, sizeof self->base.description, "cuda %d, %.80s, sm_%d%d, %s", device,
              properties.name, properties.major, properties.minor,
              self->is_fast ? "tensor cores, one launch" : "kernels for any geometry");
     *backend = &self->base;
-    return status;
-cleanup:
-    cuda_destroy(&self->base);
     return status;
 }
 

@@ -69,6 +69,24 @@ typedef struct {
     int count;
 } peer_list;
 
+/* A line of a name and its numbers; what follows them is not read. False for any other: a comment, a heading. */
+static bool read_peer(peer *row, const char *line) {
+    double *const numbers[] = {&row->bytes_us, &row->fa3_us, &row->best_us};
+    size_t name_length = strcspn(line, "#,");
+    if (name_length == 0 || name_length >= sizeof row->name) return false;
+    memcpy(row->name, line, name_length);
+    row->name[name_length] = '\0';
+    const char *at = line + name_length;
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        if (*at != ',') return false;
+        char *end;
+        *numbers[i] = strtod(at + 1, &end);
+        if (end == at + 1) return false;
+        at = end;
+    }
+    return true;
+}
+
 static void read_peers(peer_list *peers, const char *path) {
     FILE *file = fopen(path, "r");
     if (file == NULL) {
@@ -77,9 +95,7 @@ static void read_peers(peer_list *peers, const char *path) {
     }
     char line[512];
     while (peers->count < MAX_PEERS && fgets(line, sizeof line, file) != NULL) {
-        peer *row = &peers->rows[peers->count];
-        if (sscanf(line, "%63[^#,],%lf,%lf,%lf", row->name, &row->bytes_us, &row->fa3_us, &row->best_us) == 4)
-            peers->count++;
+        if (read_peer(&peers->rows[peers->count], line)) peers->count++;
     }
     fclose(file);
 }
@@ -233,14 +249,15 @@ static bool load_shape(loaded_shape *loaded, const attn_shape *shape, const vari
         if (shape->lengths[i] > loaded->expected.longest) loaded->expected.longest = shape->lengths[i];
     }
     call->layer = describe_layer(shape, form, device);
-    if (pages > call->layer.pages || !attn_cuda_decode_fits(&call->layer)) return false;
+    bool is_long_enough = loaded->expected.shortest >= form->query_length;
+    if (pages > call->layer.pages || !is_long_enough || !attn_cuda_decode_fits(&call->layer)) return false;
 
     uint64_t sets = pages == 0 ? 1 : call->layer.pages / pages;
     loaded->sets = sets < MAX_LAUNCHES ? (uint32_t)sets : MAX_LAUNCHES;
     size_t rows = (size_t)shape->batch * shape->heads_q * form->query_length;
     size_t query_elements = rows * call->layer.head_dim, out_elements = rows * call->layer.head_dim_v;
-    double token_bytes = (double)(call->layer.tile_bytes / shape->page_size * shape->heads_kv);
-    loaded->bytes = (double)tokens * token_bytes + 2.0 * (double)(query_elements + out_elements);
+    uint32_t token_bytes = call->layer.tile_bytes / shape->page_size * shape->heads_kv;
+    loaded->bytes = (double)tokens * (double)token_bytes + 2.0 * (double)(query_elements + out_elements);
     loaded->lengths = device_allocate(shape->batch * sizeof(uint32_t));
     loaded->queries = device_allocate(query_elements * 2);
     loaded->out = device_allocate(out_elements * 2);
@@ -598,7 +615,7 @@ static bool bench_shape(const options *chosen, device_state *device, const peer_
     static reference expected;
     loaded_shape loaded;
     if (!load_shape(&loaded, shape, &chosen->form, device)) {
-        printf("# %s: not run: no kernel for it, or a pool too small\n", shape->name);
+        printf("# %s: not run: no kernel for it, a pool too small, or fewer tokens than queries\n", shape->name);
         return true;
     }
     bool good = true;

@@ -1,6 +1,6 @@
 /*
- * Device memory. In checked builds (`bazel build --config=checked`) every piece is exactly as large as asked for and lies
- * between two guards, whose bytes attn_cuda_check_guards compares with what was written there at first: so a store
+ * Device memory. In checked builds (`bazel build --config=checked`) every piece is exactly as large as asked for and
+ * lies between two guards, whose bytes attn_cuda_check_guards compares with what was written there at first: so a store
  * outside any piece is found, and which one it was next to. In other builds these are cudaMalloc and cudaFree.
  *
  * Threads: any; pieces are kept in one list.

@@ -123,9 +123,19 @@ template <int THREADS> __device__ inline void named_barrier(uint32_t group) {
     asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
 }
 
-/* Arrives at a barrier at which others wait. */
-template <int THREADS> __device__ inline void named_barrier_arrive(uint32_t group) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
+/* The same; it tells all whether any of them says so. */
+template <int THREADS> __device__ inline bool named_barrier_any(uint32_t group, bool says) {
+    uint32_t any;
+    asm volatile("{\n"
+                 ".reg .pred says, any;\n"
+                 "setp.ne.u32 says, %3, 0;\n"
+                 "bar.red.or.pred any, %1, %2, says;\n"
+                 "selp.u32 %0, 1, 0, any;\n"
+                 "}"
+                 : "=r"(any)
+                 : "r"(group + 1), "n"(THREADS), "r"((uint32_t)says)
+                 : "memory");
+    return any != 0;
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -371,6 +381,15 @@ template <uint32_t COUNT> __device__ inline void hold(float (&sums)[COUNT]) {
 #pragma unroll
     for (uint32_t i = 0; i < COUNT; i++)
         asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+/* From here on a thread of the warpgroup has so many registers: fewer than before, or more, which others have given. */
+template <int COUNT> __device__ inline void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT> __device__ inline void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 #define ATTN_PTX_FLOATS_8(c, i)                                                                                        \

@@ -18,6 +18,7 @@
 #define ATTND_KERNELS_CUDA_LINE_CUH
 
 #include "kernels/cuda/decode.h"
+#include "kernels/cuda/instructions.cuh"
 #include "kernels/cuda/layout.cuh"
 #include "kernels/cuda/results.cuh"
 
@@ -197,6 +198,10 @@ template <typename L> __device__ inline scan scan_batch(const attn_cuda_call &ca
     found.least = UINT32_MAX;
     found.most = 0;
     uint32_t first = lane * found.stretch;
+    if (!L::SIMPLE && call.sequences != nullptr) { /* else one would be waited for after the other */
+        for (uint32_t i = first + 1; i < first + found.stretch && i < call.batch; i++)
+            ptx::prefetch_l2(&call.sequences[i]);
+    }
     for (uint32_t i = first; i < first + found.stretch && i < call.batch; i++) {
         uint32_t tiles = tiles_a_head<L>(call, cut, i);
         found.own += tiles;
@@ -325,6 +330,29 @@ __device__ inline void take_part(share &mine, uint32_t worker, uint32_t total, u
     mine.turn = mine.end;
 }
 
+/*
+ * Where the share begins, and whether its last run is cut off, so that it comes first. `unit`: tiles of a unit where
+ * all are alike, and need not be looked for, else 0.
+ */
+template <typename L>
+__device__ inline void locate_share(share &mine, const attn_cuda_call &call, const cut &cut, const scan &batch,
+                                    uint32_t unit, uint32_t lane) {
+    bool may_turn = !mine.is_part && !is_batch_invariant<L>(call) && mine.tiles_a_worker >= TURN_TILES;
+    if (unit != 0) {
+        uint32_t a_sequence = unit * call.layer.heads_kv, last = (mine.end - 1) / unit * unit;
+        uint32_t first = mine.begin / a_sequence, turn = last / a_sequence;
+        mine.at_begin = {first, first * a_sequence};
+        mine.at_turn = {turn, turn * a_sequence};
+        if (may_turn && last > mine.begin && last + unit > mine.end) mine.turn = last;
+        return;
+    }
+    mine.at_begin = locate<L>(call, cut, batch, mine.begin, lane);
+    if (!may_turn) return;
+    mine.at_turn = locate<L>(call, cut, batch, mine.end - 1, lane);
+    line::unit last = unit_at<L>(call, cut, mine.at_turn, mine.end - 1);
+    if (last.begin > mine.begin && last.begin + last.sees.tiles > mine.end) mine.turn = last.begin;
+}
+
 /* By a whole warp; the same in all lanes. */
 template <typename L, bool CLUSTERED = false>
 __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, uint32_t workers, uint32_t worker,
@@ -350,11 +378,7 @@ __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, u
     }
     mine.at_begin = mine.at_turn = {0, 0};
     if (mine.begin == mine.end) return mine;
-    mine.at_begin = locate<L>(call, cut, batch, mine.begin, lane);
-    if ((CLUSTERED && mine.is_part) || is_batch_invariant<L>(call) || mine.tiles_a_worker < TURN_TILES) return mine;
-    mine.at_turn = locate<L>(call, cut, batch, mine.end - 1, lane);
-    unit last = unit_at<L>(call, cut, mine.at_turn, mine.end - 1);
-    if (last.begin > mine.begin && last.begin + last.sees.tiles > mine.end) mine.turn = last.begin;
+    locate_share<L>(mine, call, cut, batch, !L::SIMPLE && least == most ? most : 0, lane);
     return mine;
 }
 

@@ -44,10 +44,14 @@ __device__ inline uint64_t part_tokens_below(const attn_cuda_sequence &part, uin
     return chunks_before * ATTN_CHUNK_TOKENS + (is_ours ? position % ATTN_CHUNK_TOKENS : 0);
 }
 
-/* Not inlined, and by value: most calls have one row a sequence and no window, and what they do is to stay small. */
+/* The positions before this one are what the row sees but for a window. */
+__device__ inline uint64_t visible_upto(const attn_cuda_sequence &sequence, uint32_t query) {
+    return sequence.is_read ? sequence.total_length : sequence.total_length - sequence.query_length + query + 1;
+}
+
+/* Not inlined, and by value: most calls have no window and whole sequences, and what they do is to stay small. */
 static __device__ __noinline__ uint2 row_visible_of(attn_cuda_sequence sequence, uint32_t window, uint32_t query) {
-    uint64_t total = sequence.total_length;
-    uint64_t upto = sequence.is_read ? total : total - sequence.query_length + query + 1;
+    uint64_t upto = visible_upto(sequence, query);
     uint64_t from = window != 0 && upto > window ? upto - window : 0;
     if (sequence.chunk_stride != 0) {
         upto = part_tokens_below(sequence, upto);
@@ -58,6 +62,8 @@ static __device__ __noinline__ uint2 row_visible_of(attn_cuda_sequence sequence,
 }
 
 __device__ inline uint2 row_visible(const attn_cuda_sequence &sequence, uint32_t window, uint32_t query) {
+    if (window == 0 && sequence.chunk_stride == 0)
+        return make_uint2(0, (uint32_t)min((uint64_t)sequence.length, visible_upto(sequence, query)));
     attn_cuda_sequence copy = sequence;
     return row_visible_of(copy, window, query);
 }

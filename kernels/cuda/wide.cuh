@@ -8,6 +8,9 @@
  * and keep a maximum, sum and output (m, l, O) each. At the end of a run one gives its state to the other, which ends
  * the run, by itself; they take turns at that, too. What the block's last run leaves to be merged all merge.
  *
+ * Where runs change the groups have no time to wait for a memory that is busy with tiles. So a warp of its own, the
+ * scout, is ahead of them: it finds out what they have to know of a run, and loads its queries.
+ *
  * sm_90a, 16-bit caches, no batch_invariant mode.
  */
 #ifndef ATTND_KERNELS_CUDA_WIDE_CUH
@@ -17,8 +20,8 @@
 
 namespace wide {
 
-using line::ALL_LANES;
 using launching::arguments;
+using line::ALL_LANES;
 using narrow::GROUP_THREADS;
 using narrow::softness;
 using narrow::WARPS;
@@ -46,14 +49,40 @@ constexpr uint32_t MAX_STAGES = 12;
  */
 constexpr uint32_t ON_THE_WAY = 96 * 1024;
 
-/* What a block keeps in shared memory, behind the ring. */
+/* With 64 rows a merge is as long as that many tiles, so shares may be larger by so many to cut no unit (line.cuh). */
+constexpr uint32_t ALIGN_TILES = 12;
+
+constexpr uint32_t NO_TILE = UINT32_MAX;
+
+/* A run, as the scout has found it; without tiles: the block has none. */
+struct found_run {
+    line::unit unit;
+    rows::run run;
+    rows::worker by;
+    uint32_t rows;         /* of the unit's block */
+    uint32_t tiles_before; /* of the block, done in runs before this one */
+    uint32_t given;        /* the last tile of the group that gives its state, in the block; or NO_TILE: it has none */
+    uint32_t given_parity; /* of the barrier at which that is waited for */
+    uint32_t is_cut, is_last;
+    uint2 all; /* tokens that every row sees */
+    softness soft;
+};
+
+/*
+ * What a block keeps in shared memory, behind the ring. Run i of the block is in slot i % GROUPS, until all groups are
+ * done with it: so none is more than a run ahead of the other. At the barriers of a slot all threads arrive, not one of
+ * a warp after __syncwarp: of what is passed on so compute-sanitizer's racecheck would know nothing.
+ */
 template <typename S> struct block_memory {
-    alignas(1024) char queries[S::GROUPS][ROWS * S::stage::KEY_BYTES]; /* of a group's run, in columns (layout.cuh) */
-    uint2 visible[S::GROUPS][ROWS]; /* tokens that a row sees, from .x to before .y */
-    float2 given[ROWS];             /* maxima and sums that one group gives to the other */
+    alignas(1024) char queries[S::GROUPS][ROWS * S::stage::KEY_BYTES]; /* of a run, in columns (layout.cuh) */
+    uint2 visible[S::GROUPS][ROWS]; /* tokens that a row of a run sees, from .x to before .y */
+    found_run runs[S::GROUPS];
+    float2 given[ROWS]; /* maxima and sums that one group gives to the other */
     uint64_t full[MAX_STAGES];
     uint64_t empty[MAX_STAGES];
-    uint32_t last_arriver[S::GROUPS];
+    uint64_t found[S::GROUPS]; /* the slot has a run.. */
+    uint64_t done[S::GROUPS];  /* ..with which the groups are done */
+    uint64_t given_away[S::GROUPS];
 };
 
 /* Who a thread is. */
@@ -66,66 +95,148 @@ struct group_place {
     __device__ uint32_t row(uint32_t half) const { return warp * 16 + lane / 4 + half * 8; }
 };
 
-/*
- * A consumer warp on its way through the block's share. In local memory, and changed by functions that are not inlined:
- * the registers are the products'.
- */
-template <typename S> struct consumer {
+/* Does the group end this run? */
+template <typename S> __device__ inline bool is_ender(uint32_t run, uint32_t group) {
+    return S::GROUPS == 1 || run % S::GROUPS == group;
+}
+
+/* What a launch passes to a block, and where it works. */
+template <typename S> struct block_place {
     const attn_cuda_call &call;
-    const line::cut &cut;
+    const arguments &with;
     block_memory<S> &memory;
-    rows::workspace work;
-    rows::worker by;
-    group_place place;
+};
+
+/* ------------------------------------------------------------------------------------------- */
+/* The scout */
+
+/* On its way through the block's share. */
+struct scout {
     line::share mine;
     uint32_t parts_left; /* of the share: the last run if that comes first, and the rest */
     uint32_t part_end;
     line::unit unit;
     rows::run run;
-    uint32_t runs;       /* of the block up to this one */
     uint32_t tiles_done; /* of the block before the run */
+    uint32_t runs;       /* of the block up to this one */
+    uint32_t gave;       /* bit i: the parity of given_away[i] */
 };
 
-/* ------------------------------------------------------------------------------------------- */
-/* Queries */
+/* Is the run the block's last? */
+__device__ inline bool is_last(const scout &own) { return own.parts_left == 0 && own.run.end == own.part_end; }
 
-/* Query rows of a unit's block, and all its rows. */
-template <typename S> __device__ inline uint32_t count_queries(const line::cut &cut, const line::unit &unit) {
-    return S::rules::SIMPLE ? 1 : min(cut.block_queries, unit.of.query_length - unit.block * cut.block_queries);
+/* Goes on to the next run, which there must be. */
+template <typename S>
+__device__ inline void find_next_run(scout &own, const attn_cuda_call &call, const line::cut &cut) {
+    using L = typename S::rules;
+    own.tiles_done += own.run.end - own.run.begin;
+    own.run.begin = own.run.end;
+    while (own.run.begin == own.part_end) {
+        bool is_first = own.parts_left-- == 2;
+        own.run.begin = is_first ? own.mine.turn : own.mine.begin;
+        own.part_end = is_first ? own.mine.end : own.mine.turn;
+        if (own.run.begin == own.part_end) continue;
+        own.unit = line::unit_at<L>(call, cut, is_first ? own.mine.at_turn : own.mine.at_begin, own.run.begin);
+    }
+    if (own.run.begin == own.unit.begin + own.unit.sees.tiles) line::next_unit<L>(own.unit, call, cut);
+    own.run.end = min(own.part_end, own.unit.begin + own.unit.sees.tiles);
+    own.runs++;
 }
 
+/* Rows of a unit's block. */
 template <typename S> __device__ inline uint32_t count_rows(const line::cut &cut, const line::unit &unit) {
-    return count_queries<S>(cut, unit) * cut.group;
+    if (S::rules::SIMPLE) return cut.group;
+    return min(cut.block_queries, unit.of.query_length - unit.block * cut.block_queries) * cut.group;
 }
 
-/* Writes the block's queries to shared memory, zeros where it has fewer rows, and what each row sees. By the group. */
-template <typename S> __device__ inline void load_queries(const consumer<S> &own) {
-    using T = typename S::stage;
-    constexpr uint32_t PIECES = T::KEY_BYTES / 16;
-    const line::cut &cut = own.cut;
-    const line::unit &unit = own.unit;
-    uint32_t group = own.place.group, thread = own.place.thread();
-    uint32_t count = count_rows<S>(cut, unit), query_first = unit.block * cut.block_queries;
-    size_t first = ((size_t)unit.of.first_query + query_first) * own.call.layer.heads_q + unit.head * cut.group;
-    char *queries = own.memory.queries[group];
-    ptx::named_barrier<GROUP_THREADS>(group); /* all are done with those of the run before */
-#pragma unroll
-    for (uint32_t i = 0; i < ROWS * PIECES / GROUP_THREADS; i++) {
-        uint32_t index = i * GROUP_THREADS + thread, row = index / PIECES, piece = index % PIECES;
-        uint32_t query = S::rules::SIMPLE ? 0 : line::query_of(cut, row);
-        size_t at = first + query * own.call.layer.heads_q + row - query * cut.group;
-        uint4 loaded = make_uint4(0, 0, 0, 0);
-        if (row < count) loaded = __ldg((const uint4 *)own.call.queries + at * PIECES + piece);
-        *(uint4 *)(queries + layout::piece_offset(T::KEY_BYTES, ROWS, row, piece)) = loaded;
+/* Starts to copy the queries of a unit's block to shared memory: zeros where it has fewer rows. */
+template <typename S>
+__device__ inline void copy_queries(const attn_cuda_call &call, const line::cut &cut, const line::unit &unit,
+                                    uint32_t queries, uint32_t lane) {
+    constexpr uint32_t KEY_BYTES = S::stage::KEY_BYTES, PIECES = KEY_BYTES / layout::PIECE_BYTES;
+    uint32_t count = count_rows<S>(cut, unit), between_queries = call.layer.heads_q - cut.group;
+    size_t query_row = (size_t)unit.of.first_query + unit.block * cut.block_queries;
+    size_t first = query_row * call.layer.heads_q + unit.head * cut.group;
+    const char *from = (const char *)call.queries + first * KEY_BYTES;
+#pragma unroll 4
+    for (uint32_t i = lane; i < ROWS * PIECES; i += 32) {
+        uint32_t row = i / PIECES, piece = i % PIECES, skipped = 0;
+        if (!S::rules::SIMPLE) skipped = line::query_of(cut, row) * between_queries;
+        uint32_t to = queries + layout::piece_offset(KEY_BYTES, ROWS, row, piece);
+        if (row < count) {
+            ptx::copy_16_bytes(to, from + (size_t)(row + skipped) * KEY_BYTES + piece * layout::PIECE_BYTES);
+        } else {
+            ptx::store_zeros(to);
+        }
     }
-    if (!S::rules::SIMPLE && thread < ROWS) {
-        uint32_t row = thread, query = query_first + line::query_of(cut, row);
-        uint2 sees = make_uint2(0, unit.sees.end);
-        if (row < count) sees = results::row_visible(unit.of, own.call.window, query);
-        own.memory.visible[group][row] = sees;
+    ptx::copies_commit();
+}
+
+/* Writes down what each row of a unit's block sees. */
+template <typename S>
+__device__ inline void write_visible(const attn_cuda_call &call, const line::cut &cut, const line::unit &unit,
+                                     uint2 *visible, uint32_t lane) {
+    uint32_t count = count_rows<S>(cut, unit);
+    for (uint32_t row = lane; row < ROWS; row += 32) {
+        uint32_t query = unit.block * cut.block_queries + line::query_of(cut, row);
+        visible[row] = row < count ? results::row_visible(unit.of, call.window, query) : make_uint2(0, unit.sees.end);
     }
-    ptx::shared_proxy_fence();
-    ptx::named_barrier<GROUP_THREADS>(group);
+    __syncwarp();
+}
+
+/* Describes the run that the scout is at. */
+template <typename S>
+__device__ inline found_run describe_run(scout &own, const attn_cuda_call &call, const line::cut &cut,
+                                         const uint2 *visible) {
+    using L = typename S::rules;
+    found_run found;
+    uint32_t number = own.runs - 1, tiles = own.run.end - own.run.begin;
+    found.unit = own.unit;
+    found.run = own.run;
+    found.by = {blockIdx.x, own.mine.tiles_a_worker, line::chunk_shift<L>(call)};
+    found.rows = count_rows<S>(cut, own.unit);
+    found.tiles_before = own.tiles_done;
+    found.given = NO_TILE;
+    found.given_parity = own.gave >> number % S::GROUPS & 1;
+    if (S::GROUPS > 1) {
+        uint32_t last = own.tiles_done + tiles - 1;
+        if (is_ender<S>(number, last % S::GROUPS)) last = tiles > 1 ? last - 1 : NO_TILE;
+        found.given = last;
+        if (last != NO_TILE) own.gave ^= 1u << number % S::GROUPS;
+    }
+    found.is_cut = rows::is_cut<L>(call, own.unit, own.run);
+    found.is_last = is_last(own);
+    found.all = make_uint2(0, own.unit.sees.end);
+    if (!L::SIMPLE) found.all = make_uint2(visible[found.rows - 1].x, visible[0].y);
+    found.soft = narrow::softness_of<S>(call, own.unit.head);
+    return found;
+}
+
+/* The warp's work. */
+template <typename S>
+__device__ inline void find_runs(const block_place<S> &block, const line::share &mine, uint32_t lane) {
+    block_memory<S> &memory = block.memory;
+    scout own = {mine};
+    own.parts_left = 2;
+    if (mine.begin == mine.end) { /* nothing to do, which the groups are told */
+        if (lane == 0) memory.runs[0].run = {0, 0};
+        ptx::barrier_arrive(ptx::shared_address(&memory.found[0]));
+        return;
+    }
+#pragma unroll 1
+    while (!is_last(own)) {
+        find_next_run<S>(own, block.call, block.with.cut);
+        uint32_t number = own.runs - 1, slot = number % S::GROUPS;
+        ptx::barrier_wait(ptx::shared_address(&memory.done[slot]), number / S::GROUPS % 2 ^ 1);
+        copy_queries<S>(block.call, block.with.cut, own.unit, ptx::shared_address(memory.queries[slot]), lane);
+        uint2 *visible = memory.visible[slot];
+        if (!S::rules::SIMPLE) write_visible<S>(block.call, block.with.cut, own.unit, visible, lane);
+        found_run found = describe_run<S>(own, block.call, block.with.cut, visible);
+        if (lane == 0) memory.runs[slot] = found;
+        ptx::copies_wait<0>();
+        ptx::shared_proxy_fence();
+        ptx::barrier_arrive(ptx::shared_address(&memory.found[slot]));
+    }
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -190,18 +301,28 @@ __device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&we
 /* ------------------------------------------------------------------------------------------- */
 /* A tile */
 
-constexpr uint32_t NO_TILE = UINT32_MAX;
-
 /* What of a run a group has to know while it consumes its tiles. */
 struct tile_run {
-    uint32_t number;       /* in the block */
     uint32_t tiles;        /* the group's */
     uint32_t first_number; /* in the block, of the first of them.. */
     uint32_t first;        /* ..and its first token */
-    uint32_t given;        /* the last tile of the group that gives its state, in the block; or NO_TILE: it has none */
     uint2 sees, all;       /* tokens that some row sees, and that every row sees */
     softness soft;
 };
+
+template <typename S> __device__ inline tile_run tiles_of_group(const found_run &found, uint32_t group) {
+    const line::unit &unit = found.unit;
+    uint32_t tiles = found.run.end - found.run.begin;
+    uint32_t skipped = (group + found.tiles_before) % S::GROUPS; /* tiles of the run before the group's first */
+    tile_run run;
+    run.tiles = (tiles + S::GROUPS - 1 - skipped) / S::GROUPS;
+    run.first_number = found.tiles_before + skipped;
+    run.first = unit.sees.first_token + (found.run.begin - unit.begin + skipped) * TOKENS;
+    run.sees = make_uint2(unit.sees.begin, unit.sees.end);
+    run.all = found.all;
+    run.soft = found.soft;
+    return run;
+}
 
 /* The same as narrow::bend, but without a call, which would have the products wait for each other. */
 __device__ inline float bend_score(float score, const softness &soft) {
@@ -230,8 +351,7 @@ __device__ inline bool is_partly_unseen(const tile_run &run) {
 }
 
 /* Zeros values that no row sees, since a weight of 0 does not hide what they may be. By the group. */
-template <typename S>
-__device__ inline void clear_unseen(const group_place &own, const tile_run &run, uint32_t stage) {
+template <typename S> __device__ inline void clear_unseen(const group_place &own, const tile_run &run, uint32_t stage) {
     using T = typename S::stage;
     constexpr uint32_t PIECES = T::VALUE_BYTES / 16;
 #pragma unroll 1
@@ -248,7 +368,7 @@ __device__ inline void clear_unseen(const group_place &own, const tile_run &run,
 /* Weights are relative to a maximum that moves only when they would exceed 2^SLACK: then the sums have to, too. */
 constexpr float SLACK = 8.0f;
 
-/* The largest, or the sum, of a row's scores that the lane holds: as a tree, since what waits for each other is slow. */
+/* The largest, or the sum, of a row's scores of the lane: as a tree, since what waits for each other is slow. */
 template <typename Add> __device__ inline float reduce_row(const float (&scores)[TOKENS / 2], uint32_t half, Add add) {
     float part[TOKENS / 8];
 #pragma unroll
@@ -333,22 +453,16 @@ __device__ inline void weigh(const group_place &own, float (&scores)[TOKENS / 2]
 /* ------------------------------------------------------------------------------------------- */
 /* A run's tiles */
 
-/* Does the group end this run? */
-template <typename S> __device__ inline bool is_ender(uint32_t run, uint32_t group) {
-    return S::GROUPS == 1 || run % S::GROUPS == group;
-}
-
 /*
  * Consumes the group's tiles of a run. Without calls: they would have the products wait for each other. The ring has an
- * even number of stages if there are two groups: so who waits for a stage has consumed what was in it before, and cannot
- * take one filling's barrier for another's. Who gives its state needs its last stage for it.
+ * even number of stages if there are two groups: so who waits for a stage has consumed what was in it before, and
+ * cannot take one filling's barrier for another's. Who gives its state needs its last stage for it: keeps_last.
  */
 template <typename S>
-__device__ inline void consume_tiles(warp_state<S> &state, block_memory<S> &memory, const produce::ring &ring,
-                                     const group_place &own, tile_run run) {
+__device__ inline void consume_tiles(warp_state<S> &state, const block_memory<S> &memory, uint32_t slot,
+                                     const produce::ring &ring, const group_place &own, tile_run run, bool keeps_last) {
     clear_state(state);
-    bool keeps_last = !is_ender<S>(run.number, own.group);
-    uint32_t queries = ptx::shared_address(memory.queries[own.group]);
+    uint32_t queries = ptx::shared_address(memory.queries[slot]);
     uint32_t stage = run.first_number % ring.stages, parity = run.first_number / ring.stages % 2;
 #pragma unroll 1
     for (; run.tiles > 0; run.tiles--) {
@@ -361,7 +475,7 @@ __device__ inline void consume_tiles(warp_state<S> &state, block_memory<S> &memo
         ptx::warpgroup_commit();
         ptx::warpgroup_wait<0>();
         ptx::hold(scores);
-        weigh<S>(own, scores, state, factors, run, memory.visible[own.group]);
+        weigh<S>(own, scores, state, factors, run, memory.visible[slot]);
         if (have_moved(factors)) rescale(state, factors);
         uint32_t weights[S::KV::TERMS][TOKENS / STEP][4];
         soften<S>(scores, state, weights, run.soft.scale_log2);
@@ -384,15 +498,10 @@ __device__ inline void consume_tiles(warp_state<S> &state, block_memory<S> &memo
 /* ------------------------------------------------------------------------------------------- */
 /* From group to group */
 
-/* The barrier at which one group waits for the other's state. Two, since the giver may be a run ahead. */
-template <typename S> __device__ inline uint32_t hand_over_barrier(const tile_run &run) {
-    return S::GROUPS + 1 + run.number % 2;
-}
-
 /* Gives the group's state to the other one, each thread to the one in its place: in the stage that it consumed last. */
 template <typename S>
-__device__ inline void give_state(const group_place &own, block_memory<S> &memory, char *stage,
-                                  const warp_state<S> &state, const tile_run &run) {
+__device__ inline void give_state(const group_place &own, block_memory<S> &memory, uint32_t slot, char *stage,
+                                  const warp_state<S> &state) {
     static_assert(S::stage::BYTES >= ROWS * S::DIM_V * sizeof(float), "");
     ptx::named_barrier<GROUP_THREADS>(own.group); /* all have consumed it */
     float4 *out = (float4 *)stage + own.thread();
@@ -410,14 +519,15 @@ __device__ inline void give_state(const group_place &own, block_memory<S> &memor
         if (own.lane % 4 == 0) memory.given[own.row(half)] = make_float2(state.maximum[half], sum);
     }
     ptx::shared_proxy_fence(); /* it will be filled again */
-    ptx::named_barrier_arrive<S::GROUPS * GROUP_THREADS>(hand_over_barrier<S>(run));
+    ptx::barrier_arrive(ptx::shared_address(&memory.given_away[slot]));
 }
 
 /* Adds the state that the other group has given. */
 template <typename S>
-__device__ inline void take_state(const group_place &own, const block_memory<S> &memory, const char *stage,
-                                  uint32_t empty, warp_state<S> &state, const tile_run &run) {
-    ptx::named_barrier<S::GROUPS * GROUP_THREADS>(hand_over_barrier<S>(run));
+__device__ inline void take_state(const group_place &own, const block_memory<S> &memory, uint32_t slot,
+                                  const char *stage, uint32_t empty, warp_state<S> &state) {
+    ptx::barrier_wait(ptx::shared_address(&memory.given_away[slot]), memory.runs[slot].given_parity);
+    __syncwarp();
     float keep[2], factors[2];
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
@@ -447,39 +557,86 @@ __device__ inline void take_state(const group_place &own, const block_memory<S> 
 /* ------------------------------------------------------------------------------------------- */
 /* Results */
 
-/* Stores a warp's state as partials. Lanes that share a row write 32 bytes of it at a time. */
-template <typename S> __device__ inline void store_partial(const consumer<S> &own, const warp_state<S> &state) {
-    uint32_t slot = rows::slot_of<typename S::rules>(own.call, own.unit, own.run, own.by);
-    uint32_t count = count_rows<S>(own.cut, own.unit);
-    if (slot >= own.work.slots) count = 0; /* never, if the host has counted as the device does */
+/* Stores a row of floats that four lanes share: a lane has two columns of every eight. */
+template <typename S>
+__device__ inline void store_floats(const warp_state<S> &state, uint32_t half, float factor, float *row,
+                                    uint32_t lane) {
+    float *out = row + lane % 4 * 2;
 #pragma unroll
-    for (uint32_t half = 0; half < 2; half++) {
-        uint32_t row = own.place.row(half);
-        float sum = ptx::quad_sum(state.sum[half]);
-        if (row >= count) continue;
-        size_t at = (size_t)slot * ROWS + row;
-        if (own.place.lane % 4 == 0) own.work.states[at] = make_float2(state.maximum[half], sum);
-        float *out = own.work.outs + at * S::DIM_V + own.place.lane % 4 * 2;
+    for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
 #pragma unroll
-        for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
+        for (uint32_t i = half * 2; i < S::WIDTH / 2; i += 4)
+            *(float2 *)(out + d * S::WIDTH + i / 4 * 8) =
+                make_float2(state.out[d][i] * factor, state.out[d][i + 1] * factor);
+    }
+}
+
+/* Word i of lane j of four becomes word j of lane i. */
+__device__ inline void transpose_words(uint32_t (&words)[4], uint32_t lane) {
 #pragma unroll
-            for (uint32_t i = half * 2; i < S::WIDTH / 2; i += 4) {
-                *(float2 *)(out + d * S::WIDTH + i / 4 * 8) = make_float2(state.out[d][i], state.out[d][i + 1]);
-            }
+    for (uint32_t step = 2; step > 0; step /= 2) {
+#pragma unroll
+        for (uint32_t low = 0; low < 4; low++) {
+            if (low & step) continue;
+            uint32_t high = low + step, given = lane & step ? words[low] : words[high];
+            uint32_t taken = __shfl_xor_sync(ALL_LANES, given, step);
+            words[low] = lane & step ? taken : words[low];
+            words[high] = lane & step ? words[high] : taken;
         }
     }
 }
 
-/* Writes a warp's rows, which are finished, as rows::write_row does. */
-template <typename S> __device__ inline void write_unit(const consumer<S> &own, const warp_state<S> &state) {
-    uint32_t count = count_rows<S>(own.cut, own.unit);
-    float value_scale = rows::value_scale(own.call, own.unit.head);
+/* Writes a row of outputs, 64 bytes at a time, 16 a lane: two columns of every eight would be 4. By whole warps. */
+template <typename S>
+__device__ inline void write_outputs(const warp_state<S> &state, uint32_t half, float factor, typename S::IO *row,
+                                     bool is_row, uint32_t lane) {
+    uint4 *out = (uint4 *)row + lane % 4;
+#pragma unroll
+    for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
+#pragma unroll
+        for (uint32_t i = 0; i < S::WIDTH / 2; i += 16) {
+            uint32_t words[4];
+#pragma unroll
+            for (uint32_t j = 0; j < 4; j++) {
+                const float *columns = &state.out[d][i + j * 4 + half * 2];
+                words[j] = S::KV::pack(columns[0] * factor, columns[1] * factor);
+            }
+            transpose_words(words, lane);
+            if (is_row) out[d * S::WIDTH / 8 + i / 4] = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+    }
+}
+
+/* Stores a warp's state as partials. */
+template <typename S>
+__device__ inline void store_partial(const block_place<S> &block, const group_place &own, const found_run &found,
+                                     const warp_state<S> &state) {
+    rows::workspace work = rows::view_workspace(block.with.workspace);
+    uint32_t slot = rows::slot_of<typename S::rules>(block.call, found.unit, found.run, found.by), count = found.rows;
+    if (slot >= work.slots) count = 0; /* never, if the host has counted as the device does */
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        uint32_t row = own.place.row(half);
-        float sum = ptx::quad_sum(state.sum[half]), maximum = state.maximum[half], factor = value_scale;
+        uint32_t row = own.row(half);
+        float sum = ptx::quad_sum(state.sum[half]);
         if (row >= count) continue;
-        results::destination to = rows::destination_of<typename S::rules>(own.call, {own.unit, own.cut, row}, 0);
+        size_t at = (size_t)slot * ROWS + row;
+        if (own.lane % 4 == 0) work.states[at] = make_float2(state.maximum[half], sum);
+        store_floats(state, half, 1.0f, work.outs + at * S::DIM_V, own.lane);
+    }
+}
+
+/* Writes a warp's rows, which are finished, as rows::write_row does. */
+template <typename S>
+__device__ inline void write_unit(const block_place<S> &block, const group_place &own, const found_run &found,
+                                  const warp_state<S> &state) {
+    float value_scale = rows::value_scale(block.call, found.unit.head);
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        uint32_t row = own.row(half);
+        bool is_row = row < found.rows;
+        float sum = ptx::quad_sum(state.sum[half]), maximum = state.maximum[half], factor = value_scale;
+        results::destination to = rows::destination_of<typename S::rules>(
+            block.call, {found.unit, block.with.cut, min(row, found.rows - 1)}, 0);
         if (to.sink != nullptr) {
             float sink = *to.sink * LOG2_E, most = fmaxf(maximum, sink), keep = rows::decay(maximum, most);
             sum = fmaf(sum, keep, rows::decay(sink, most));
@@ -487,223 +644,189 @@ template <typename S> __device__ inline void write_unit(const consumer<S> &own, 
             maximum = most;
         }
         factor *= sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
-        if (own.place.lane % 4 == 0) results::write_lse(own.call, to, rows::lse_of(maximum, sum));
-        size_t at = to.row * S::DIM_V + own.place.lane % 4 * 2;
-        bool is_partial = !S::rules::SIMPLE && to.is_partial;
-#pragma unroll
-        for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
-#pragma unroll
-            for (uint32_t i = half * 2; i < S::WIDTH / 2; i += 4) {
-                size_t here = at + d * S::WIDTH + i / 4 * 8;
-                float first = state.out[d][i] * factor, second = state.out[d][i + 1] * factor;
-                if (is_partial) {
-                    *(float2 *)(own.call.partial_out + here) = make_float2(first, second);
-                } else {
-                    *(uint32_t *)((typename S::IO *)own.call.out + here) = S::KV::pack(first, second);
-                }
-            }
+        if (is_row && own.lane % 4 == 0) results::write_lse(block.call, to, rows::lse_of(maximum, sum));
+        if (S::rules::SIMPLE || !to.is_partial) {
+            write_outputs(state, half, factor, (typename S::IO *)block.call.out + to.row * S::DIM_V, is_row, own.lane);
+        } else if (is_row) {
+            store_floats(state, half, factor, block.call.partial_out + to.row * S::DIM_V, own.lane);
         }
     }
-}
-
-/* ------------------------------------------------------------------------------------------- */
-/* Runs */
-
-/* Is the run the block's last? */
-template <typename S> __device__ inline bool is_last(const consumer<S> &own) {
-    return own.parts_left == 0 && own.run.end == own.part_end;
-}
-
-/* Finds the next run, and loads the group's queries. False: there is none. */
-template <typename S> __device__ __noinline__ bool next_run(consumer<S> &own, tile_run &coming) {
-    using L = typename S::rules;
-    if (is_last(own)) return false;
-    own.tiles_done += own.run.end - own.run.begin;
-    own.run.begin = own.run.end;
-    while (own.run.begin == own.part_end) {
-        bool is_first = own.parts_left-- == 2;
-        own.run.begin = is_first ? own.mine.turn : own.mine.begin;
-        own.part_end = is_first ? own.mine.end : own.mine.turn;
-        if (own.run.begin == own.part_end) continue;
-        own.unit = line::unit_at<L>(own.call, own.cut, is_first ? own.mine.at_turn : own.mine.at_begin, own.run.begin);
-    }
-    if (own.run.begin == own.unit.begin + own.unit.sees.tiles) line::next_unit<L>(own.unit, own.call, own.cut);
-    own.run.end = min(own.part_end, own.unit.begin + own.unit.sees.tiles);
-    coming.number = own.runs++;
-
-    load_queries<S>(own);
-    const line::unit &unit = own.unit;
-    uint32_t group = own.place.group;
-    uint32_t tiles = own.run.end - own.run.begin;
-    uint32_t skipped = (group + own.tiles_done) % S::GROUPS; /* tiles of the run before the group's first */
-    coming.tiles = (tiles + S::GROUPS - 1 - skipped) / S::GROUPS;
-    coming.first_number = own.tiles_done + skipped;
-    coming.first = unit.sees.first_token + (own.run.begin - unit.begin + skipped) * TOKENS;
-    coming.given = NO_TILE;
-    if (S::GROUPS > 1) {
-        uint32_t last = own.tiles_done + tiles - 1;
-        if (is_ender<S>(coming.number, last % S::GROUPS)) last = tiles > 1 ? last - 1 : NO_TILE;
-        coming.given = last;
-    }
-    coming.sees = make_uint2(unit.sees.begin, unit.sees.end);
-    coming.all = make_uint2(0, unit.sees.end);
-    if (!S::rules::SIMPLE) {
-        coming.all.x = own.memory.visible[group][count_rows<S>(own.cut, unit) - 1].x;
-        coming.all.y = own.memory.visible[group][0].y;
-    }
-    coming.soft = narrow::softness_of<S>(own.call, unit.head);
-    return true;
 }
 
 /* ------------------------------------------------------------------------------------------- */
 /* Merging */
 
 /*
- * What a warp is to merge: the partials of row `index`, of row index + step, and so on. A row's partials are added up in
- * sections of `length`, and those one after the other: whoever merges, the result is the same to the bit.
+ * Where the partials of a unit's rows are: those of the first row. Partial i is in slot 2 * (first worker + i), but the
+ * first is in its worker's tail slot.
  */
-struct merge_order {
-    uint32_t index, step;
-    uint32_t first_worker;
-    uint32_t partials, sections, length; /* of a row */
-    uint32_t all;                        /* sections, of all rows */
+struct unit_partials {
+    const float *outs;
+    const float2 *states;
+    uint32_t count;
+
+    /* Rows from the first partial's place to this one's. */
+    static __device__ uint32_t place(uint32_t i) { return 2 * ROWS * i + (i == 0 ? ROWS : 0); }
 };
 
-constexpr uint32_t MAX_SECTION = 4;
-
 /*
- * Starts to fetch the partials of sections from .. from + count - 1, a row each from `landing` on, each section in the
- * place of a full one. Lane i returns the state of the i-th; one that is not there has seen nothing.
+ * Rows that a warp merges at a time, and partials of each that are on their way: one row alone would be all waiting,
+ * and more registers would be missing where this is called. The partials divide 32.
  */
+template <typename S> constexpr uint32_t MERGED_ROWS = S::DIM_V <= 128 ? 4 : 2;
+constexpr uint32_t PARTIALS_AHEAD = 2;
+
+/* A lane's part of some rows that are being merged; those that are not there are the last one again. */
+template <typename S> struct merged_rows {
+    static constexpr uint32_t COUNT = MERGED_ROWS<S>;
+    uint32_t indices[COUNT];
+    rows::row_state<S::DIM_V> rows[COUNT];
+    rows::row<S::DIM_V> coming[PARTIALS_AHEAD][COUNT];
+    float2 states[COUNT]; /* of partial base + lane, for a base that is a multiple of 32 */
+    float factors[COUNT];
+};
+
 template <typename S>
-__device__ inline float2 fetch_partials(const consumer<S> &own, const merge_order &order, uint32_t from, uint32_t count,
-                                        uint32_t landing) {
-    uint32_t lane = own.place.lane, section = from + lane / order.length, row = section / order.sections;
-    uint32_t partial = (section - row * order.sections) * order.length + lane % order.length;
-    uint32_t slot = 2 * (order.first_worker + partial) + (partial == 0), at = NO_TILE;
-    float2 state = make_float2(-INFINITY, 0.0f);
-    count = min(count, order.all - min(order.all, from));
-    if (section < from + count && partial < order.partials) {
-        at = slot * ROWS + order.index + row * order.step;
-        state = __ldcg(own.work.states + at);
-    }
-    const float *outs = own.work.outs + lane * 4;
-    landing += lane * 16;
-#pragma unroll 4
-    for (uint32_t i = 0; i < count * order.length; i++) {
-        uint32_t from_row = __shfl_sync(ALL_LANES, at, i);
-        const float *out = outs + (size_t)from_row * S::DIM_V;
+__device__ inline void load_partial(merged_rows<S> &own, const unit_partials &of, uint32_t ahead, uint32_t i,
+                                    uint32_t lane) {
+    if (i >= of.count) return;
+    const float *outs = of.outs + (size_t)of.place(i) * S::DIM_V;
 #pragma unroll
-        for (uint32_t piece = 0; piece < S::DIM_V / 4; piece += 32) {
-            bool is_there = from_row != NO_TILE && (S::DIM_V / 4 % 32 == 0 || piece + lane < S::DIM_V / 4);
-            if (is_there) ptx::copy_16_bytes(landing + i * S::DIM_V * 4 + piece * 16, out + piece * 4);
+    for (uint32_t r = 0; r < own.COUNT; r++)
+        own.coming[ahead][r] = rows::load_row_of_others<S::DIM_V>(outs + own.indices[r] * S::DIM_V, lane);
+}
+
+/* Loads the lane's states; of a partial that is not there, nothing has been seen. */
+template <typename S> __device__ inline void load_states(merged_rows<S> &own, const unit_partials &of, uint32_t i) {
+#pragma unroll
+    for (uint32_t r = 0; r < own.COUNT; r++) {
+        own.states[r] = make_float2(-INFINITY, 0.0f);
+        if (i < of.count) own.states[r] = __ldcg(of.states + of.place(i) + own.indices[r]);
+    }
+}
+
+template <typename S> __device__ inline void find_factors(merged_rows<S> &own) {
+#pragma unroll
+    for (uint32_t r = 0; r < own.COUNT; r++)
+        own.factors[r] = rows::decay(own.states[r].x, own.rows[r].maximum);
+}
+
+/* Finds maxima and sums of the rows, and leaves the states and factors of their first partials. */
+template <typename S> __device__ inline void total_rows(merged_rows<S> &own, const unit_partials &of, uint32_t lane) {
+    uint32_t last = (of.count - 1) / 32 * 32;
+#pragma unroll 1
+    for (uint32_t base = last + 32; base > 0; base -= 32) {
+        load_states(own, of, base - 32 + lane);
+#pragma unroll
+        for (uint32_t r = 0; r < own.COUNT; r++)
+            own.rows[r].maximum = fmaxf(own.rows[r].maximum, own.states[r].x);
+    }
+#pragma unroll
+    for (uint32_t step = 16; step > 0; step /= 2) {
+#pragma unroll
+        for (uint32_t r = 0; r < own.COUNT; r++)
+            own.rows[r].maximum = fmaxf(own.rows[r].maximum, __shfl_xor_sync(ALL_LANES, own.rows[r].maximum, step));
+    }
+#pragma unroll 1
+    for (uint32_t base = last + 32; base > 0; base -= 32) {
+        if (last != 0) load_states(own, of, base - 32 + lane);
+        find_factors(own);
+#pragma unroll
+        for (uint32_t r = 0; r < own.COUNT; r++)
+            own.rows[r].sum = fmaf(own.states[r].y, own.factors[r], own.rows[r].sum);
+    }
+#pragma unroll
+    for (uint32_t step = 16; step > 0; step /= 2) {
+#pragma unroll
+        for (uint32_t r = 0; r < own.COUNT; r++)
+            own.rows[r].sum += __shfl_xor_sync(ALL_LANES, own.rows[r].sum, step);
+    }
+}
+
+/* Adds the partials of the rows, in their order. */
+template <typename S> __device__ inline void add_partials(merged_rows<S> &own, const unit_partials &of, uint32_t lane) {
+#pragma unroll 1
+    for (uint32_t i = 0; i < of.count; i += PARTIALS_AHEAD) {
+        if (i > 0 && i % 32 == 0) {
+            load_states(own, of, i + lane);
+            find_factors(own);
+        }
+#pragma unroll
+        for (uint32_t a = 0; a < PARTIALS_AHEAD; a++) {
+#pragma unroll
+            for (uint32_t r = 0; r < own.COUNT; r++) {
+                float factor = __shfl_sync(ALL_LANES, own.factors[r], i % 32 + a);
+                if (i + a < of.count) rows::add_row(own.rows[r].out, 1.0f, own.coming[a][r], factor);
+            }
+            load_partial(own, of, a, i + a + PARTIALS_AHEAD, lane);
         }
     }
-    ptx::copies_commit();
-    return state;
 }
 
 /*
- * Adds up a section, whose states lanes begin .. begin + count - 1 have. Without branches, so that nothing waits for what
- * it does not need: in place of partials that are not there the last one is taken, 0 times.
+ * Merges rows index, index + step, .. of a unit that was cut. By a warp. Not inlined: the registers of what calls it
+ * are the products'.
  */
 template <typename S>
-__device__ inline rows::row_state<S::DIM_V> add_section(float2 state, uint32_t begin, uint32_t count,
-                                                        const float *landing, uint32_t lane) {
-    rows::row_state<S::DIM_V> sum = rows::empty_state<S::DIM_V>();
-    rows::row<S::DIM_V> outs[MAX_SECTION];
-#pragma unroll
-    for (uint32_t i = 0; i < MAX_SECTION; i++) {
-        uint32_t from = begin + min(i, count - 1);
-        outs[i] = rows::load_row<S::DIM_V>(landing + from * S::DIM_V, lane);
-        sum.maximum = fmaxf(sum.maximum, __shfl_sync(ALL_LANES, state.x, from));
-    }
-    float factor = rows::decay(state.x, sum.maximum), weighted = state.y * factor;
-#pragma unroll
-    for (uint32_t i = 0; i < MAX_SECTION; i++) {
-        uint32_t from = begin + min(i, count - 1);
-        float of_out = __shfl_sync(ALL_LANES, factor, from), of_sum = __shfl_sync(ALL_LANES, weighted, from);
-        rows::add_row(sum.out, 1.0f, outs[i], i < count ? of_out : 0.0f);
-        sum.sum += i < count ? of_sum : 0.0f;
-    }
-    return sum;
-}
-
-/*
- * Merges rows index, index + step, .. of a unit that was cut. By a warp, which has `room` for so many rows at `landing`:
- * what it could hold in registers on their way is too little to keep the memory busy.
- */
-template <typename S>
-__device__ __noinline__ void merge_rows(const consumer<S> &own, uint32_t index, uint32_t step, float *landing,
-                                        uint32_t room) {
-    uint32_t count = count_rows<S>(own.cut, own.unit);
-    if (index >= count) return;
-    merge_order order;
-    order.index = index;
-    order.step = step;
-    order.first_worker = own.unit.begin / own.by.tiles_a_worker;
-    order.partials = (own.unit.begin + own.unit.sees.tiles - 1) / own.by.tiles_a_worker - order.first_worker + 1;
-    order.sections = (order.partials + MAX_SECTION - 1) / MAX_SECTION;
-    order.length = (order.partials + order.sections - 1) / order.sections;
-    order.all = (count - index + step - 1) / step * order.sections;
-    uint32_t batch = room / 2 / order.length, stride = batch * order.length * S::DIM_V, section = 0;
-    rows::row_state<S::DIM_V> merged = rows::empty_state<S::DIM_V>();
-    float2 next = fetch_partials<S>(own, order, 0, batch, ptx::shared_address(landing));
+__device__ __noinline__ void merge_rows(const block_place<S> &block, const found_run &found, uint32_t index,
+                                        uint32_t step, uint32_t lane) {
+    using L = typename S::rules;
+    rows::workspace work = rows::view_workspace(block.with.workspace);
+    uint32_t begin = found.unit.begin, tiles_a_worker = found.by.tiles_a_worker, count = found.rows;
+    uint32_t first = begin / tiles_a_worker, end = (begin + found.unit.sees.tiles - 1) / tiles_a_worker + 1;
+    size_t first_row = (size_t)2 * first * ROWS;
+    unit_partials of = {work.outs + first_row * S::DIM_V, work.states + first_row, end - first};
 #pragma unroll 1
-    for (uint32_t from = 0, half = 0; from < order.all; from += batch, half ^= 1) {
-        float2 state = next;
-        next = fetch_partials<S>(own, order, from + batch, batch,
-                                 ptx::shared_address(landing + (half ^ 1) * stride));
-        ptx::copies_wait<1>();
-        __syncwarp();
-#pragma unroll 1
-        for (uint32_t i = 0; i < min(batch, order.all - from); i++) {
-            uint32_t length = min(order.length, order.partials - section * order.length);
-            rows::row_state<S::DIM_V> sum =
-                add_section<S>(state, i * order.length, length, landing + half * stride, own.place.lane);
-            rows::merge_state(merged, sum.out, sum.maximum, sum.sum);
-            if (++section < order.sections) continue;
-            rows::write_row<typename S::rules, typename S::IO>(own.call, {own.unit, own.cut, index}, merged,
-                                                               own.place.lane);
-            merged = rows::empty_state<S::DIM_V>();
-            section = 0;
-            index += step;
+    for (; index < count; index += MERGED_ROWS<S> * step) {
+        merged_rows<S> own;
+#pragma unroll
+        for (uint32_t r = 0; r < own.COUNT; r++) {
+            own.indices[r] = min(index + r * step, count - 1);
+            own.rows[r] = rows::empty_state<S::DIM_V>();
         }
-        __syncwarp();
+#pragma unroll
+        for (uint32_t a = 0; a < PARTIALS_AHEAD; a++)
+            load_partial(own, of, a, a, lane);
+        total_rows(own, of, lane);
+        add_partials(own, of, lane);
+#pragma unroll
+        for (uint32_t r = 0; r < own.COUNT; r++) {
+            rows::place at = {found.unit, block.with.cut, own.indices[r]};
+            if (index + r * step < count) rows::write_row<L, typename S::IO>(block.call, at, own.rows[r], lane);
+        }
     }
 }
 
 /*
  * After a run that was cut: is its unit at its end, so that its partials are to be merged? By THREADS threads, one of
- * them the `first`; each group may ask at its own time, and has its own `last_arriver`.
+ * them the `first`.
  */
 template <typename S, int THREADS>
-__device__ inline bool arrive(const consumer<S> &own, uint32_t barrier, bool first, uint32_t &last_arriver) {
+__device__ inline bool arrive(const block_place<S> &block, const found_run &found, uint32_t barrier, bool first) {
+    bool is_at_end = false;
     ptx::named_barrier<THREADS>(barrier); /* the partials are written */
-    if (first) last_arriver = rows::arrive<typename S::rules>(own.call, own.work, own.unit, own.run, own.by);
-    ptx::named_barrier<THREADS>(barrier);
-    return last_arriver;
+    if (first) {
+        rows::workspace work = rows::view_workspace(block.with.workspace);
+        is_at_end = rows::arrive<typename S::rules>(block.call, work, found.unit, found.run, found.by);
+    }
+    return ptx::named_barrier_any<THREADS>(barrier, is_at_end);
 }
 
-/* After a run that was cut, and that others follow. By the group that ends it, in place of its queries. */
-template <typename S> __device__ inline void merge_by_group(const consumer<S> &own) {
-    constexpr uint32_t ROOM = ROWS / WARPS * S::stage::KEY_BYTES / (S::DIM_V * sizeof(float));
-    static_assert(ROOM >= 2 * MAX_SECTION, "");
-    const group_place &place = own.place;
-    uint32_t &last_arriver = own.memory.last_arriver[place.group];
-    if (!arrive<S, GROUP_THREADS>(own, place.group, place.thread() == 0, last_arriver)) return;
-    float *landing = (float *)own.memory.queries[place.group] + place.warp * ROOM * S::DIM_V;
-    merge_rows<S>(own, place.warp, WARPS, landing, ROOM);
-    ptx::named_barrier<GROUP_THREADS>(place.group);
+/* After a run that was cut, and that others follow. By the group that ends it. */
+template <typename S>
+__device__ inline void merge_by_group(const block_place<S> &block, const found_run &found, const group_place &own) {
+    if (!arrive<S, GROUP_THREADS>(block, found, own.group, own.thread() == 0)) return;
+    block_place<S> copy = block; /* what is passed by its address is in memory */
+    merge_rows<S>(copy, found, own.warp, WARPS, own.lane);
 }
 
-/* After the block's last run, if it was cut. By all, in place of the ring, which is `ring_bytes` large. */
-template <typename S> __device__ inline void merge_by_all(const consumer<S> &own, char *ring, uint32_t ring_bytes) {
+/* After the block's last run, if it was cut. By all groups. */
+template <typename S>
+__device__ inline void merge_by_all(const block_place<S> &block, const found_run &found, const group_place &own) {
     constexpr uint32_t ALL_WARPS = S::GROUPS * WARPS;
-    if (!arrive<S, ALL_WARPS * 32>(own, S::GROUPS, threadIdx.x == 0, own.memory.last_arriver[0])) return;
-    uint32_t room = min(ring_bytes / (ALL_WARPS * S::DIM_V * (uint32_t)sizeof(float)), 64);
-    uint32_t warp = own.place.group * WARPS + own.place.warp;
-    merge_rows<S>(own, warp, ALL_WARPS, (float *)ring + warp * room * S::DIM_V, room);
+    if (!arrive<S, ALL_WARPS * 32>(block, found, S::GROUPS, threadIdx.x == 0)) return;
+    block_place<S> copy = block;
+    merge_rows<S>(copy, found, own.group * WARPS + own.warp, ALL_WARPS, own.lane);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -711,44 +834,61 @@ template <typename S> __device__ inline void merge_by_all(const consumer<S> &own
 
 /* Does a run: consumes the group's tiles, and ends it if that is the group's turn. */
 template <typename S>
-__device__ inline void do_run(const consumer<S> &own, const tile_run &run, const produce::ring &ring,
-                              char *ring_memory, const group_place &place) {
+__device__ inline void do_run(const block_place<S> &block, const group_place &own, uint32_t number,
+                              const produce::ring &ring, char *ring_memory) {
+    uint32_t slot = number % S::GROUPS;
+    const found_run &found = block.memory.runs[slot];
+    bool ends = is_ender<S>(number, own.group);
     warp_state<S> state;
-    consume_tiles<S>(state, own.memory, ring, place, run);
-    bool is_given = S::GROUPS > 1 && run.given != NO_TILE;
-    uint32_t stage = is_given ? run.given % ring.stages : 0;
+    consume_tiles<S>(state, block.memory, slot, ring, own, tiles_of_group<S>(found, own.group), !ends);
+    bool is_given = S::GROUPS > 1 && found.given != NO_TILE;
+    uint32_t stage = is_given ? found.given % ring.stages : 0;
     char *given = ring_memory + stage * S::stage::BYTES;
-    if (!is_ender<S>(run.number, place.group)) {
-        if (is_given) give_state(place, own.memory, given, state, run);
+    if (!ends) {
+        if (is_given) give_state(own, block.memory, slot, given, state);
         return;
     }
-    if (is_given) take_state(place, own.memory, given, ring.empty + stage * 8, state, run);
+    if (is_given) take_state(own, block.memory, slot, given, ring.empty + stage * 8, state);
     ptx::wait_for_previous_launch(); /* which may still read what is written from here on */
-    if (!rows::is_cut<typename S::rules>(own.call, own.unit, own.run)) {
-        write_unit(own, state);
+    if (!found.is_cut) {
+        write_unit(block, own, found, state);
     } else {
-        store_partial(own, state);
-        if (!is_last(own)) merge_by_group<S>(own);
+        store_partial(block, own, found, state);
+        if (!found.is_last) merge_by_group<S>(block, found, own);
     }
 }
 
 template <typename S>
-__device__ inline void consume(consumer<S> &own, const produce::ring &ring, char *ring_memory,
-                               const group_place &place) {
-    tile_run run;
+__device__ inline void consume(const block_place<S> &block, const group_place &own, const produce::ring &ring,
+                               char *ring_memory) {
+    const block_memory<S> &memory = block.memory;
+    uint32_t number = 0, slot = 0;
 #pragma unroll 1
-    while (next_run<S>(own, run))
-        do_run<S>(own, run, ring, ring_memory, place);
-    if (rows::is_cut<typename S::rules>(own.call, own.unit, own.run)) {
-        merge_by_all<S>(own, ring_memory, ring.stages * S::stage::BYTES);
+    for (bool is_last = false; !is_last; number++) {
+        slot = number % S::GROUPS;
+        ptx::barrier_wait(ptx::shared_address(&memory.found[slot]), number / S::GROUPS % 2);
+        __syncwarp();
+        if (memory.runs[slot].run.begin == memory.runs[slot].run.end) return;
+        do_run<S>(block, own, number, ring, ring_memory);
+        is_last = memory.runs[slot].is_last;
+        ptx::barrier_arrive(ptx::shared_address(&memory.done[slot]));
     }
+    const found_run &found = memory.runs[slot];
+    if (found.is_cut) merge_by_all<S>(block, found, own);
 }
 
 /* ------------------------------------------------------------------------------------------- */
 /* The kernel */
 
+/* The groups, and one more: the producer, the scout, and two idle warps, as registers are a whole group's to give. */
+template <typename S> constexpr uint32_t block_threads() { return (S::GROUPS + 1) * GROUP_THREADS; }
+
+/* Registers of a thread, if there are two groups: at first, in the products' groups, and in the other one. */
+constexpr uint32_t FIRST_REGISTERS = 168, MORE_REGISTERS = 208, LESS_REGISTERS = 88;
+static_assert(2 * MORE_REGISTERS + LESS_REGISTERS <= 3 * FIRST_REGISTERS, "");
+
 template <typename S>
-__global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, 1)
+__global__ void __launch_bounds__(block_threads<S>(), 1)
     wide_kernel(const __grid_constant__ attn_cuda_call call, const __grid_constant__ arguments with) {
 #if __CUDA_ARCH__ >= 900 /* never launched elsewhere */
     extern __shared__ __align__(1024) char shared[];
@@ -763,6 +903,11 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, 1)
             ptx::barrier_init(ring.full + stage * 8, produce::full_arrivals());
             ptx::barrier_init(ring.empty + stage * 8, WARPS);
         }
+        for (uint32_t slot = 0; slot < S::GROUPS; slot++) {
+            ptx::barrier_init(ptx::shared_address(&memory.found[slot]), 32);
+            ptx::barrier_init(ptx::shared_address(&memory.done[slot]), S::GROUPS * GROUP_THREADS);
+            ptx::barrier_init(ptx::shared_address(&memory.given_away[slot]), GROUP_THREADS);
+        }
         ptx::barrier_init_fence();
     }
     if (with.times != nullptr && threadIdx.x == 0) {
@@ -770,23 +915,22 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, 1)
         with.times[blockIdx.x * 4 + 1] = ptx::global_time_ns();
     }
     ptx::launch_dependents();
-    line::share mine = line::find_share<typename S::rules>(call, with.cut, gridDim.x, blockIdx.x, lane);
     __syncthreads();
-    if (mine.begin == mine.end) return;
-    if (warp == S::GROUPS * WARPS) {
-        produce::fill_ring<typename S::stage, typename S::rules>(call, with.cut, mine, ring, lane);
+    block_place<S> block = {call, with, memory};
+    if (warp >= S::GROUPS * WARPS) {
+        if (S::GROUPS == 2) ptx::give_registers<LESS_REGISTERS>();
+        if (warp > S::GROUPS * WARPS + 1) return; /* nor do those look for the share that need not: it takes long */
+        line::share mine = line::find_share<typename S::rules>(call, with.cut, gridDim.x, blockIdx.x, lane);
+        if (warp == S::GROUPS * WARPS) {
+            if (mine.begin == mine.end) return;
+            produce::fill_ring<typename S::stage, typename S::rules>(call, with.cut, mine, ring, lane);
+        } else {
+            if (with.times != nullptr && lane == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();
+            find_runs<S>(block, mine, lane);
+        }
     } else {
-        group_place place = {warp / WARPS, warp % WARPS, lane};
-        consumer<S> own = {call,
-                           with.cut,
-                           memory,
-                           rows::view_workspace(with.workspace),
-                           {blockIdx.x, mine.tiles_a_worker, line::chunk_shift<typename S::rules>(call)},
-                           place,
-                           mine};
-        own.parts_left = 2;
-        if (with.times != nullptr && threadIdx.x == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();
-        consume<S>(own, ring, shared, place);
+        if (S::GROUPS == 2) ptx::take_registers<MORE_REGISTERS>();
+        consume<S>(block, {warp / WARPS, warp % WARPS, lane}, ring, shared);
         if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
             atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
     }
@@ -803,13 +947,14 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     if (workspace.rows < ROWS || group > ROWS || tuning.blocks_per_sm == 2) return cudaErrorInvalidValue;
     if (tuning.shared_bytes < sizeof(block_memory<S>) + S::GROUPS * S::stage::BYTES) return cudaErrorInvalidValue;
     uint32_t stages = (tuning.shared_bytes - (uint32_t)sizeof(block_memory<S>)) / S::stage::BYTES;
-    uint32_t most = tuning.stages != 0 ? tuning.stages : S::GROUPS + (ON_THE_WAY + S::stage::BYTES - 1) / S::stage::BYTES;
+    uint32_t most = S::GROUPS + (ON_THE_WAY + S::stage::BYTES - 1) / S::stage::BYTES;
+    if (tuning.stages != 0) most = tuning.stages;
     stages = min(min(stages, most), MAX_STAGES) / S::GROUPS * S::GROUPS;
     attn_cuda_workspace slots = workspace;
     slots.rows = ROWS;
     arguments with = {line::make_cut(call.layer, tuning, ROWS, tuning.workers, 1), slots, stages, tuning.times};
-    launching::grid size = {tuning.workers, S::GROUPS * GROUP_THREADS + 32, 1,
-                            stages * S::stage::BYTES + sizeof(block_memory<S>)};
+    with.cut.align_tiles = max(tuning.align_tiles, ALIGN_TILES);
+    launching::grid size = {tuning.workers, block_threads<S>(), 1, stages * S::stage::BYTES + sizeof(block_memory<S>)};
     return launching::launch_kernel(wide_kernel<S>, size, tuning, call, with, stream);
 }
 

@@ -43,34 +43,34 @@ static uint32_t usable_cores(void) {
 /* ------------------------------------------------------------------------------------------- */
 /* The file */
 
-/* Reads a whole file, terminated; the caller frees *bytes. `place` begins the messages. */
-static attn_status read_file(const char *place, const char *path, size_t most, char **bytes, size_t *size) {
-    attn_status status = attn_ok();
+/* A whole file, terminated, which the caller frees; or NULL and why in *status. `place` begins the messages. */
+static char *read_file(const char *place, const char *path, size_t most, size_t *size, attn_status *status) {
     FILE *file = fopen(path, "rbe");
     char *read = malloc(most + 2);
-    *bytes = NULL;
+    char *bytes = NULL;
+    *status = attn_ok();
     if (file == NULL) {
-        status = attn_error(ATTN_INVALID_ARGUMENT, "%s: cannot open '%s': %s", place, path, strerror(errno));
+        *status = attn_error(ATTN_INVALID_ARGUMENT, "%s: cannot open '%s': %s", place, path, strerror(errno));
         goto cleanup;
     }
     if (read == NULL) {
-        status = attn_error(ATTN_RESOURCE_EXHAUSTED, "%s: no memory to read '%s'", place, path);
+        *status = attn_error(ATTN_RESOURCE_EXHAUSTED, "%s: no memory to read '%s'", place, path);
         goto cleanup;
     }
     *size = fread(read, 1, most + 1, file);
     if (ferror(file)) {
-        status = attn_error(ATTN_INVALID_ARGUMENT, "%s: cannot read '%s': %s", place, path, strerror(errno));
+        *status = attn_error(ATTN_INVALID_ARGUMENT, "%s: cannot read '%s': %s", place, path, strerror(errno));
     } else if (*size > most) {
-        status = attn_error(ATTN_INVALID_ARGUMENT, "%s: '%s' is larger than %zu bytes", place, path, most);
+        *status = attn_error(ATTN_INVALID_ARGUMENT, "%s: '%s' is larger than %zu bytes", place, path, most);
     } else {
         read[*size] = '\0';
-        *bytes = read;
+        bytes = read;
         read = NULL;
     }
 cleanup:
     free(read);
     if (file != NULL) fclose(file);
-    return status;
+    return bytes;
 }
 
 static attn_status check_token(const char *place, const char *token) {
@@ -90,11 +90,12 @@ static attn_status check_token(const char *place, const char *token) {
 
 /* The first line of the file. */
 static attn_status read_token_file(attn_config *config, const char *place, const char *path, const char **token) {
-    char *bytes = NULL;
+    attn_status status;
     size_t size = 0;
-    ATTN_TRY(read_file(place, path, TOKEN_BYTES_MAX + 2, &bytes, &size));
+    char *bytes = read_file(place, path, TOKEN_BYTES_MAX + 2, &size, &status);
+    if (bytes == NULL) return status;
     bytes[strcspn(bytes, "\r\n")] = '\0';
-    attn_status status = attn_config_copy(config, bytes, token);
+    status = attn_config_copy(config, bytes, token);
     explicit_bzero(bytes, size);
     free(bytes);
     return status;
@@ -198,10 +199,11 @@ static attn_status apply_yaml(attn_config *config, const char *yaml, size_t size
 }
 
 static attn_status apply_file(attn_config *config, const char *path) {
-    char *yaml = NULL;
+    attn_status status;
     size_t size = 0;
-    ATTN_TRY(read_file("--config", path, FILE_BYTES_MAX, &yaml, &size));
-    attn_status status = apply_yaml(config, yaml, size, path);
+    char *yaml = read_file("--config", path, FILE_BYTES_MAX, &size, &status);
+    if (yaml == NULL) return status;
+    status = apply_yaml(config, yaml, size, path);
     explicit_bzero(yaml, size);
     free(yaml);
     return status;
@@ -211,12 +213,13 @@ static attn_status apply_file(attn_config *config, const char *path) {
 /* The whole */
 
 static attn_status read_scales(const attn_config *config, float *k_scales, float *v_scales) {
-    char *text = NULL;
+    attn_status status;
     char place[PLACE_BYTES];
     size_t size = 0;
-    ATTN_TRY(read_file("geometry.kv_scales_file", config->kv_scales_file, SCALES_BYTES_MAX, &text, &size));
+    char *text = read_file("geometry.kv_scales_file", config->kv_scales_file, SCALES_BYTES_MAX, &size, &status);
+    if (text == NULL) return status;
     snprintf(place, sizeof(place), "geometry.kv_scales_file: %.200s", config->kv_scales_file);
-    attn_status status = attn_scales_read(text, size, place, &config->geometry, k_scales, v_scales);
+    status = attn_scales_read(text, size, place, &config->geometry, k_scales, v_scales);
     free(text);
     return status;
 }
