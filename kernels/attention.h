@@ -6,8 +6,9 @@
  * every layer and KV head, in a layout of its own. The caller decides which page holds what: it
  * names pages by index, in page tables, and the backend neither allocates nor frees them.
  *
- * Two operations touch the pool:
+ * Three operations touch the pool:
  *   attn_backend_append   writes rows of one layer into pages
+ *   attn_backend_export   reads them back
  *   attn_backend_decode   for one layer and a batch: appends the batch's new rows, attends, combines
  *
  * Shapes: h = heads_q, g = heads_kv, d = head_dim, e = head_dim_v; row-major, packed.
@@ -231,6 +232,15 @@ uint64_t attn_backend_small_bytes(const attn_backend *backend);
  */
 attn_status attn_backend_append(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint32_t page_count,
                                 uint64_t position, uint32_t tokens, const void *keys, const void *values);
+
+/*
+ * Reads rows back as attn_backend_append takes them, in dtype, to `keys` and `values` of any alignment: the very bits
+ * that were appended. With fp8 what is stored times its scale, rounded to dtype: appended again, that is stored as the
+ * same numbers (unless it is too small or too large for dtype). Slots that nothing was written to hold anything.
+ * ATTN_INTERNAL: as attn_backend_append.
+ */
+attn_status attn_backend_export(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint32_t page_count,
+                                uint64_t position, uint32_t tokens, void *keys, void *values);
 
 /*
  * Runs one layer for a batch: appends, attends, combines. `plan` is NULL (the partition is derived

@@ -89,10 +89,10 @@ static attn_status check_page(const attn_backend *backend, uint32_t page) {
     return attn_error(ATTN_INTERNAL, "page %u: the pool has %u", page, backend->pages);
 }
 
-attn_status attn_backend_append(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint32_t page_count,
-                                uint64_t position, uint32_t tokens, const void *keys, const void *values) {
+/* Are `tokens` > 0 rows from `position` on within the page table, and its pages within the pool? */
+static attn_status check_rows(const attn_backend *backend, uint32_t layer, const uint32_t *pages, uint32_t page_count,
+                              uint64_t position, uint32_t tokens) {
     ATTN_TRY(check_layer(backend, layer));
-    if (tokens == 0) return attn_ok();
     uint64_t room = (uint64_t)page_count * backend->geometry.page_size;
     if (position > room || tokens > room - position) {
         return attn_error(ATTN_INTERNAL, "%u tokens at position %llu do not fit a page table of %u pages", tokens,
@@ -102,7 +102,21 @@ attn_status attn_backend_append(attn_backend *backend, uint32_t layer, const uin
     for (uint64_t p = position / backend->geometry.page_size; p <= last; p++) {
         ATTN_TRY(check_page(backend, pages[p]));
     }
+    return attn_ok();
+}
+
+attn_status attn_backend_append(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint32_t page_count,
+                                uint64_t position, uint32_t tokens, const void *keys, const void *values) {
+    if (tokens == 0) return check_layer(backend, layer);
+    ATTN_TRY(check_rows(backend, layer, pages, page_count, position, tokens));
     return backend->ops->append(backend, layer, pages, position, tokens, keys, values);
+}
+
+attn_status attn_backend_export(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint32_t page_count,
+                                uint64_t position, uint32_t tokens, void *keys, void *values) {
+    if (tokens == 0) return check_layer(backend, layer);
+    ATTN_TRY(check_rows(backend, layer, pages, page_count, position, tokens));
+    return backend->ops->export(backend, layer, pages, position, tokens, keys, values);
 }
 
 attn_status attn_backend_copy_page(attn_backend *backend, uint32_t from, uint32_t to) {

@@ -3,7 +3,7 @@
  *
  * A backend is a struct that begins with attn_backend, and a table of operations. kernels/backend.c
  * dispatches to the table and has checked every argument first, so an operation is only called with:
- *   append     a layer, page indices and positions that are inside the pool; tokens > 0
+ *   append     a layer, page indices and positions that are inside the pool; tokens > 0; export likewise
  *   decode     a batch that attn_batch_check accepts, of size > 0; `timing` is never NULL and is zero
  *   copy_page  two different pages of the pool
  *   poison     a page and slots that exist
@@ -33,6 +33,8 @@ typedef struct {
 
     attn_status (*append)(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
                           uint32_t tokens, const void *keys, const void *values);
+    attn_status (*export)(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
+                          uint32_t tokens, void *keys, void *values);
     attn_status (*decode)(attn_backend *backend, const attn_batch *batch, const attn_plan *plan, attn_timing *timing);
     void (*copy_page)(attn_backend *backend, uint32_t from, uint32_t to);
     void (*poison)(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots);

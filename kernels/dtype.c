@@ -131,3 +131,15 @@ void attn_elements_to_e4m3(attn_dtype dtype, const void *source, float scale, ui
         }
     }
 }
+
+void attn_elements_from_e4m3(attn_dtype dtype, const uint8_t *codes, float scale, void *destination, size_t count) {
+    unsigned char *bytes = destination;
+    size_t element = attn_dtype_bytes(dtype);
+    float floats[64];
+    for (size_t first = 0; first < count; first += 64) {
+        size_t some = count - first < 64 ? count - first : 64;
+        for (size_t n = 0; n < some; n++)
+            floats[n] = attn_e4m3_to_float(codes[first + n]) * scale;
+        attn_elements_from_floats(dtype, floats, bytes + first * element, some);
+    }
+}

@@ -54,4 +54,7 @@ void attn_elements_from_floats(attn_dtype dtype, const float *source, void *dest
  */
 void attn_elements_to_e4m3(attn_dtype dtype, const void *source, float scale, uint8_t *codes, size_t count);
 
+/* What is meant by such codes, code * scale, as elements at `destination` (any alignment). */
+void attn_elements_from_e4m3(attn_dtype dtype, const uint8_t *codes, float scale, void *destination, size_t count);
+
 #endif

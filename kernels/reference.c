@@ -77,6 +77,35 @@ static attn_status reference_append(attn_backend *backend, uint32_t layer, const
     return attn_ok();
 }
 
+/* The other way round. */
+static void load(const attn_geometry *g, const unsigned char *place, uint32_t count, float scale, unsigned char *row) {
+    if (attn_kv_dtype(g) == ATTN_FP8_E4M3) {
+        attn_elements_from_e4m3(g->dtype, place, scale, row, count);
+    } else {
+        memcpy(row, place, count * attn_dtype_bytes(g->dtype));
+    }
+}
+
+static attn_status reference_export(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
+                                    uint32_t tokens, void *keys, void *values) {
+    const reference_backend *self = of(backend);
+    const attn_geometry *g = &backend->geometry;
+    size_t key_bytes = g->head_dim * attn_dtype_bytes(g->dtype),
+           value_bytes = g->head_dim_v * attn_dtype_bytes(g->dtype);
+    unsigned char *key = keys, *value = values;
+    for (uint64_t token = position; token < position + tokens; token++) {
+        uint32_t page = pages[token / g->page_size], slot = (uint32_t)(token % g->page_size);
+        for (uint32_t head = 0; head < g->heads_kv; head++) {
+            attn_scale scale = attn_backend_scale(backend, layer, head);
+            load(g, key_at(self, layer, head, page, slot), g->head_dim, scale.key, key);
+            load(g, value_at(self, layer, head, page, slot), g->head_dim_v, scale.value, value);
+            key += key_bytes;
+            value += value_bytes;
+        }
+    }
+    return attn_ok();
+}
+
 static void reference_copy_page(attn_backend *backend, uint32_t from, uint32_t to) {
     const reference_backend *self = of(backend);
     const attn_geometry *g = &backend->geometry;
@@ -346,6 +375,7 @@ const attn_backend_ops attn_reference_backend_ops = {
     .create = reference_create,
     .destroy = reference_destroy,
     .append = reference_append,
+    .export = reference_export,
     .decode = reference_decode,
     .copy_page = reference_copy_page,
     .poison = reference_poison,

@@ -177,6 +177,76 @@ static attn_status cpu_append(attn_backend *backend, uint32_t layer, const uint3
     return attn_ok();
 }
 
+/* ------------------------------------------------------------------------------------------- */
+/* Exporting */
+
+/* A row of stored numbers becomes what is meant by them: itself but with fp8, where a scale is missing. */
+static void scale_row(const cpu_backend *self, char *row, uint32_t count, float scale) {
+    if (!self->is_fp8) return;
+    attn_dtype dtype = self->base.geometry.dtype;
+    float floats[MAX_HEAD_DIM];
+    attn_elements_to_floats(dtype, row, floats, count);
+    for (uint32_t i = 0; i < count; i++)
+        floats[i] *= scale;
+    attn_elements_from_floats(dtype, floats, row, count);
+}
+
+typedef struct {
+    uint32_t layer;
+    const uint32_t *pages;
+    uint64_t position;
+    uint32_t tokens;
+    char *keys;
+    char *values;
+} export_job;
+
+static void read_rows(const cpu_backend *self, const export_job *job, uint32_t first, uint32_t end) {
+    const attn_geometry *geometry = &self->base.geometry;
+    size_t key_bytes = geometry->head_dim * attn_dtype_bytes(geometry->dtype);
+    size_t value_bytes = geometry->head_dim_v * attn_dtype_bytes(geometry->dtype);
+    for (uint32_t row = first; row < end; row++) {
+        uint64_t token = job->position + row;
+        uint32_t page = job->pages[token / geometry->page_size], slot = (uint32_t)(token % geometry->page_size);
+        for (uint32_t head = 0; head < geometry->heads_kv; head++) {
+            size_t index = (size_t)row * geometry->heads_kv + head;
+            char *key = job->keys + index * key_bytes, *value = job->values + index * value_bytes;
+            attn_scale scale = attn_backend_scale(&self->base, job->layer, head);
+            attn_cpu_pool_read_key(&self->pool, job->layer, page, slot, head, key);
+            attn_cpu_pool_read_value(&self->pool, job->layer, page, slot, head, value);
+            scale_row(self, key, geometry->head_dim, scale.key);
+            scale_row(self, value, geometry->head_dim_v, scale.value);
+        }
+    }
+}
+
+typedef struct {
+    const cpu_backend *self;
+    const export_job *job;
+} export_task;
+
+static void export_share(void *context, uint32_t worker) {
+    const export_task *task = context;
+    uint64_t tokens = task->job->tokens, workers = task->self->base.line.workers;
+    read_rows(task->self, task->job, (uint32_t)(worker * tokens / workers),
+              (uint32_t)((worker + 1) * tokens / workers));
+}
+
+static attn_status cpu_export(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
+                              uint32_t tokens, void *keys, void *values) {
+    cpu_backend *self = of(backend);
+    export_job job = {layer, pages, position, tokens, keys, values};
+    export_task task = {self, &job};
+    if ((uint64_t)tokens * backend->geometry.heads_kv < ALONE_ROWS) {
+        read_rows(self, &job, 0, tokens);
+    } else {
+        attn_cpu_workers_run(self->workers, export_share, &task);
+    }
+    return attn_ok();
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* A batch's new rows */
+
 /* The new rows of a batch's sequence; job->tokens is 0 if there are none. */
 static append_job batch_append_job(const attn_batch *batch, uint32_t i) {
     append_job job = {.layer = batch->layer, .tokens = attn_batch_new_rows(batch, i)};
@@ -668,6 +738,7 @@ const attn_backend_ops attn_cpu_backend_ops = {
     .create = cpu_create,
     .destroy = cpu_destroy,
     .append = cpu_append,
+    .export = cpu_export,
     .decode = cpu_decode,
     .copy_page = cpu_copy_page,
     .poison = cpu_poison,

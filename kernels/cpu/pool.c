@@ -131,6 +131,17 @@ static void read_value_bf16(const char *row, char *value, uint32_t head_dim_v) {
     }
 }
 
+void attn_cpu_pool_read_key(const attn_cpu_pool *pool, uint32_t layer, uint32_t page, uint32_t slot, uint32_t head,
+                            void *key) {
+    const attn_geometry *geometry = &pool->geometry;
+    const char *lane = key_lane(pool, head_memory(pool, layer, page, head), slot);
+    bool is_paired = geometry->dtype == ATTN_BF16; /* two dimensions side by side */
+    size_t element = attn_dtype_bytes(geometry->dtype), bytes = is_paired ? 2 * element : element;
+    size_t step = ATTN_CPU_BLOCK_TOKENS * bytes, count = geometry->head_dim * element / bytes;
+    for (size_t i = 0; i < count; i++)
+        memcpy((char *)key + i * bytes, lane + i * step, bytes);
+}
+
 void attn_cpu_pool_read_value(const attn_cpu_pool *pool, uint32_t layer, uint32_t page, uint32_t slot, uint32_t head,
                               void *value) {
     const attn_geometry *geometry = &pool->geometry;

@@ -70,6 +70,10 @@ static inline const char *attn_cpu_pool_head(const attn_cpu_pool *pool, uint32_t
 void attn_cpu_pool_write(attn_cpu_pool *pool, uint32_t layer, uint32_t page, uint32_t slot, uint32_t head,
                          const void *key, const void *value);
 
+/* Reads one token's key row back, as it was written: head_dim elements, of any alignment. */
+void attn_cpu_pool_read_key(const attn_cpu_pool *pool, uint32_t layer, uint32_t page, uint32_t slot, uint32_t head,
+                            void *key);
+
 /* Reads one token's value row back, as it was written: head_dim_v elements, of any alignment. */
 void attn_cpu_pool_read_value(const attn_cpu_pool *pool, uint32_t layer, uint32_t page, uint32_t slot, uint32_t head,
                               void *value);

@@ -18,6 +18,7 @@
 #include "kernels/backend.h"
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/device_memory.h"
+#include "kernels/cuda/export.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/probe.h"
 
@@ -265,12 +266,21 @@ static attn_status settle(cuda_backend *self) {
 }
 
 /* ------------------------------------------------------------------------------------------- */
-/* Appending rows of one sequence */
+/* Appending and exporting rows of one sequence */
+
+/* Where `tokens` tokens of a page table are, as the kernels take it: page * page_size + slot. */
+static void fill_places(const cuda_backend *self, uint32_t *places, const uint32_t *pages, uint64_t position,
+                        uint32_t tokens) {
+    uint32_t page_size = self->base.geometry.page_size;
+    for (uint32_t t = 0; t < tokens; t++) {
+        uint64_t token = position + t;
+        places[t] = pages[token / page_size] * page_size + (uint32_t)(token % page_size);
+    }
+}
 
 static attn_status cuda_append(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
                                uint32_t tokens, const void *keys, const void *values) {
     cuda_backend *self = of(backend);
-    uint32_t page_size = backend->geometry.page_size;
     size_t rows = (size_t)tokens * backend->geometry.heads_kv;
     row_bytes there = device_row(self), here = host_row(self);
     place at, key, value;
@@ -283,10 +293,7 @@ static attn_status cuda_append(attn_backend *backend, uint32_t layer, const uint
         value = carve(&from, rows * there.value);
         if (!earnest && !arena_reserve(&self->up, from.used, &status)) return status;
     }
-    for (uint32_t t = 0; t < tokens; t++) {
-        uint64_t token = position + t;
-        ((uint32_t *)at.host)[t] = pages[token / page_size] * page_size + (uint32_t)(token % page_size);
-    }
+    fill_places(self, at.host, pages, position, tokens);
     copy_rows(key.host, there.key, keys, here.key, rows);
     copy_rows(value.host, there.value, values, here.value, rows);
     size_t bytes = (size_t)((char *)value.host - self->up.host) + rows * there.value;
@@ -294,6 +301,34 @@ static attn_status cuda_append(attn_backend *backend, uint32_t layer, const uint
     attn_cuda_layer to = layer_at(self, layer);
     CUDA_TRY(attn_cuda_append(&to, at.device, key.device, value.device, tokens, self->status, self->stream));
     return settle(self);
+}
+
+static attn_status cuda_export(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
+                               uint32_t tokens, void *keys, void *values) {
+    cuda_backend *self = of(backend);
+    size_t rows = (size_t)tokens * backend->geometry.heads_kv;
+    row_bytes there = device_row(self), here = host_row(self);
+    place at, key, value;
+    attn_status status;
+    cudaSetDevice(self->device);
+    for (int earnest = 0; earnest < 2; earnest++) {
+        carver up = {.memory = earnest ? &self->up : NULL}, down = {.memory = earnest ? &self->down : NULL};
+        at = carve(&up, tokens * sizeof(uint32_t));
+        key = carve(&down, rows * there.key);
+        value = carve(&down, rows * there.value);
+        if (earnest) continue;
+        if (!arena_reserve(&self->up, up.used, &status) || !arena_reserve(&self->down, down.used, &status)) {
+            return status;
+        }
+    }
+    fill_places(self, at.host, pages, position, tokens);
+    CUDA_TRY(cudaMemcpyAsync(at.device, at.host, tokens * sizeof(uint32_t), cudaMemcpyHostToDevice, self->stream));
+    attn_cuda_layer from = layer_at(self, layer);
+    CUDA_TRY(attn_cuda_export(&from, at.device, key.device, value.device, tokens, self->status, self->stream));
+    ATTN_TRY(settle(self));
+    copy_rows(keys, here.key, key.host, there.key, rows);
+    copy_rows(values, here.value, value.host, there.value, rows);
+    return attn_ok();
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -870,6 +905,7 @@ const attn_backend_ops attn_cuda_backend_ops = {
     .create = cuda_create,
     .destroy = cuda_destroy,
     .append = cuda_append,
+    .export = cuda_export,
     .decode = cuda_decode,
     .copy_page = cuda_copy_page,
     .poison = cuda_poison,

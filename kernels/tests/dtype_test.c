@@ -214,6 +214,23 @@ static void rows_become_codes_of_what_they_are_over_the_scale(void **state) {
     }
 }
 
+/* As rows that codes and a scale stand for come and go. */
+static void codes_survive_as_rows_times_the_scale(void **state) {
+    static const attn_dtype dtypes[] = {ATTN_BF16, ATTN_FP16, ATTN_FP32};
+    static const float scales[] = {1, 0.013f, 3.7f};
+    (void)state;
+    for (size_t n = 0; n < 9; n++) {
+        enum { COUNT = 256 };
+        uint8_t codes[COUNT], again[COUNT];
+        unsigned char rows[1 + 4 * COUNT];
+        for (uint32_t code = 0; code < COUNT; code++)
+            codes[code] = (uint8_t)code;
+        attn_elements_from_e4m3(dtypes[n / 3], codes, scales[n % 3], rows + 1, COUNT);
+        attn_elements_to_e4m3(dtypes[n / 3], rows + 1, scales[n % 3], again, COUNT);
+        assert_memory_equal(again, codes, COUNT);
+    }
+}
+
 static void rows_of_codes_convert_like_their_elements(void **state) {
     uint8_t codes[256], back[256];
     float floats[256];
@@ -269,6 +286,7 @@ int main(void) {
         cmocka_unit_test(e4m3_saturates_and_keeps_nan_with_its_sign),
         cmocka_unit_test(every_e4m3_value_is_one_of_bf16_and_of_fp16),
         cmocka_unit_test(rows_become_codes_of_what_they_are_over_the_scale),
+        cmocka_unit_test(codes_survive_as_rows_times_the_scale),
         cmocka_unit_test(rows_of_codes_convert_like_their_elements),
         cmocka_unit_test(rows_convert_at_any_alignment),
         cmocka_unit_test(names_and_sizes_are_those_of_the_dtypes),
