@@ -314,4 +314,37 @@ attn_status dp_upload_commit(dp_upload *upload, uint64_t *length);
  * engine. */
 void dp_upload_end(dp_upload *upload);
 
+/* ------------------------------------------------------------------------------------------- */
+/* Exports of stored keys and values */
+
+typedef struct dp_export dp_export;
+
+/*
+ * Holds `tokens` committed tokens of a sequence from `position` on (0: all from there on) as they are now; the sequence
+ * may be in a step or upload, and may change or be closed meanwhile. The caller ends it with dp_export_end.
+ * ATTN_NOT_FOUND; ATTN_INVALID_ARGUMENT: beyond the sequence's length; ATTN_UNAVAILABLE: a rank that holds it is lost.
+ */
+attn_status dp_export_begin(dp_engine *engine, uint32_t tenant, uint64_t sequence, uint64_t position, uint64_t tokens,
+                            dp_export **export);
+
+/* Tokens of the range. */
+uint64_t dp_export_tokens(const dp_export *export);
+
+typedef struct dp_export_chunk dp_export_chunk;
+
+struct dp_export_chunk {
+    uint32_t layer;
+    uint64_t token_offset; /* of the range */
+    uint32_t tokens;
+    void *keys;   /* [tokens, heads_kv, head_dim] of any alignment: written; the caller's until `done`, as `values` */
+    void *values; /* [tokens, heads_kv, head_dim_v] */
+    void (*done)(dp_export_chunk *chunk, attn_status status);
+};
+
+/* Starts reading one chunk; one at a time for each export. `done` as for a layer call; a failure there is the last. */
+attn_status dp_export_read(dp_export *export, dp_export_chunk *chunk);
+
+/* Ends an export and frees it. A chunk in flight is waited for by the engine. */
+void dp_export_end(dp_export *export);
+
 #endif

@@ -59,6 +59,7 @@ static const char *const method_names[ATTN_METHOD_COUNT] = {
     [ATTN_METHOD_CLOSE_SEQUENCES] = "CloseSequences",
     [ATTN_METHOD_DESCRIBE_SEQUENCES] = "DescribeSequences",
     [ATTN_METHOD_APPEND_KV] = "AppendKv",
+    [ATTN_METHOD_EXPORT_KV] = "ExportKv",
     [ATTN_METHOD_DECODE] = "Decode",
     [ATTN_METHOD_DECODE_STREAM] = "DecodeStream",
     [ATTN_METHOD_OTHER] = "other",
