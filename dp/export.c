@@ -182,12 +182,15 @@ static void export_run(dp_rank *rank, dp_job *const *jobs, uint32_t count) {
     }
 }
 
+/* Lets go of the export before it says so: who ends it in `done` or later gives its pages back at once. */
 static void chunk_complete(dp_export *export) {
     dp_export_chunk *chunk = export->chunk;
-    attn_status status = atomic_load(&export->failed) ? attn_status_view(&export->failure) : attn_ok();
+    bool has_failed = atomic_load(&export->failed);
+    attn_saved_status failure = {0};
+    if (has_failed) failure = export->failure;
     atomic_store(&export->running, false);
-    chunk->done(chunk, status);
     unreference(export);
+    chunk->done(chunk, has_failed ? attn_status_view(&failure) : attn_ok());
 }
 
 static void export_finish(dp_job *job) {
