@@ -126,7 +126,11 @@ class Server:
             self._channel = grpc.insecure_channel(address, options=_core.CHANNEL_OPTIONS)
         else:
             self._channel = grpc.secure_channel(address, credentials, options=_core.CHANNEL_OPTIONS)
-        kinds = {"AppendKv": self._channel.stream_unary, "DecodeStream": self._channel.stream_stream}
+        kinds = {
+            "AppendKv": self._channel.stream_unary,
+            "ExportKv": self._channel.unary_stream,
+            "DecodeStream": self._channel.stream_stream,
+        }
         self.methods = {
             name: kinds.get(name, self._channel.unary_unary)(f"/{_core.SERVICE}/{name}", **_core.serializers(name))
             for name in _core.METHODS

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from attnd import _wire
 from attnd._proto import attnd_pb2 as pb
@@ -59,12 +60,13 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "CloseSequences": (pb.CloseSequencesRequest, pb.CloseSequencesResponse),
     "DescribeSequences": (pb.DescribeSequencesRequest, pb.DescribeSequencesResponse),
     "AppendKv": (None, pb.AppendKvResponse),
+    "ExportKv": (pb.ExportKvRequest, None),
     "Decode": (None, None),
     "DecodeStream": (None, None),
 }
 
 #: Calls that only look: sending one again is harmless whatever became of the first.
-READ_ONLY_METHODS = frozenset({"GetServerInfo", "DescribeSequences"})
+READ_ONLY_METHODS = frozenset({"GetServerInfo", "DescribeSequences", "ExportKv"})
 
 
 def serializers(method: str) -> dict[str, Any]:
@@ -538,3 +540,83 @@ def _both(k: Iterable[Any], v: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         if layer_k is _END or layer_v is _END:
             raise InvalidArgument("k, v: differ in their number of layers")
         yield layer_k, layer_v
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# ExportKv
+
+
+def export_request(sequence: BaseSequence, position: int, tokens: int | None) -> pb.ExportKvRequest:
+    """The ExportKv request; `tokens` None: all from `position` on. InvalidArgument if the range is none."""
+    if position < 0:
+        raise InvalidArgument(f"position: {position}, expected 0 or more")
+    if tokens is not None and tokens < 1:
+        raise InvalidArgument(f"tokens: {tokens}, expected 1 or more, or None for all")
+    return pb.ExportKvRequest(sequence=sequence.handle, position=position, tokens=tokens or 0)
+
+
+class Export:
+    """Puts the responses of one ExportKv call together: layers in order, the chunks of a layer without gaps.
+
+    Each chunk is copied once, from the received bytes to where it belongs. `take` and `arrays` raise AttndError if
+    the server does not keep to that.
+
+    Args:
+        tokens: as many as were asked for; None: as many as the server says.
+        server: whose responses they are, for the errors.
+    """
+
+    def __init__(self, geometry: Geometry, tokens: int | None, server: str) -> None:
+        self._geometry = geometry
+        self._total = tokens
+        self._server = server
+        self._k: list[Array] = []  # [layers], once the first response has told how many tokens there are
+        self._v: list[Array] = []
+        self._layer = self._offset = 0  # of the chunk that comes next
+
+    def take(self, data: bytes) -> None:
+        """The next response."""
+        try:
+            header, k, v = _wire.decode_chunk(data)
+        except (ValueError, DecodeError) as error:
+            raise AttndError(f"export: {error}", self._server) from None
+        geometry, total, tokens = self._geometry, header.total, header.tokens
+        first = not self._k
+        if self._total is not None and total != self._total:
+            raise AttndError(f"total: {total} in the response, expected {self._total}", self._server)
+        if first:
+            self._total = total
+            self._k = [np.empty((total, *geometry.k_row), geometry.dtype) for _ in range(geometry.layers)]
+            self._v = [np.empty((total, *geometry.v_row), geometry.dtype) for _ in range(geometry.layers)]
+        if first and total == 0 and tokens == 0:
+            self._layer = geometry.layers
+            return
+        if self._layer == geometry.layers:
+            raise AttndError("export: a response after the last one", self._server)
+        if (header.layer, header.token_offset) != (self._layer, self._offset):
+            raise AttndError(
+                f"layer, token_offset: {header.layer}, {header.token_offset} in the response, "
+                f"expected {self._layer}, {self._offset}",
+                self._server,
+            )
+        if not 1 <= tokens <= total - self._offset:
+            raise AttndError(f"tokens: {tokens} in the response, expected 1 to {total - self._offset}", self._server)
+        if header.dtype != dtype_code(geometry):
+            raise AttndError(f"dtype: {header.dtype} in the response, expected {geometry.dtype_name}", self._server)
+        chunk = slice(self._offset, self._offset + tokens)
+        for name, tensor, target in (("k", k, self._k), ("v", v, self._v)):
+            rows = target[self._layer][chunk]
+            rows[...] = _array(name, tensor, rows.shape, geometry.dtype, self._server)
+        self._offset += tokens
+        if self._offset == total:
+            self._layer, self._offset = self._layer + 1, 0
+
+    def arrays(self) -> tuple[list[Array], list[Array]]:
+        """K and V of every layer, once the call has ended."""
+        if self._layer < self._geometry.layers:
+            raise AttndError(
+                f"export: ended at layer {self._layer}, token {self._offset}, "
+                f"expected {self._geometry.layers} layers of {self._total or 'all'} tokens",
+                self._server,
+            )
+        return self._k, self._v

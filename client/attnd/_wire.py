@@ -1,9 +1,9 @@
 """Tensors on the wire, without the copies that a protobuf object costs.
 
 The messages are ordinary protobuf. But setting a `bytes` field, serialising it and reading it back each copy the
-payload, so the tensor fields (numbers 16 to 18 of every request, 16 and 17 of DecodeResponse) are written and read
-here: a request is joined in one copy from the small fields, as serialised by protobuf, and the arrays' own memory;
-a response's tensors are views of the received bytes.
+payload, so the tensor fields (numbers 16 to 18 of every request, 16 and 17 of DecodeResponse, 17 and 18 of
+ExportKvResponse) are written and read here: a request is joined in one copy from the small fields, as serialised by
+protobuf, and the arrays' own memory; a response's tensors are views of the received bytes.
 """
 
 from __future__ import annotations
@@ -55,6 +55,14 @@ class Response(NamedTuple):
     lse: memoryview | None
 
 
+class Chunk(NamedTuple):
+    """An ExportKvResponse: its small fields, and its tensors as views of the received bytes."""
+
+    header: pb.ExportKvResponse
+    k: memoryview | None
+    v: memoryview | None
+
+
 def _read_varint(data: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
@@ -80,25 +88,25 @@ def _skip(data: bytes, position: int, wire_type: int) -> int:
     raise ValueError(f"wire type {wire_type} in a response")
 
 
-def decode(data: bytes) -> Response:
-    """Parses a DecodeResponse. ValueError if it is none."""
+def _split(data: bytes, numbers: tuple[int, int]) -> tuple[bytes, memoryview | None, memoryview | None]:
+    """The small fields of a message, joined, and its two tensors of these numbers. ValueError if it is truncated."""
     view = memoryview(data)
     small: list[memoryview] = []
-    out: memoryview | None = None
-    lse: memoryview | None = None
+    first: memoryview | None = None
+    second: memoryview | None = None
     position, end = 0, len(data)
     try:
         while position < end:
             start = position
             tag, position = _read_varint(data, position)
             number, wire_type = tag >> 3, tag & 7
-            if number in (OUT, LSE) and wire_type == _LENGTH_DELIMITED:
+            if number in numbers and wire_type == _LENGTH_DELIMITED:
                 size, position = _read_varint(data, position)
                 tensor = view[position : position + size]
-                if number == OUT:
-                    out = tensor
+                if number == numbers[0]:
+                    first = tensor
                 else:
-                    lse = tensor
+                    second = tensor
                 position += size
             else:
                 position = _skip(data, position, wire_type)
@@ -107,4 +115,16 @@ def decode(data: bytes) -> Response:
         position = end + 1
     if position > end:
         raise ValueError("a truncated response")
-    return Response(pb.DecodeResponse.FromString(b"".join(small)), out, lse)
+    return b"".join(small), first, second
+
+
+def decode(data: bytes) -> Response:
+    """Parses a DecodeResponse. ValueError if it is none."""
+    small, out, lse = _split(data, (OUT, LSE))
+    return Response(pb.DecodeResponse.FromString(small), out, lse)
+
+
+def decode_chunk(data: bytes) -> Chunk:
+    """Parses an ExportKvResponse. ValueError if it is none."""
+    small, k, v = _split(data, (K, V))
+    return Chunk(pb.ExportKvResponse.FromString(small), k, v)

@@ -65,7 +65,11 @@ class _Server:
 
     @cached_property
     def methods(self) -> dict[str, Any]:
-        kinds = {"AppendKv": self.channel.stream_unary, "DecodeStream": self.channel.stream_stream}
+        kinds = {
+            "AppendKv": self.channel.stream_unary,
+            "ExportKv": self.channel.unary_stream,
+            "DecodeStream": self.channel.stream_stream,
+        }
         return {
             name: kinds.get(name, self.channel.unary_unary)(f"/{_core.SERVICE}/{name}", **_core.serializers(name))
             for name in _core.METHODS
@@ -146,6 +150,10 @@ class AsyncSequence(BaseSequence):
     async def append(self, k: Iterable[Any], v: Iterable[Any], tokens: int | None = None) -> int:
         """Uploads prefilled keys and values; see AsyncClient.append_kv."""
         return await self._client.append_kv(self, k, v, tokens)
+
+    async def export(self, position: int = 0, tokens: int | None = None) -> tuple[list[Array], list[Array]]:
+        """Reads `tokens` keys and values back from `position` on (None: all); see AsyncClient.export_kv."""
+        return await self._client.export_kv(self, position, tokens)
 
     async def close(self) -> None:
         """Frees it on the server. Harmless if it is closed already."""
@@ -668,6 +676,54 @@ class AsyncClient:
         except grpc.RpcError as error:
             raise error_of(error, server.address) from None
         return sequence.length
+
+    async def export_kv(
+        self,
+        sequence: AsyncSequence,
+        position: int = 0,
+        tokens: int | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> tuple[list[Array], list[Array]]:
+        """Reads keys and values back: of the range's tokens, as they are when the call begins. See Client.export_kv.
+
+        Args:
+            position: of the first token.
+            tokens: how many; None: all from there on.
+            timeout: seconds for the whole download, retries included; None: the client's.
+
+        Returns:
+            k and v, an array a layer: [tokens, heads_kv, head_dim] and [tokens, heads_kv, head_dim_v] in the server's
+            dtype.
+        """
+        _core.check_open([sequence], self._servers)
+        server, limit = self._server(sequence.server), self._timeout if timeout is None else timeout
+        request, geometry = _core.export_request(sequence, position, tokens), await self.geometry()
+        deadline = time.monotonic() + limit
+        attempt = 0
+        while True:
+            export = _core.Export(geometry, tokens, server.address)
+            try:
+                return await self._download(server, request, export, max(0.0, deadline - time.monotonic()))
+            except AttndError as error:
+                delay = _core.retry_delay(error, attempt, read_only=True)
+                if delay is None or time.monotonic() + delay >= deadline:
+                    raise
+            await asyncio.sleep(delay)
+            attempt += 1
+
+    async def _download(
+        self, server: _Server, request: pb.ExportKvRequest, export: _core.Export, timeout: float
+    ) -> tuple[list[Array], list[Array]]:
+        call = server.methods["ExportKv"](request, timeout=timeout, metadata=server.metadata)
+        try:
+            async for data in call:
+                export.take(data)
+        except grpc.RpcError as error:
+            raise error_of(error, server.address) from None
+        finally:
+            call.cancel()  # harmless if it has ended
+        return export.arrays()
 
     async def step(
         self,

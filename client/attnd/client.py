@@ -70,6 +70,10 @@ class Sequence(BaseSequence):
         """Uploads prefilled keys and values; see Client.append_kv."""
         return self._client.append_kv(self, k, v, tokens)
 
+    def export(self, position: int = 0, tokens: int | None = None) -> tuple[list[Array], list[Array]]:
+        """Reads `tokens` keys and values back from `position` on (None: all); see Client.export_kv."""
+        return self._client.export_kv(self, position, tokens)
+
     def close(self) -> None:
         """Frees it on the server. Harmless if it is closed already."""
         self._client.close_sequences([self])
@@ -390,9 +394,9 @@ class Client:
     New sequences go to the server that holds the fewest tokens; a step or read whose sequences live on several servers
     is split, runs on them at the same time, and comes back in order. All servers must have the same geometry.
 
-    What is retried: info and describe, if the server is unavailable; any call that the server refused for lack of room
-    with a hint when to come back (of a step, only its first layer). Nothing else: whether a lost step has run is not
-    knowable, so that is the caller's to decide, with Sequence.describe.
+    What is retried: info, describe and export_kv, if the server is unavailable; any call that the server refused for
+    lack of room with a hint when to come back (of a step, only its first layer). Nothing else: whether a lost step has
+    run is not knowable, so that is the caller's to decide, with Sequence.describe.
 
     Several threads may share a client, but not a Sequence, a Step or a Session.
 
@@ -664,6 +668,62 @@ class Client:
             raise error_of(error, server.address) from None
         sequence._length = response.length
         return int(response.length)
+
+    def export_kv(
+        self,
+        sequence: Sequence,
+        position: int = 0,
+        tokens: int | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> tuple[list[Array], list[Array]]:
+        """Reads keys and values back: of the range's tokens, as they are when the call begins. Changes nothing.
+
+        `client.append_kv(other, *client.export_kv(sequence))` copies a sequence, to another server too.
+
+        Args:
+            position: of the first token.
+            tokens: how many; None: all from there on.
+            timeout: seconds for the whole download, retries included; None: the client's.
+
+        Returns:
+            k and v, an array a layer: [tokens, heads_kv, head_dim] and [tokens, heads_kv, head_dim_v] in the server's
+            dtype, bitwise what was appended (with fp8 keys and values: what is stored, times its scale). An empty
+            range gives arrays of no tokens, which append_kv refuses.
+
+        Raises:
+            InvalidArgument: `position`, or `position` and `tokens`, beyond the sequence's length.
+            Unavailable: a rank that holds it is lost.
+            AttndError: any other failure of the call, or responses that do not fit together.
+        """
+        _core.check_open([sequence], self._servers)
+        server, limit = self._server(sequence.server), self._timeout if timeout is None else timeout
+        request, geometry = _core.export_request(sequence, position, tokens), self.geometry
+        deadline = time.monotonic() + limit
+        attempt = 0
+        while True:
+            export = _core.Export(geometry, tokens, server.address)
+            try:
+                return self._download(server, request, export, max(0.0, deadline - time.monotonic()))
+            except AttndError as error:
+                delay = _core.retry_delay(error, attempt, read_only=True)
+                if delay is None or time.monotonic() + delay >= deadline:
+                    raise
+            time.sleep(delay)
+            attempt += 1
+
+    def _download(
+        self, server: Server, request: pb.ExportKvRequest, export: _core.Export, timeout: float
+    ) -> tuple[list[Array], list[Array]]:
+        call = server.methods["ExportKv"](request, timeout=timeout, metadata=server.metadata)
+        try:
+            for data in call:
+                export.take(data)
+        except grpc.RpcError as error:
+            raise error_of(error, server.address) from None
+        finally:
+            call.cancel()  # harmless if it has ended
+        return export.arrays()
 
     def step(
         self,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Callable
 
 import grpc
 import ml_dtypes
@@ -144,6 +144,8 @@ class FakeServer(pb_grpc.AttentionServicer):
         self.steps: dict[int, Step] = {}
         self.calls: list[str] = []  # method names, in order of arrival; a stream's messages as "DecodeStream.message"
         self.faults: list[Fault] = []
+        self.export_chunk = 100  # tokens a response of ExportKv
+        self.tamper: Callable[[list[Any]], Iterable[Any]] = lambda responses: responses  # with those of an ExportKv
         self._lock = threading.RLock()
         self._server = grpc.server(
             futures.ThreadPoolExecutor(32), options=[("grpc.max_receive_message_length", message_bytes)]
@@ -167,10 +169,12 @@ class FakeServer(pb_grpc.AttentionServicer):
         def append(messages: Any, context: Any) -> Any:
             return self._guard("AppendKv", context, lambda: self.AppendKv(messages))
 
-        names = [n for n in vars(servicer) if n[0].isupper() and n not in ("AppendKv", "DecodeStream")]
+        streamed = ("AppendKv", "ExportKv", "DecodeStream")
+        names = [n for n in vars(servicer) if n[0].isupper() and n not in streamed]
         methods = {name: unary(name, getattr(pb, f"{name}Request")) for name in names}
         encode = lambda message: message.SerializeToString()  # noqa: E731
         methods["AppendKv"] = grpc.stream_unary_rpc_method_handler(append, pb.AppendKvRequest.FromString, encode)
+        methods["ExportKv"] = grpc.unary_stream_rpc_method_handler(self._export, pb.ExportKvRequest.FromString, encode)
         methods["DecodeStream"] = grpc.stream_stream_rpc_method_handler(
             self._decode_stream, pb.DecodeStreamRequest.FromString, encode
         )
@@ -364,6 +368,43 @@ class FakeServer(pb_grpc.AttentionServicer):
         held.k = [np.concatenate([old, *(k for k, _ in layer)]) for old, layer in zip(held.k, parts)]
         held.v = [np.concatenate([old, *(v for _, v in layer)]) for old, layer in zip(held.v, parts)]
         return pb.AppendKvResponse(length=held.length)
+
+    def ExportKv(self, request: Any) -> Any:
+        if request.sequence not in self.sequences:
+            raise Refusal(Status.NOT_FOUND, "sequence: unknown, closed or not yours")
+        held, position, code = self.sequences[request.sequence], request.position, self.geometry.dtype
+        if position > held.length:
+            raise Refusal(Status.INVALID_ARGUMENT, f"position: {position}, expected at most {held.length}")
+        total = request.tokens or held.length - position
+        if position + total > held.length:
+            raise Refusal(Status.INVALID_ARGUMENT, f"tokens: {total}, expected at most {held.length - position}")
+        if total == 0:
+            return [pb.ExportKvResponse(dtype=code)]
+        responses = []
+        for layer, (k, v) in enumerate(zip(held.k, held.v)):
+            for offset in range(0, total, self.export_chunk):
+                tokens = min(self.export_chunk, total - offset)
+                some = slice(position + offset, position + offset + tokens)
+                responses.append(
+                    pb.ExportKvResponse(
+                        total=total,
+                        dtype=code,
+                        layer=layer,
+                        token_offset=offset,
+                        tokens=tokens,
+                        k=k[some].tobytes(),
+                        v=v[some].tobytes(),
+                    )
+                )
+        return responses
+
+    def _export(self, request: Any, context: Any) -> Iterator[Any]:
+        responses = self._guard("ExportKv", context, lambda: self.ExportKv(request))
+        yield from self.tamper(responses)
+        try:
+            self._fault("ExportKv.end", None, False)
+        except Refusal as refusal:
+            self._end(context, refusal)
 
     # -- Steps
 

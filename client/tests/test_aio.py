@@ -109,6 +109,32 @@ def test_a_wrong_upload_is_refused_and_changes_nothing() -> None:
     run(test)
 
 
+def test_export_gives_back_what_was_appended() -> None:
+    async def test(client: attnd.AsyncClient, oracle: Oracle, fakes: list[FakeServer]) -> None:
+        g = oracle.geometry
+        sequence, copy = await client.open(2)
+        k, v = (oracle.random.uniform(-1, 1, (g.layers, 250, *row)).astype(g.dtype) for row in (g.k_row, g.v_row))
+        await sequence.append(k, v)
+        fakes[0].fail("ExportKv.end", Status.UNAVAILABLE)
+        assert await copy.append(*await client.export_kv(sequence)) == 250
+        for exported in (await sequence.export(99, 102), await copy.export(99, 102)):
+            for arrays, expected in zip(exported, (k, v)):
+                assert [a.tobytes() for a in arrays] == [one[99:201].tobytes() for one in expected]
+        assert [len(array) for arrays in await sequence.export(250) for array in arrays] == [0] * 2 * g.layers
+        assert fakes[0].calls.count("ExportKv") == 5
+        with pytest.raises(attnd.InvalidArgument, match="position: 251"):
+            await sequence.export(251)
+        for tamper, words in [
+            (lambda responses: responses[:1] + responses[2:], "expected 0, 100"),
+            (lambda responses: responses[:3], "ended at layer 1"),
+        ]:
+            fakes[0].tamper = tamper
+            with pytest.raises(attnd.AttndError, match=words):
+                await sequence.export()
+
+    run(test)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_leaving_a_step_early_or_being_cancelled_aborts_it(stream: bool) -> None:
     async def test(client: attnd.AsyncClient, oracle: Oracle, fakes: list[FakeServer]) -> None:

@@ -14,6 +14,7 @@ from fake_server import FakeServer
 from oracle import Oracle
 
 import attnd
+from attnd import _core
 from attnd._proto import attnd_pb2 as pb
 
 Status = grpc.StatusCode
@@ -298,6 +299,147 @@ def test_an_iterators_own_error_comes_through(client: attnd.Client) -> None:
     assert sequence.length == 0
 
 
+# -- ExportKv
+
+
+def filled(client: attnd.Client, tokens: int) -> tuple[attnd.Sequence, np.ndarray, np.ndarray]:
+    """A sequence with random keys and values: (sequence, k, v)."""
+    g, random = client.geometry, np.random.default_rng(tokens)
+    k, v = (random.uniform(-1, 1, (g.layers, tokens, *row)).astype(g.dtype) for row in (g.k_row, g.v_row))
+    [sequence] = client.open()
+    client.append_kv(sequence, k, v)
+    return sequence, k, v
+
+
+def check_export(exported, k: np.ndarray, v: np.ndarray) -> None:
+    """Bitwise equal to k and v [layers, tokens, ...]."""
+    for arrays, expected in zip(exported, (k, v)):
+        assert [array.shape for array in arrays] == [one.shape for one in expected]
+        assert all(array.dtype == expected.dtype for array in arrays)
+        assert [array.tobytes() for array in arrays] == [one.tobytes() for one in expected]
+
+
+@pytest.mark.parametrize("dtype", [pb.DTYPE_BF16, pb.DTYPE_FP16, pb.DTYPE_FP32])
+def test_export_kv_gives_back_what_was_appended_and_copies_it_to_another_server(dtype: pb.DType) -> None:
+    fakes = FakeServer(dtype=dtype, layers=3), FakeServer(dtype=dtype, layers=3)
+    with fakes[0] as server, fakes[1] as other:
+        client, elsewhere = attnd.Client(server.address), attnd.Client(other.address)
+        sequence, k, v = filled(client, 250)
+        check_export(client.export_kv(sequence), k, v)
+        check_export(sequence.export(), k, v)
+        check_export(sequence.export(99, 102), k[:, 99:201], v[:, 99:201])
+        check_export(sequence.export(249), k[:, 249:], v[:, 249:])
+        [copy] = elsewhere.open()
+        assert elsewhere.append_kv(copy, *client.export_kv(sequence)) == 250
+        check_export(copy.export(), k, v)
+        client.close()
+        elsewhere.close()
+
+
+def test_export_kv_of_an_empty_range_gives_no_tokens(client: attnd.Client) -> None:
+    g = client.geometry
+    empty_k, empty_v = np.zeros((g.layers, 0, *g.k_row), g.dtype), np.zeros((g.layers, 0, *g.v_row), g.dtype)
+    check_export(client.open()[0].export(), empty_k, empty_v)
+    sequence, _, _ = filled(client, 20)
+    check_export(sequence.export(20), empty_k, empty_v)
+
+
+def test_export_kv_of_a_wrong_range_is_refused(server: FakeServer, client: attnd.Client) -> None:
+    sequence, _, _ = filled(client, 20)
+    for arguments, words in [((-1,), "position: -1"), ((0, 0), "tokens: 0"), ((0, -3), "tokens: -3")]:
+        with pytest.raises(attnd.InvalidArgument, match=words):
+            sequence.export(*arguments)
+    assert "ExportKv" not in server.calls
+    for arguments, words in [((21,), "position: 21"), ((0, 21), "tokens: 21"), ((20, 1), "tokens: 1")]:
+        with pytest.raises(attnd.InvalidArgument, match=words):
+            sequence.export(*arguments)
+    stale = attnd.Sequence(client, sequence.handle ^ 1, 0, sequence.server)
+    with pytest.raises(attnd.NotFound, match="sequence: unknown"):
+        stale.export()
+    sequence.close()
+    with pytest.raises(attnd.NotFound, match="closed"):
+        sequence.export()
+
+
+def changed(index: int, **fields):
+    """Changes fields of one response."""
+
+    def tamper(responses):
+        for name, value in fields.items():
+            setattr(responses[index], name, value)
+        return responses
+
+    return tamper
+
+
+# Of two layers of three responses each: 100, 100 and 50 tokens.
+BROKEN_EXPORTS = {
+    "a gap": (lambda r: r[:1] + r[2:], "layer, token_offset: 0, 200 in the response, expected 0, 100"),
+    "a repeated chunk": (lambda r: r[:1] + r, "token_offset: 0, 0 in the response, expected 0, 100"),
+    "no first chunk": (lambda r: r[1:], "expected 0, 0"),
+    "layers out of order": (lambda r: r[3:] + r[:3], "layer, token_offset: 1, 0 in the response, expected 0, 0"),
+    "a missing layer": (lambda r: r[:3], "ended at layer 1, token 0, expected 2 layers of 250 tokens"),
+    "a missing end": (lambda r: r[:5], "ended at layer 1, token 200"),
+    "no response": (lambda r: [], "ended at layer 0"),
+    "one too many": (lambda r: [*r, r[-1]], "after the last"),
+    "one too many of another layer": (lambda r: [*r, changed(0, layer=2, token_offset=0)(r[:1])[0]], "expected"),
+    "k too short": (changed(1, k=b"x" * 100), "k: 100 bytes in the response, expected 12800"),
+    "v too long": (changed(4, v=b"x" * 20000), "v: 20000 bytes in the response, expected 19200"),
+    "v missing": (changed(0, v=b""), "v: 0 bytes"),
+    "no tokens": (changed(1, tokens=0), "tokens: 0 in the response, expected 1 to 150"),
+    "too many tokens": (changed(2, tokens=51), "tokens: 51 in the response, expected 1 to 50"),
+    "another total": (changed(3, total=251), "total: 251 in the response, expected 250"),
+    "an empty range halfway": (lambda r: [r[0], pb.ExportKvResponse()], "total: 0"),
+    "another dtype": (changed(5, dtype=pb.DTYPE_FP16), "dtype: 2 in the response, expected fp32"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_EXPORTS)
+def test_an_export_that_breaks_the_contract_is_refused(server: FakeServer, client: attnd.Client, name: str) -> None:
+    sequence, k, v = filled(client, 250)
+    plain, (server.tamper, words) = server.tamper, BROKEN_EXPORTS[name]
+    with pytest.raises(attnd.AttndError, match=words) as caught:
+        sequence.export()
+    assert type(caught.value) is attnd.AttndError and caught.value.server == server.address
+    server.tamper = plain
+    check_export(sequence.export(), k, v)
+
+
+def test_an_export_of_another_size_than_asked_for_is_refused(server: FakeServer, client: attnd.Client) -> None:
+    sequence, _, _ = filled(client, 250)
+    whole = server.ExportKv(pb.ExportKvRequest(sequence=sequence.handle))
+    server.tamper = lambda _: whole
+    with pytest.raises(attnd.AttndError, match="total: 250 in the response, expected 30"):
+        sequence.export(0, 30)
+
+
+def test_bytes_that_are_no_response_are_refused(client: attnd.Client) -> None:
+    for data in (b"\x8a", b"\x0a\x01x\x0f", b"\x08"):
+        export = _core.Export(client.geometry, None, "server")
+        with pytest.raises(attnd.AttndError, match="export: "):
+            export.take(data)
+
+
+def test_an_export_that_breaks_off_is_begun_again(server: FakeServer, client: attnd.Client) -> None:
+    sequence, k, v = filled(client, 250)
+    server.fail("ExportKv.end", Status.UNAVAILABLE, times=2)
+    check_export(sequence.export(), k, v)
+    assert server.calls.count("ExportKv") == 3
+    server.fail("ExportKv.end", Status.INTERNAL)
+    with pytest.raises(attnd.Internal):
+        sequence.export()
+    assert server.calls.count("ExportKv") == 4
+
+
+def test_an_export_that_takes_too_long_ends_at_its_deadline(server: FakeServer, client: attnd.Client) -> None:
+    sequence, _, _ = filled(client, 250)
+    server.fail("ExportKv.end", Status.OK, delay=1.5)
+    started = time.monotonic()
+    with pytest.raises(attnd.DeadlineExceeded):
+        client.export_kv(sequence, timeout=0.3)
+    assert time.monotonic() - started < 1.2
+
+
 # -- Checks before sending
 
 
@@ -407,7 +549,7 @@ def test_channel_credentials_are_used() -> None:
         run_step(client, Oracle(client.geometry), client.open(2))
 
 
-@pytest.mark.parametrize("method", ["GetServerInfo", "DescribeSequences"])
+@pytest.mark.parametrize("method", ["GetServerInfo", "DescribeSequences", "ExportKv"])
 def test_calls_that_only_look_are_retried_when_unavailable(
     server: FakeServer, client: attnd.Client, method: str
 ) -> None:
@@ -416,8 +558,10 @@ def test_calls_that_only_look_are_retried_when_unavailable(
     server.fail(method, Status.UNAVAILABLE, times=2)
     if method == "GetServerInfo":
         client.info()
-    else:
+    elif method == "DescribeSequences":
         client.describe(sequences)
+    else:
+        client.export_kv(sequences[0])
     assert server.calls.count(method) == before + 3
 
 

@@ -35,6 +35,19 @@ def test_decoded_response_equals_protobufs_own(lse: bytes) -> None:
     assert list(response.header.timing) == list(message.timing)
 
 
+def test_decoded_chunk_equals_protobufs_own() -> None:
+    message = pb.ExportKvResponse(total=2**40, dtype=pb.DTYPE_FP16, layer=3, token_offset=2**33, tokens=7)
+    message.k, message.v = b"k" * 70000, b"v" * 200
+    data = message.SerializeToString()
+    chunk = _wire.decode_chunk(data)
+    assert (chunk.k, chunk.v) == (message.k, message.v)
+    assert chunk.k is not None and chunk.k.obj is data
+    message.ClearField("k")
+    message.ClearField("v")
+    assert chunk.header == message
+    assert _wire.decode_chunk(b"") == (pb.ExportKvResponse(), None, None)
+
+
 def test_fields_of_a_later_version_are_skipped() -> None:
     unknown = bytes([0xA0, 0x06, 0x05]) + bytes([0xAA, 0x06, 0x02]) + b"xy" + bytes([0xAD, 0x06]) + b"1234"
     unknown += bytes([0xA9, 0x06]) + b"12345678"

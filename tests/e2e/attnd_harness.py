@@ -110,6 +110,7 @@ REQUESTS = {
     "CloseSequences": pb.CloseSequencesRequest,
     "DescribeSequences": pb.DescribeSequencesRequest,
     "AppendKv": pb.AppendKvRequest,
+    "ExportKv": pb.ExportKvRequest,
     "Decode": pb.DecodeRequest,
     "DecodeStream": pb.DecodeStreamRequest,
 }
@@ -121,6 +122,7 @@ RESPONSES = {
     "CloseSequences": pb.CloseSequencesResponse,
     "DescribeSequences": pb.DescribeSequencesResponse,
     "AppendKv": pb.AppendKvResponse,
+    "ExportKv": pb.ExportKvResponse,
     "Decode": pb.DecodeResponse,
     "DecodeStream": pb.DecodeResponse,
 }
@@ -321,7 +323,8 @@ class Api:
         self.channel.close()
 
     def method(self, name, service=SERVICE):
-        kind = {"AppendKv": "stream_unary", "DecodeStream": "stream_stream"}.get(name, "unary_unary")
+        kinds = {"AppendKv": "stream_unary", "ExportKv": "unary_stream", "DecodeStream": "stream_stream"}
+        kind = kinds.get(name, "unary_unary")
         key = service + name
         if key not in self.methods:
             make = getattr(self.channel, kind)
@@ -329,14 +332,17 @@ class Api:
         return self.methods[key]
 
     def raw(self, name, request, timeout=TIMEOUT_S, metadata=None):
-        """One unary call (or an upload, given a list): response bytes, or grpc.RpcError."""
+        """One unary call (or an upload, given a list): response bytes (of an export a list), or grpc.RpcError."""
         body = iter(request) if name == "AppendKv" else request
         answer = self.method(name)(body, timeout=timeout, metadata=self.metadata if metadata is None else metadata)
+        if name == "ExportKv":
+            return list(answer)
         self._remember(name, answer)
         return answer
 
     def call(self, name, request=b"", **options):
-        return RESPONSES[name].FromString(self.raw(name, request, **options))
+        answer, parse = self.raw(name, request, **options), RESPONSES[name].FromString
+        return [parse(one) for one in answer] if name == "ExportKv" else parse(answer)
 
     def future(self, name, request, timeout=TIMEOUT_S):
         body = iter(request) if name == "AppendKv" else request
@@ -377,6 +383,11 @@ class Api:
 
     def describe(self, sequences):
         return list(self.call("DescribeSequences", pb.DescribeSequencesRequest(sequences=sequences)).sequences)
+
+    def export(self, sequence, position=0, tokens=0, timeout=TIMEOUT_S):
+        """An ExportKv call that has begun: next() of it is a response as bytes."""
+        request = pb.ExportKvRequest(sequence=sequence, position=position, tokens=tokens)
+        return self.method("ExportKv")(request, timeout=timeout, metadata=self.metadata)
 
     def abort(self, step):
         self.call("Decode", pb.DecodeRequest(step=step, abort=True))

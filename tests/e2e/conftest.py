@@ -4,6 +4,7 @@
     shared_server    shared_server(dtype="bf16", ranks=4): one for the whole session for each set of flags
     start_server     start_server(pages=4): a server of the test's own, stopped after it
     api, model       a client of `server`; the same with a memory and an oracle
+    fp8              fp8(dtype="fp16"): such a model of a shared server that stores fp8
 
 Whatever a test does, afterwards: the server lives (or ends with status 0 when stopped), its log has
 no sanitizer report, and once the test's sequences are closed every page of every rank is free.
@@ -15,8 +16,10 @@ bazel-bin/service/attnd.
 """
 
 import itertools
+import types
 
 import attnd_harness
+import numpy as np
 import pytest
 from attention_oracle import Model
 
@@ -110,6 +113,34 @@ def api(server):
 @pytest.fixture
 def model(api):
     return Model(api)
+
+
+@pytest.fixture(scope="session")
+def scales(tmp_path_factory):
+    """Other scales for every layer and KV head, and the file that has them."""
+    random = np.random.default_rng(8)
+    shape = (attnd_harness.Server.DEFAULTS["layers"], attnd_harness.Server.DEFAULTS["heads_kv"])
+    k, v = (random.uniform(0.004, 0.06, shape).astype(np.float32) for _ in range(2))
+    path = tmp_path_factory.mktemp("scales") / "scales"
+    lines = [
+        f"{layer} {name} {' '.join(repr(float(one)) for one in rows[layer])}\n"
+        for name, rows in (("k", k), ("v", v))
+        for layer in range(shape[0])
+    ]
+    path.write_text("# layer, keys or values, a scale a KV head\n" + "".join(lines))
+    return types.SimpleNamespace(k=k, v=v, path=path)
+
+
+@pytest.fixture
+def fp8(shared_server, scales):
+    """fp8(dtype="fp16"): the model of a shared server that stores fp8 with those scales."""
+
+    def get(seed=0, **flags):
+        flags = {"dtype": "bf16", **flags}
+        server = shared_server(kv_dtype="fp8_e4m3", kv_scales_file=scales.path, **flags)
+        return Model(server.api(), seed=seed, k_scales=scales.k, v_scales=scales.v)
+
+    return get
 
 
 @pytest.fixture

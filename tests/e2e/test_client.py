@@ -128,6 +128,42 @@ def test_client_steps_give_the_attention_of_what_was_appended(connect, shared_se
     client.close_sequences(sequences)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_client_copies_a_sequence_to_another_server(connect, shared_server, dtype):
+    client, elsewhere = connect(shared_server(dtype=dtype, ranks=3)), connect(shared_server(dtype=dtype, ranks=1))
+    memory, options = Memory(client.geometry), attnd.Options(batch_invariant=True)
+    sequences = [*client.open(), *client.open(placement=attnd.SPREAD)]
+    run_step(client, memory, sequences, [120, 128])
+    for sequence in sequences:
+        k, v = ([rows[kind] for rows in memory.of(sequence)] for kind in (0, 1))
+        client.append_kv(sequence, k, v)
+        for layer in range(memory.geometry.layers):
+            memory.append(sequence, layer, k[layer], v[layer])
+        [copy] = elsewhere.open()
+        assert elsewhere.append_kv(copy, *client.export_kv(sequence)) == sequence.length
+        for start, stop in ((0, sequence.length), (90, 201)):
+            for exported in (sequence.export(start, stop - start), copy.export(start, stop - start)):
+                for arrays, kind in zip(exported, (0, 1)):
+                    wanted = [rows[kind][start:stop] for rows in memory.of(sequence)]
+                    assert [array.dtype for array in arrays] == [client.dtype] * len(wanted)
+                    assert [array.tobytes() for array in arrays] == [rows.tobytes() for rows in wanted]
+        assert asyncio.run(exported_by_asyncio(client.addresses, sequence)) == [
+            k.tobytes() for k in sequence.export()[0]
+        ]
+        q, _, _ = memory.tensors(1)
+        outs = [c.attend([s], 0, q, options=options).out for c, s in ((client, sequence), (elsewhere, copy))]
+        assert outs[0].tobytes() == outs[1].tobytes()
+        copy.close()
+    client.close_sequences(sequences)
+
+
+async def exported_by_asyncio(addresses, sequence):
+    async with attnd.AsyncClient(addresses) as client:
+        twin = attnd.AsyncSequence(client, sequence.handle, sequence.dp_rank, sequence.server, sequence.length)
+        keys, _ = await twin.export()
+        return [k.tobytes() for k in keys]
+
+
 def test_client_options_reach_the_kernel(opened):
     client, memory, sequences = opened
     sinks = np.linspace(-1, 1, client.geometry.heads_q)

@@ -295,6 +295,7 @@ def every_use_of(model, handle, good):
     yield model.api.error("ForkSequence", pb.ForkSequenceRequest(sequence=handle)), "sequence"
     yield model.api.error("TruncateSequence", pb.TruncateSequenceRequest(sequence=handle)), "sequence"
     yield model.api.error("AppendKv", [begin(handle), chunk(model)]), "sequence"
+    yield model.api.error("ExportKv", pb.ExportKvRequest(sequence=handle)), "sequence"
     yield model.api.error("Decode", model.decode_request([good, handle], None, layer)), "sequences[1]"
     yield (
         model.api.error("Decode", model.decode_request([good, handle], None, model.layer(2, read_only=True))),
@@ -588,6 +589,7 @@ def test_calls_without_credentials_are_unauthenticated(tenants):
         for name in ("GetServerInfo", "OpenSequences", "Decode", "DescribeSequences"):
             expect(api.error(name, b""), CODE.UNAUTHENTICATED)
         expect(api.error("AppendKv", [begin(1)]), CODE.UNAUTHENTICATED)
+        expect(api.error("ExportKv", b""), CODE.UNAUTHENTICATED)
         with api.stream() as stream:
             expect(stream.error(), CODE.UNAUTHENTICATED)
 

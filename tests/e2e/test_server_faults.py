@@ -376,6 +376,10 @@ def test_a_lost_rank_takes_its_own_sequences_and_no_others(start_server):
         assert error.code() == CODE.UNAVAILABLE, error
     error = model.api.error("AppendKv", list(model.append_messages(homes[1][0], model.rows(5))))
     assert error.code() == CODE.UNAVAILABLE
+    for handle in (homes[1][0], *spread):
+        assert model.api.error("ExportKv", pb.ExportKvRequest(sequence=handle)).code() == CODE.UNAVAILABLE
+    exported = model.api.call("ExportKv", pb.ExportKvRequest(sequence=homes[0][0]))
+    assert [one.k for one in exported] == [k.tobytes() for k, _ in model.stored[homes[0][0]]]
     error = model.api.error(
         "OpenSequences", pb.OpenSequencesRequest(count=1, placement=pb.PLACEMENT_EXPLICIT, dp_rank=1)
     )

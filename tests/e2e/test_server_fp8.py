@@ -1,7 +1,5 @@
 """Keys and values stored in fp8: what attnd answers is the attention of what the stored values mean."""
 
-import types
-
 import grpc
 import ml_dtypes
 import numpy as np
@@ -11,32 +9,6 @@ from attnd_harness import Server, pb
 
 WHOLE, SPREAD = pb.PLACEMENT_ROUND_ROBIN, pb.PLACEMENT_SPREAD
 LENGTHS = [0, 1, 15, 16, 17, 64, 65, 511, 513, 1030]
-
-
-@pytest.fixture(scope="session")
-def scales(tmp_path_factory):
-    """Other scales for every layer and KV head, and the file that has them."""
-    random = np.random.default_rng(8)
-    shape = (Server.DEFAULTS["layers"], Server.DEFAULTS["heads_kv"])
-    k, v = (random.uniform(0.004, 0.06, shape).astype(np.float32) for _ in range(2))
-    path = tmp_path_factory.mktemp("scales") / "scales"
-    lines = [
-        f"{layer} {name} {' '.join(repr(float(one)) for one in rows[layer])}\n"
-        for name, rows in (("k", k), ("v", v))
-        for layer in range(shape[0])
-    ]
-    path.write_text("# layer, keys or values, a scale a KV head\n" + "".join(lines))
-    return types.SimpleNamespace(k=k, v=v, path=path)
-
-
-@pytest.fixture
-def fp8(shared_server, scales):
-    def get(seed=0, **flags):
-        flags = {"dtype": "bf16", **flags}
-        server = shared_server(kv_dtype="fp8_e4m3", kv_scales_file=scales.path, **flags)
-        return Model(server.api(), seed=seed, k_scales=scales.k, v_scales=scales.v)
-
-    return get
 
 
 def test_the_server_tells_what_it_stores(fp8, shared_server):

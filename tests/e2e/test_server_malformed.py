@@ -57,6 +57,7 @@ def samples(model, name):
         "CloseSequences": [[pb.CloseSequencesRequest(sequences=[2**64 - 1, 1])]],
         "DescribeSequences": [[pb.DescribeSequencesRequest(sequences=[one, other])]],
         "AppendKv": [list(model.append_messages(other, rows))],
+        "ExportKv": [[pb.ExportKvRequest(sequence=one, position=2, tokens=15)]],
         "Decode": [
             [pb.DecodeRequest(sequences=[one, other], query_lengths=[1, 2], options=everything, dtype=fp16, **tensors)],
             [pb.DecodeRequest(layer=1, sequences=[one, other], query_lengths=[1, 2], dtype=fp16, q=tensors["q"])],
