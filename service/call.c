@@ -233,10 +233,11 @@ void call_engine_refused(call *call) { atomic_fetch_sub_explicit(&call->outstand
 
 /* A call that is being handled takes the event where it is handled; else a large answer goes to the queue's thread. */
 void call_post_from_engine(call *call, size_t bytes_to_send) {
+    grpc_call *grpc = call->grpc; /* before the hand-over: who takes it may be done with the call */
     handover_give(tag_of(call, CALL_DONE));
     bool handled = atomic_load_explicit(&call->events, memory_order_relaxed) & RUNNING;
     if (!handled && bytes_to_send > DIRECT_REPLY_BYTES &&
-        grpc_call_start_batch(call->grpc, NULL, 0, tag_of(call, CALL_DONE), NULL) == GRPC_CALL_OK) {
+        grpc_call_start_batch(grpc, NULL, 0, tag_of(call, CALL_DONE), NULL) == GRPC_CALL_OK) {
         return;
     }
     call_post(call, CALL_DONE);
@@ -249,8 +250,9 @@ bool call_has_news(const call *call) {
 void call_post_notice(call *call) {
     atomic_fetch_add_explicit(&call->outstanding, 1, memory_order_relaxed);
     call_tag *tag = tag_of(call, CALL_NOTICE);
+    grpc_call *grpc = call->grpc; /* as above */
     handover_give(tag);
-    if (grpc_call_start_batch(call->grpc, NULL, 0, tag, NULL) != GRPC_CALL_OK) {
+    if (grpc_call_start_batch(grpc, NULL, 0, tag, NULL) != GRPC_CALL_OK) {
         atomic_fetch_sub_explicit(&call->outstanding, 1, memory_order_relaxed);
     }
 }
