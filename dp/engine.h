@@ -15,8 +15,8 @@
  * before. Ending it earlier, for whatever reason, leaves every sequence at its old length and gives
  * the pages back.
  *
- * Threads: every function here may be called from any thread. Calls on one dp_step or one dp_upload
- * must not overlap, but for dp_layer_cancel. Completion callbacks run on a rank thread, or on
+ * Threads: every function here may be called from any thread. Calls on one dp_step, dp_upload or
+ * dp_export must not overlap, but for dp_layer_cancel. Completion callbacks run on a rank thread, or on
  * the calling thread; they must be short, must not block, and may call back into the engine
  * but for dp_engine_destroy.
  *
@@ -64,7 +64,7 @@ typedef struct {
 /* Creates the ranks, their backends and pools, and starts their threads. ATTN_INVALID_ARGUMENT names the field. */
 attn_status dp_engine_create(const dp_config *config, dp_engine **engine);
 
-/* Stops the ranks and frees everything. No call may be in flight, every step and upload ended. */
+/* Stops the ranks and frees everything. No call may be in flight, every step, upload and export ended. */
 void dp_engine_destroy(dp_engine *engine);
 
 typedef enum { DP_RANK_SERVING = 1, DP_RANK_LOST = 2 } dp_rank_state;

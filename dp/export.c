@@ -225,22 +225,11 @@ static attn_status check_chunk(const dp_export *export, const dp_export_chunk *c
     return attn_ok();
 }
 
-/* Which parts hold some of the chunk's tokens: stripes[*count]. */
-static void find_stripes(const dp_export *export, const dp_export_chunk *chunk, uint32_t *stripes, uint32_t *count) {
-    uint64_t first = export->first + chunk->token_offset;
-    *count = 0;
-    for (uint32_t j = 0; j < export->stripes; j++) {
-        uint64_t before = dp_part_length(first, j, export->stripes);
-        if (dp_part_length(first + chunk->tokens, j, export->stripes) > before) stripes[(*count)++] = j;
-    }
-}
-
 attn_status dp_export_read(dp_export *export, dp_export_chunk *chunk) {
     ATTN_TRY(check_chunk(export, chunk));
     const dp_engine_rank *ranks = export->engine->ranks;
     uint32_t stripes[DP_MAX_RANKS];
-    uint32_t count;
-    find_stripes(export, chunk, stripes, &count);
+    uint32_t count = dp_parts_holding(export->first + chunk->token_offset, chunk->tokens, export->stripes, stripes);
     for (uint32_t s = 0; s < count; s++) {
         attn_status status = dp_rank_reserve(ranks[export->parts[stripes[s]].rank].rank);
         if (!attn_failed(status)) continue;

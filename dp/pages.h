@@ -2,8 +2,8 @@
  * The pages of one rank's pool: which are free, and how many hold each of the others.
  *
  * A page is an index into the backend's pool; this module counts, the backend stores. A page is
- * free, or has one holder (a sequence may write to it), or several (forks, and steps that read): then it
- * is shared and nobody writes to it.
+ * free, or has one holder (a sequence may write to it), or several (forks, steps that read, and exports): then
+ * it is shared and nobody writes to it.
  *
  * Threads: guarded by the engine's lock.
  */

@@ -18,6 +18,14 @@ uint64_t dp_part_length(uint64_t length, uint32_t stripe, uint32_t stripes) {
     return tokens;
 }
 
+uint32_t dp_parts_holding(uint64_t first, uint64_t tokens, uint32_t stripes, uint32_t held[DP_MAX_RANKS]) {
+    uint32_t count = 0;
+    for (uint32_t j = 0; j < stripes; j++) {
+        if (dp_part_length(first + tokens, j, stripes) > dp_part_length(first, j, stripes)) held[count++] = j;
+    }
+    return count;
+}
+
 uint32_t dp_part_of(uint64_t position, uint32_t stripes) { return position / ATTN_CHUNK_TOKENS % stripes; }
 
 uint64_t dp_part_run(uint64_t position, uint32_t stripes) {

@@ -146,6 +146,9 @@ uint64_t dp_part_length(uint64_t length, uint32_t stripe, uint32_t stripes);
 /* The part that holds position `position`. */
 uint32_t dp_part_of(uint64_t position, uint32_t stripes);
 
+/* Which of `stripes` parts hold some of `tokens` tokens from `first` on: held[count]. Returns the count. */
+uint32_t dp_parts_holding(uint64_t first, uint64_t tokens, uint32_t stripes, uint32_t held[DP_MAX_RANKS]);
+
 /* Positions from `position` on that follow one another in its part, itself included: up to a chunk's end if spread. */
 uint64_t dp_part_run(uint64_t position, uint32_t stripes);
 

@@ -362,22 +362,11 @@ static attn_status check_chunk(const dp_upload *upload, const dp_upload_chunk *c
     return dp_tensor_check(&chunk->values, "v", chunk->tokens * engine->value_row_bytes);
 }
 
-/* Which parts store some of the chunk's tokens: stripes[*count]. */
-static void find_stripes(const dp_upload *upload, const dp_upload_chunk *chunk, uint32_t *stripes, uint32_t *count) {
-    uint64_t first = upload->first + chunk->token_offset;
-    *count = 0;
-    for (uint32_t j = 0; j < upload->stripes; j++) {
-        uint64_t before = dp_part_length(first, j, upload->stripes);
-        if (dp_part_length(first + chunk->tokens, j, upload->stripes) > before) stripes[(*count)++] = j;
-    }
-}
-
 attn_status dp_upload_write(dp_upload *upload, dp_upload_chunk *chunk) {
     ATTN_TRY(check_chunk(upload, chunk));
     const dp_engine_rank *ranks = upload->engine->ranks;
     uint32_t stripes[DP_MAX_RANKS];
-    uint32_t count;
-    find_stripes(upload, chunk, stripes, &count);
+    uint32_t count = dp_parts_holding(upload->first + chunk->token_offset, chunk->tokens, upload->stripes, stripes);
     for (uint32_t s = 0; s < count; s++) {
         attn_status status = dp_rank_reserve(ranks[upload->parts[stripes[s]].rank].rank);
         if (!attn_failed(status)) continue;

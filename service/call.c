@@ -233,7 +233,7 @@ void call_engine_refused(call *call) { atomic_fetch_sub_explicit(&call->outstand
 
 /* A call that is being handled takes the event where it is handled; else a large answer goes to the queue's thread. */
 void call_post_from_engine(call *call, size_t bytes_to_send) {
-    grpc_call *grpc = call->grpc; /* before the hand-over: who takes it may be done with the call */
+    grpc_call *grpc = call->grpc; /* before the hand-over, which orders what came before it */
     handover_give(tag_of(call, CALL_DONE));
     bool handled = atomic_load_explicit(&call->events, memory_order_relaxed) & RUNNING;
     if (!handled && bytes_to_send > DIRECT_REPLY_BYTES &&
