@@ -15,7 +15,24 @@
 #include <stdatomic.h>
 
 #include "kernels/attention.h"
+#include "kernels/channel.h"
 #include "kernels/split_plan.h"
+
+/* A kind's channels: operations as attn_channel_.. , whose arguments have been checked; count > 0. */
+typedef struct {
+    attn_status (*create)(attn_backend *first, attn_backend *second, attn_channel **channel);
+    void (*destroy)(attn_channel *channel);
+    attn_status (*send)(attn_channel *channel, attn_backend *own, const uint32_t *pages, uint32_t count,
+                        int64_t timeout_ns);
+    attn_status (*receive)(attn_channel *channel, attn_backend *own, const uint32_t *pages, uint32_t count,
+                           int64_t timeout_ns);
+} attn_channel_ops;
+
+/* The first member of every channel. */
+struct attn_channel {
+    const attn_channel_ops *ops;
+    attn_backend *ends[2];
+};
 
 typedef struct {
     const char *kind;     /* attn_backend_config.kind */
@@ -38,6 +55,7 @@ typedef struct {
     attn_status (*decode)(attn_backend *backend, const attn_batch *batch, const attn_plan *plan, attn_timing *timing);
     void (*copy_page)(attn_backend *backend, uint32_t from, uint32_t to);
     void (*poison)(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots);
+    const attn_channel_ops *channels; /* NULL: it has none */
 } attn_backend_ops;
 
 /* What the stored keys and values of one layer and KV head are multiplied by. */

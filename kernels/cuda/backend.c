@@ -20,6 +20,8 @@
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/export.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/nccl_channel.h"
+#include "kernels/cuda/prefixes.h"
 #include "kernels/cuda/probe.h"
 
 #define ALIGNMENT    256
@@ -28,11 +30,16 @@
     ((size_t)256 << 20) /* batch_invariant: of partial results of a wave, at least one sequence's                      \
                          */
 
-/* Pinned memory, and what the device sees of it: device memory with the same layout, or the same memory. Only grows. */
+/*
+ * Memory of which a call takes what it needs. Pinned memory, and what the device sees of it: device memory with the
+ * same layout, or the same memory; or device memory alone. Only grows.
+ */
+typedef enum { ARENA_COPIED, ARENA_SHARED, ARENA_DEVICE } arena_kind;
+
 typedef struct {
     char *host, *device;
     size_t bytes;
-    bool is_shared; /* device is host */
+    arena_kind kind;
 } arena;
 
 typedef struct {
@@ -42,6 +49,7 @@ typedef struct {
     attn_cuda_layer layer; /* .memory is that of layer 0 */
     size_t layer_bytes;
     arena up, down;
+    arena apart;                /* what sequences that share a prefix leave to be merged: device memory */
     float *slot_out, *slot_lse; /* device; [slots, MAX_ROWS, head_dim_v], [slots, MAX_ROWS] */
     uint64_t slots;
     bool is_fast; /* the geometry and the device are what decode.h is for; else slot_out and slot_lse are there */
@@ -84,8 +92,8 @@ static attn_status cuda_status(cudaError_t error, const char *what) {
 
 static void arena_fini(arena *memory) {
     cudaFreeHost(memory->host);
-    if (!memory->is_shared) attn_cuda_free(memory->device);
-    *memory = (arena){.is_shared = memory->is_shared};
+    if (memory->kind != ARENA_SHARED) attn_cuda_free(memory->device);
+    *memory = (arena){.kind = memory->kind};
 }
 
 /* False: there is no memory, as *status says; the arena is empty then. */
@@ -97,9 +105,10 @@ static bool arena_reserve(arena *memory, size_t bytes, attn_status *status) {
         grown *= 2;
     if (ATTN_CUDA_IS_CHECKED) grown = bytes;
     arena_fini(memory);
-    cudaError_t error = cudaMallocHost((void **)&memory->host, grown);
-    if (memory->is_shared) memory->device = memory->host;
-    if (error == cudaSuccess && !memory->is_shared)
+    cudaError_t error = cudaSuccess;
+    if (memory->kind != ARENA_DEVICE) error = cudaMallocHost((void **)&memory->host, grown);
+    if (memory->kind == ARENA_SHARED) memory->device = memory->host;
+    if (error == cudaSuccess && memory->kind != ARENA_SHARED)
         error = attn_cuda_allocate((void **)&memory->device, grown, "staging memory");
     if (error != cudaSuccess) {
         cudaGetLastError();
@@ -124,7 +133,10 @@ typedef struct {
 
 static place carve(carver *from, size_t bytes) {
     place carved = {NULL, NULL};
-    if (from->memory != NULL) carved = (place){from->memory->host + from->used, from->memory->device + from->used};
+    if (from->memory != NULL) {
+        char *host = from->memory->host;
+        carved = (place){host == NULL ? NULL : host + from->used, from->memory->device + from->used};
+    }
     from->used += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     return carved;
 }
@@ -245,6 +257,17 @@ static void cuda_copy_page(attn_backend *backend, uint32_t from, uint32_t to) {
                            self->layer_bytes, bytes, backend->geometry.layers, cudaMemcpyDeviceToDevice, self->stream));
 }
 
+attn_cuda_place attn_cuda_place_of(attn_backend *backend) {
+    const cuda_backend *self = of(backend);
+    return (attn_cuda_place){
+        .pool = {.pool = self->layer.memory,
+                 .layer_bytes = self->layer_bytes,
+                 .page_bytes = (size_t)self->layer.tile_bytes * self->layer.heads_kv,
+                 .layers = backend->geometry.layers},
+        .device = self->device,
+    };
+}
+
 static void cuda_poison(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots) {
     cuda_backend *self = of(backend);
     cudaSetDevice(self->device);
@@ -338,6 +361,8 @@ static attn_status cuda_export(attn_backend *backend, uint32_t layer, const uint
 typedef struct {
     uint32_t rows;         /* query rows of all sequences */
     uint32_t partial_rows; /* of parts, times their chunks if those stay apart */
+    uint32_t shared_rows;  /* query rows of the sequences whose prefixes are attended to together */
+    uint32_t prefixes;     /* ..and how many those are: all or none of the batch's */
     uint32_t new_rows;
     uint32_t pages;
     uint32_t most_queries;
@@ -348,6 +373,7 @@ typedef struct {
 /* What is uploaded, and what comes back. */
 typedef struct {
     place sequences, lengths, page_offsets, page_table, places, queries, keys, values, sinks;
+    place order; /* the sequences as their rows are packed: first those that share a prefix; only if there are any */
     place first_pieces, pieces, merges, slots;
     place out, lse, partial_out, partial_lse;
 } call_memory;
@@ -356,6 +382,38 @@ static uint32_t chunks_of(uint32_t length) { return (length + ATTN_CHUNK_TOKENS 
 
 static uint32_t pages_of(const attn_geometry *geometry, uint32_t length) {
     return (uint32_t)(((uint64_t)length + geometry->page_size - 1) / geometry->page_size);
+}
+
+/*
+ * Are prefixes read once for all that share them? Where a fast kernel does the call, nothing else of it is in parts,
+ * and it is worth the larger row blocks: a quarter of what there is to read is saved.
+ */
+static bool shares_prefixes(const cuda_backend *self, const attn_batch *batch) {
+    if (!self->is_fast || batch->batch_invariant || batch->window != 0 || batch->parts != NULL) return false;
+    uint64_t tokens = 0, saved = 0;
+    for (uint32_t i = 0; i < batch->size; i++)
+        tokens += batch->lengths[i];
+    for (uint32_t p = 0; p < batch->prefix_count; p++)
+        saved += (uint64_t)(batch->prefixes[p].count - 1) * batch->prefixes[p].tokens;
+    return saved > 0 && 4 * saved >= tokens;
+}
+
+static uint32_t rows_of_prefix(const attn_batch *batch, const attn_prefix *prefix) {
+    uint32_t rows = 0;
+    for (uint32_t m = 0; m < prefix->count; m++)
+        rows += batch->query_lengths[prefix->members[m]];
+    return rows;
+}
+
+/* The prefixes become sequences, too, with the queries of all that share them. */
+static void count_prefixes(const attn_batch *batch, tally *count) {
+    count->prefixes = batch->prefix_count;
+    count->shortest = count->longest = 0;
+    for (uint32_t p = 0; p < batch->prefix_count; p++) {
+        uint32_t rows = rows_of_prefix(batch, &batch->prefixes[p]);
+        count->shared_rows += rows;
+        if (rows > count->most_queries) count->most_queries = rows;
+    }
 }
 
 static tally count_batch(const cuda_backend *self, const attn_batch *batch) {
@@ -374,6 +432,7 @@ static tally count_batch(const cuda_backend *self, const attn_batch *batch) {
         if (attn_batch_part(batch, i) == NULL) continue;
         count.partial_rows += queries * (batch->batch_invariant ? chunks_of(batch->lengths[i]) : 1);
     }
+    if (shares_prefixes(self, batch)) count_prefixes(batch, &count);
     uint64_t total = attn_line_total(line), wave = total < self->slots ? total : self->slots;
     /* A chunk a tile; or a run a unit, and one more where a worker begins. */
     count.pieces = batch->batch_invariant ? wave : units + line->workers;
@@ -389,7 +448,8 @@ static void lay_out(const cuda_backend *self, const attn_batch *batch, const tal
     size_t query_rows = (size_t)count->rows * geometry->heads_q,
            new_rows = (size_t)count->new_rows * geometry->heads_kv;
     size_t partial_rows = (size_t)count->partial_rows * geometry->heads_q;
-    memory->sequences = carve(up, batch->size * sizeof(attn_cuda_sequence));
+    memory->sequences = carve(up, (batch->size + count->prefixes) * sizeof(attn_cuda_sequence));
+    if (count->prefixes > 0) memory->order = carve(up, batch->size * sizeof(uint32_t));
     memory->lengths = carve(up, batch->size * sizeof(uint32_t));
     memory->page_offsets = carve(up, batch->size * sizeof(uint32_t));
     memory->page_table = carve(up, count->pages * sizeof(uint32_t));
@@ -421,50 +481,109 @@ static bool reserve_call(cuda_backend *self, const attn_batch *batch, const tall
     return true;
 }
 
-/* Page tables, where new rows go, and the rows, packed. */
-static void fill_rows(const cuda_backend *self, const attn_batch *batch, const call_memory *memory) {
+/* How far a call's rows are packed. */
+typedef struct {
+    uint32_t sequence, row, partial_row, new_row, page;
+} packed;
+
+/* Packs sequence i's page table, where its new rows go, and its rows. */
+static void pack_sequence(const cuda_backend *self, const attn_batch *batch, const call_memory *memory, packed *at,
+                          uint32_t i) {
     const attn_geometry *geometry = &self->base.geometry;
     row_bytes there = device_row(self), here = host_row(self);
-    uint32_t row = 0, partial_row = 0, new_row = 0, page = 0;
-    for (uint32_t i = 0; i < batch->size; i++) {
-        const attn_part *part = attn_batch_part(batch, i);
-        const uint32_t *pages = batch->pages + batch->page_offsets[i];
-        uint32_t queries = batch->query_lengths[i], new_rows = attn_batch_new_rows(batch, i);
-        uint32_t page_count = pages_of(geometry, batch->lengths[i]);
-        ((attn_cuda_sequence *)memory->sequences.host)[i] = (attn_cuda_sequence){
-            .length = batch->lengths[i],
-            .query_length = queries,
-            .is_read = attn_batch_is_read(batch, i),
-            .chunk_first = part ? part->chunk_first : 0,
-            .chunk_stride = part ? part->chunk_stride : 0,
-            .page_offset = page,
-            .first_query = row,
-            .first_out = part ? partial_row : row,
-            .chunk_rows = part && batch->batch_invariant ? queries : 0,
-            .new_rows = new_rows,
-            .first_new = new_row,
-            .total_length = part ? part->total_length : batch->lengths[i],
-        };
-        ((uint32_t *)memory->lengths.host)[i] = batch->lengths[i];
-        ((uint32_t *)memory->page_offsets.host)[i] = page;
-        memcpy((uint32_t *)memory->page_table.host + page, pages, page_count * sizeof *pages);
-        copy_rows((char *)memory->queries.host + row * geometry->heads_q * there.key, there.key, batch->queries[i],
-                  here.key, (size_t)queries * geometry->heads_q);
-        if (new_rows > 0) {
-            size_t first = (size_t)new_row * geometry->heads_kv, rows = (size_t)new_rows * geometry->heads_kv;
-            copy_rows((char *)memory->keys.host + first * there.key, there.key, batch->new_keys[i], here.key, rows);
-            copy_rows((char *)memory->values.host + first * there.value, there.value, batch->new_values[i], here.value,
-                      rows);
-        }
-        for (uint32_t t = batch->lengths[i] - new_rows; t < batch->lengths[i]; t++) {
-            ((uint32_t *)memory->places.host)[new_row++] =
-                pages[t / geometry->page_size] * geometry->page_size + t % geometry->page_size;
-        }
-        row += queries;
-        page += page_count;
-        if (part) partial_row += queries * (batch->batch_invariant ? chunks_of(batch->lengths[i]) : 1);
+    const attn_part *part = attn_batch_part(batch, i);
+    const uint32_t *pages = batch->pages + batch->page_offsets[i];
+    uint32_t queries = batch->query_lengths[i], new_rows = attn_batch_new_rows(batch, i);
+    uint32_t page_count = pages_of(geometry, batch->lengths[i]);
+    ((attn_cuda_sequence *)memory->sequences.host)[at->sequence] = (attn_cuda_sequence){
+        .length = batch->lengths[i],
+        .query_length = queries,
+        .is_read = attn_batch_is_read(batch, i),
+        .chunk_first = part ? part->chunk_first : 0,
+        .chunk_stride = part ? part->chunk_stride : 0,
+        .page_offset = at->page,
+        .first_query = at->row,
+        .first_out = part ? at->partial_row : at->row,
+        .chunk_rows = part && batch->batch_invariant ? queries : 0,
+        .new_rows = new_rows,
+        .first_new = at->new_row,
+        .total_length = part ? part->total_length : batch->lengths[i],
+    };
+    ((uint32_t *)memory->lengths.host)[at->sequence] = batch->lengths[i];
+    ((uint32_t *)memory->page_offsets.host)[at->sequence] = at->page;
+    memcpy((uint32_t *)memory->page_table.host + at->page, pages, page_count * sizeof *pages);
+    copy_rows((char *)memory->queries.host + at->row * geometry->heads_q * there.key, there.key, batch->queries[i],
+              here.key, (size_t)queries * geometry->heads_q);
+    if (new_rows > 0) {
+        size_t first = (size_t)at->new_row * geometry->heads_kv, rows = (size_t)new_rows * geometry->heads_kv;
+        copy_rows((char *)memory->keys.host + first * there.key, there.key, batch->new_keys[i], here.key, rows);
+        copy_rows((char *)memory->values.host + first * there.value, there.value, batch->new_values[i], here.value,
+                  rows);
     }
-    if (batch->sinks) memcpy(memory->sinks.host, batch->sinks, geometry->heads_q * sizeof(float));
+    for (uint32_t t = batch->lengths[i] - new_rows; t < batch->lengths[i]; t++) {
+        ((uint32_t *)memory->places.host)[at->new_row++] =
+            pages[t / geometry->page_size] * geometry->page_size + t % geometry->page_size;
+    }
+    at->sequence++;
+    at->row += queries;
+    at->page += page_count;
+    if (part) at->partial_row += queries * (batch->batch_invariant ? chunks_of(batch->lengths[i]) : 1);
+}
+
+/*
+ * Packs the sequences that share a prefix, which become parts without it: partial row j is of query row j. The prefix
+ * becomes sequence `entry`, which reads with the queries of all of them: its partial rows are `shared_rows` behind.
+ */
+static void pack_prefix(const cuda_backend *self, const attn_batch *batch, const call_memory *memory, packed *at,
+                        const attn_prefix *prefix, uint32_t shared_rows, uint32_t entry) {
+    attn_cuda_sequence *sequences = memory->sequences.host;
+    uint32_t first_row = at->row, first_page = at->page;
+    for (uint32_t m = 0; m < prefix->count; m++) {
+        uint32_t k = at->sequence;
+        ((uint32_t *)memory->order.host)[k] = prefix->members[m];
+        pack_sequence(self, batch, memory, at, prefix->members[m]);
+        sequences[k].length -= prefix->tokens;
+        sequences[k].page_offset += prefix->tokens / self->base.geometry.page_size;
+        sequences[k].chunk_first = prefix->tokens / ATTN_CHUNK_TOKENS;
+        sequences[k].chunk_stride = 1;
+    }
+    sequences[entry] = (attn_cuda_sequence){
+        .length = prefix->tokens,
+        .query_length = at->row - first_row,
+        .is_read = true,
+        .chunk_stride = 1,
+        .page_offset = first_page,
+        .first_query = first_row,
+        .first_out = shared_rows + first_row,
+        .total_length = prefix->tokens,
+    };
+}
+
+/* Packs the sequences that share a prefix before all others. `at->sequence` counts those that are packed. */
+static void pack_prefixes(const cuda_backend *self, const attn_batch *batch, const call_memory *memory, packed *at,
+                          uint32_t shared_rows) {
+    uint32_t *order = memory->order.host, *is_packed = memory->lengths.host;
+    for (uint32_t p = 0; p < batch->prefix_count; p++)
+        pack_prefix(self, batch, memory, at, &batch->prefixes[p], shared_rows, batch->size + p);
+    uint32_t packed_first = at->sequence, next = packed_first;
+    /* The lengths by themselves are for calls without prefixes. */
+    memset(is_packed, 0, batch->size * sizeof *is_packed);
+    for (uint32_t k = 0; k < packed_first; k++)
+        is_packed[order[k]] = 1;
+    for (uint32_t i = 0; i < batch->size; i++) {
+        if (!is_packed[i]) order[next++] = i;
+    }
+}
+
+/* Page tables, where new rows go, and the rows, packed. */
+static void fill_rows(const cuda_backend *self, const attn_batch *batch, const call_memory *memory,
+                      const tally *count) {
+    packed at = {0};
+    if (count->prefixes > 0) pack_prefixes(self, batch, memory, &at, count->shared_rows);
+    const uint32_t *order = memory->order.host;
+    while (at.sequence < batch->size)
+        pack_sequence(self, batch, memory, &at, order == NULL ? at.sequence : order[at.sequence]);
+    if (batch->sinks) memcpy(memory->sinks.host, batch->sinks, self->base.geometry.heads_q * sizeof(float));
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -662,16 +781,31 @@ static attn_status run_chunks(cuda_backend *self, attn_cuda_call call, const tal
     return attn_ok();
 }
 
+/* Prefixes and the sequences' own tokens in one launch, as parts, which a second one merges. */
+static attn_status run_prefixes(cuda_backend *self, attn_cuda_call call, const tally *count) {
+    size_t rows = 2 * (size_t)count->shared_rows * call.layer.heads_q;
+    size_t out_bytes = rows * call.layer.head_dim_v * sizeof(float);
+    attn_status status;
+    if (!arena_reserve(&self->apart, out_bytes + rows * sizeof(float), &status)) return status;
+    call.batch += count->prefixes;
+    call.partial_out = (float *)self->apart.device;
+    call.partial_lse = (float *)(self->apart.device + out_bytes);
+    ATTN_TRY(launch_decode(self, &call, count));
+    CUDA_TRY(attn_cuda_merge_prefixes(&call, count->shared_rows, self->stream));
+    self->launches++;
+    return attn_ok();
+}
+
 static attn_status run_decode(cuda_backend *self, const attn_batch *batch, const call_memory *memory,
                               const tally *count) {
     attn_cuda_call call = describe_call(self, batch, memory);
     bool has_new = count->new_rows > 0;
     if (!has_new) call.keys = call.values = NULL;
-    bool is_plain = count->most_queries == 1 && count->partial_rows == 0 &&
+    bool is_plain = count->most_queries == 1 && count->partial_rows == 0 && count->prefixes == 0 &&
                     (!has_new || count->new_rows == batch->size); /* as without call.sequences */
     if (batch->batch_invariant) return run_chunks(self, call, count, is_plain);
     if (is_plain) call.sequences = NULL;
-    return launch_decode(self, &call, count);
+    return count->prefixes > 0 ? run_prefixes(self, call, count) : launch_decode(self, &call, count);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -683,7 +817,9 @@ static void scatter(const cuda_backend *self, const attn_batch *batch, const cal
     size_t there = device_row(self).value, here = host_row(self).value, heads = geometry->heads_q;
     size_t partial_there = self->layer.head_dim_v * sizeof(float), partial_here = geometry->head_dim_v * sizeof(float);
     size_t row = 0, partial_row = 0;
-    for (uint32_t i = 0; i < batch->size; i++) {
+    const uint32_t *order = memory->order.host;
+    for (uint32_t k = 0; k < batch->size; k++) {
+        uint32_t i = order == NULL ? k : order[k];
         size_t rows = batch->query_lengths[i] * heads;
         if (attn_batch_part(batch, i)) {
             size_t partial_rows = rows * (batch->batch_invariant ? chunks_of(batch->lengths[i]) : 1);
@@ -713,7 +849,7 @@ static attn_status read_device_time(const cuda_backend *self, attn_timing *timin
 static attn_status cuda_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
                                attn_timing *timing) {
     cuda_backend *self = of(backend);
-    call_memory memory;
+    call_memory memory = {0};
     attn_status status;
     int64_t start = attn_now_ns();
     self->launches = 0;
@@ -724,7 +860,7 @@ static attn_status cuda_decode(attn_backend *backend, const attn_batch *batch, c
     if (!reserve_call(self, batch, &count, &memory, &status)) return status;
     timing->plan_ns = attn_now_ns() - start;
 
-    fill_rows(self, batch, &memory);
+    fill_rows(self, batch, &memory, &count);
     ATTN_TRY(upload(self, self->up.host, memory.first_pieces.host));
     if (batch->device_time) CUDA_TRY(cudaEventRecord(self->kernels_begin, self->stream));
     if (self->is_fast) {
@@ -756,6 +892,7 @@ static void cuda_destroy(attn_backend *backend) {
     if (self->kernels_end) cudaEventDestroy(self->kernels_end);
     arena_fini(&self->up);
     arena_fini(&self->down);
+    arena_fini(&self->apart);
     attn_cuda_free(self->layer.memory);
     attn_cuda_free(self->slot_out);
     attn_cuda_free(self->slot_lse);
@@ -855,7 +992,8 @@ static bool has_room(const attn_cuda_layer *layer, const struct cudaDeviceProp *
 static attn_status allocate(cuda_backend *self, const attn_backend_config *config,
                             const struct cudaDeviceProp *properties) {
     ATTN_TRY(allocate_pool(self, config));
-    self->down.is_shared = true;
+    self->down.kind = ARENA_SHARED;
+    self->apart.kind = ARENA_DEVICE;
     CUDA_TRY(cudaMallocHost((void **)&self->status, sizeof *self->status));
     *self->status = 0;
     self->is_fast = attn_cuda_decode_fits(&self->layer) && has_room(&self->layer, properties);
@@ -867,7 +1005,8 @@ static attn_status allocate(cuda_backend *self, const attn_backend_config *confi
     self->tuning = (attn_cuda_tuning){.is_hopper = properties->major == 9,
                                       .workers = (uint32_t)properties->multiProcessorCount,
                                       .shared_bytes = (uint32_t)properties->sharedMemPerBlockOptin,
-                                      .align_tiles = 4};
+                                      .align_tiles = 4,
+                                      .patience_ns = ATTN_CUDA_PATIENCE_NS};
     if (self->is_fast && self->tuning.is_hopper) CUDA_TRY(attn_cuda_find_clusters(&self->tuning));
     ATTN_TRY(upload_scales(self, config));
     ATTN_TRY(self->is_fast ? allocate_workspaces(self) : allocate_slots(self));
@@ -909,4 +1048,7 @@ const attn_backend_ops attn_cuda_backend_ops = {
     .decode = cuda_decode,
     .copy_page = cuda_copy_page,
     .poison = cuda_poison,
+#ifdef ATTN_HAVE_NCCL
+    .channels = &attn_nccl_channel_ops,
+#endif
 };

@@ -117,13 +117,13 @@ typedef struct {
     uint32_t align_tiles;
     int overlap_launches;
     int clusters;
+    uint32_t patience_ns;
 } tuning_row;
 
 static const tuning_row TUNINGS[] = {
-    {"best", 0, 0, 4, 0, 1},
-    {"overlap", 0, 0, 4, 1, 1},
-    {"one_block", 1, 0, 4, 0, 0},
-    {"two_blocks", 2, 0, 4, 0, 0},
+    {"best", 0, 0, 4, 0, 1, ATTN_CUDA_PATIENCE_NS},       {"alone", 0, 0, 4, 0, 1, 0},
+    {"overlap", 0, 0, 4, 1, 1, ATTN_CUDA_PATIENCE_NS},    {"one_block", 1, 0, 4, 0, 0, ATTN_CUDA_PATIENCE_NS},
+    {"two_blocks", 2, 0, 4, 0, 0, ATTN_CUDA_PATIENCE_NS},
 };
 enum { TUNING_COUNT = sizeof TUNINGS / sizeof TUNINGS[0] };
 
@@ -598,7 +598,8 @@ static launcher prepare(const loaded_shape *loaded, const tuning_row *row, const
                                      .shared_bytes = device->shared_bytes,
                                      .stages = row->stages,
                                      .align_tiles = row->align_tiles,
-                                     .overlap_launches = row->overlap_launches};
+                                     .overlap_launches = row->overlap_launches,
+                                     .patience_ns = row->patience_ns};
     if (row->clusters) CUDA(attn_cuda_find_clusters(&with.tuning));
     with.workspace.rows = loaded->call.batch_invariant ? 16 : 64;
     with.workspace.slots = 4 * with.tuning.workers;

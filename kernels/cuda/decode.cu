@@ -47,8 +47,8 @@ extern "C" int attn_cuda_decode_fits(const attn_cuda_layer *layer) {
 
 extern "C" size_t attn_cuda_workspace_bytes(uint32_t slots, uint32_t rows, uint32_t head_dim_v) {
     size_t all = (size_t)slots * rows;
-    return rows::round_up(slots * sizeof(uint32_t)) + rows::round_up(all * sizeof(float2)) +
-           all * head_dim_v * sizeof(float);
+    return rows::round_up(slots * sizeof(uint32_t)) + rows::round_up(slots / 2 * sizeof(uint64_t)) +
+           rows::round_up(all * sizeof(float2)) + all * head_dim_v * sizeof(float);
 }
 
 extern "C" int attn_cuda_decode_launch(const attn_cuda_call *call, const attn_cuda_tuning *tuning,

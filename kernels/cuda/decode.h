@@ -22,7 +22,8 @@
 extern "C" {
 #endif
 
-enum { ATTN_CUDA_MAX_CLUSTER = 8 }; /* thread blocks */
+enum { ATTN_CUDA_MAX_CLUSTER = 8 };     /* thread blocks */
+enum { ATTN_CUDA_PATIENCE_NS = 20000 }; /* a good patience_ns: longer than workers of one launch differ */
 
 /* How a launch is shaped. */
 typedef struct {
@@ -34,6 +35,8 @@ typedef struct {
     uint32_t stages;       /* ..so many at most; 0: what docs/kernel-notes.md found best */
     /* Where all units have as many tiles, a share may be larger by so many if it cuts none, or all into equal parts. */
     uint32_t align_tiles;
+    /* How long a worker waits for others to merge a long unit with it (joint.cuh); 0: the last one merges it alone. */
+    uint32_t patience_ns;
     /* Clusters of so many blocks that the device runs at once (attn_cuda_find_clusters); all 0: none are launched. */
     uint32_t clusters[ATTN_CUDA_MAX_CLUSTER + 1];
     /* Programmatic dependent launch: nothing that a decode reads may come from the launch before. */

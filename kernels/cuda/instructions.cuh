@@ -151,6 +151,29 @@ __device__ inline uint32_t atomic_add_acquire_release(uint32_t *word, uint32_t n
     return before;
 }
 
+__device__ inline uint64_t atomic_add_acquire_release(uint64_t *word, uint64_t number) {
+    uint64_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(before) : "l"(word), "l"(number) : "memory");
+    return before;
+}
+
+/* What others wrote before they changed the word is visible afterwards, likewise. */
+__device__ inline uint64_t load_acquire(const uint64_t *word) {
+    uint64_t value;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+    return value;
+}
+
+/* Writes `to` if the word is `from`. Returns what it was. */
+__device__ inline uint64_t compare_and_swap(uint64_t *word, uint64_t from, uint64_t to) {
+    uint64_t before;
+    asm volatile("atom.cas.acq_rel.gpu.global.b64 %0, [%1], %2, %3;"
+                 : "=l"(before)
+                 : "l"(word), "l"(from), "l"(to)
+                 : "memory");
+    return before;
+}
+
 __device__ inline void prefetch_l2(const void *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 /* Of the device's clock, which ticks a microsecond or finer. */

@@ -17,7 +17,8 @@ struct arguments {
     line::cut cut;
     attn_cuda_workspace workspace;
     uint32_t stages;
-    uint64_t *times; /* attn_cuda_tuning */
+    uint32_t patience_ns; /* attn_cuda_tuning */
+    uint64_t *times;      /* attn_cuda_tuning */
 };
 
 /* ------------------------------------------------------------------------------------------- */

@@ -5,7 +5,7 @@
  *     S^T [16 tokens x 8 rows] = K Q^T        O^T [head_dim_v x 8 rows] += V^T P^T
  * only the query rows are padded. At the end of a run (the block's tiles of one unit) the four states are merged
  * through shared memory. Two groups take turns run by run: while one ends its run, the other has its queries and
- * consumes.
+ * consumes. Of a part of a cluster's unit (cluster.cuh) they take tiles in turn, and merge all their warps' states.
  */
 #ifndef ATTND_KERNELS_CUDA_NARROW_CUH
 #define ATTND_KERNELS_CUDA_NARROW_CUH
@@ -448,25 +448,31 @@ template <typename S> struct group_context {
     uint32_t group, warp, lane;
 };
 
-/* A row of a run: the warps' states merged. */
+/* A row of a group's tiles: the warps' states merged. */
 template <typename S>
-__device__ inline rows::row_state<S::DIM_V> merge_warps(const group_context<S> &own, uint32_t index) {
+__device__ inline rows::row_state<S::DIM_V> merge_warps(const group_memory<S> &memory, uint32_t index, uint32_t lane) {
     rows::row_state<S::DIM_V> merged = rows::empty_state<S::DIM_V>();
 #pragma unroll
     for (uint32_t w = 0; w < WARPS; w++) {
-        rows::merge_state(merged, rows::load_row<S::DIM_V>(own.memory.out[w][index], own.lane),
-                          own.memory.maximum[w][index], own.memory.sum[w][index]);
+        rows::merge_state(merged, rows::load_row<S::DIM_V>(memory.out[w][index], lane), memory.maximum[w][index],
+                          memory.sum[w][index]);
     }
     return merged;
 }
 
-/* Ends a run that is a part of a cluster's unit. */
+/* Ends a part of a cluster's unit. By all groups. */
 template <typename S>
-__device__ inline void finish_part(const group_context<S> &own, const line::unit &unit, const cluster::inbox &inbox) {
-    ptx::named_barrier<GROUP_THREADS>(own.group);
+__device__ inline void finish_part(const group_context<S> &own, const block_memory<S> &memory, const line::unit &unit,
+                                   const cluster::inbox &inbox) {
+    ptx::named_barrier<S::GROUPS * GROUP_THREADS>(S::GROUPS);
     ptx::cluster_wait(); /* the first block's inbox is open */
-    for (uint32_t index = own.warp; index < inbox.rows; index += WARPS) {
-        rows::row_state<S::DIM_V> merged = merge_warps<S>(own, index);
+    for (uint32_t index = own.group * WARPS + own.warp; index < inbox.rows; index += S::GROUPS * WARPS) {
+        rows::row_state<S::DIM_V> merged = merge_warps<S>(memory.group[0], index, own.lane);
+#pragma unroll
+        for (uint32_t g = 1; g < S::GROUPS; g++) {
+            rows::row_state<S::DIM_V> added = merge_warps<S>(memory.group[g], index, own.lane);
+            rows::merge_state(merged, added.out, added.maximum, added.sum);
+        }
         if (inbox.part != 0) {
             cluster::send_row(inbox, index, merged, own.lane);
             continue;
@@ -484,7 +490,7 @@ __device__ inline void finish_run(const group_context<S> &own, const line::unit 
     uint32_t count = queries * own.cut.group;
     ptx::named_barrier<GROUP_THREADS>(own.group);
     for (uint32_t index = own.warp; index < count; index += WARPS) {
-        rows::row_state<S::DIM_V> merged = merge_warps<S>(own, index);
+        rows::row_state<S::DIM_V> merged = merge_warps<S>(own.memory, index, own.lane);
         rows::place at = {unit, own.cut, index};
         rows::deliver_row<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(own.call, own.work, at, done, own.by,
                                                                                 merged, own.lane);
@@ -494,6 +500,7 @@ __device__ inline void finish_run(const group_context<S> &own, const line::unit 
 
     if (own.warp == 0 && own.lane == 0)
         own.memory.last_arriver = rows::arrive<typename S::rules>(own.call, own.work, unit, done, own.by);
+    __syncwarp(); /* the barrier counts whole warps */
     ptx::named_barrier<GROUP_THREADS>(own.group);
     if (!own.memory.last_arriver) return;
     for (uint32_t index = own.warp; index < count; index += WARPS) {
@@ -502,10 +509,14 @@ __device__ inline void finish_run(const group_context<S> &own, const line::unit 
     }
 }
 
-/* Consumes a run, whose first stage is the `done_before`-th of the block. */
+/*
+ * Consumes a run, whose first stage is the `done_before`-th of the block: each `step`-th of its tiles. With step 2, in
+ * an even number of stages, each stage is always the same group's.
+ */
 template <typename S>
 __device__ inline void do_run(const group_context<S> &own, const line::unit &unit, const rows::run &run,
-                              const produce::ring &ring, uint32_t done_before, uint32_t turn_before, uint32_t parity) {
+                              const produce::ring &ring, uint32_t done_before, uint32_t turn_before, uint32_t parity,
+                              uint32_t step) {
     warp_rows<S> mine;
     uint2 *visible = own.memory.visible[own.warp];
     load_rows<S>(mine, visible, own.call, own.cut, unit, own.lane);
@@ -518,7 +529,7 @@ __device__ inline void do_run(const group_context<S> &own, const line::unit &uni
     if (turn_before != 0) ptx::barrier_wait(turn_before, parity);
     uint32_t first = unit.sees.first_token + (run.begin - unit.begin) * S::TOKENS;
 #pragma unroll 1
-    for (uint32_t tile = run.begin; tile < run.end; tile++, first += S::TOKENS) {
+    for (uint32_t tile = run.begin; tile < run.end; tile += step, first += step * S::TOKENS) {
         uint32_t stage = ring.memory + at.stage * ring.stage_bytes;
         ptx::barrier_wait(ring.full + at.stage * 8, at.parity);
         uint32_t from = first + own.warp * 16, to = from + (S::SLICES - 1) * 64 + 16; /* the warp's, more or less */
@@ -530,15 +541,28 @@ __device__ inline void do_run(const group_context<S> &own, const line::unit &uni
         __syncwarp();
         if (own.lane == 0) ptx::barrier_arrive(ring.empty + at.stage * 8);
         at.advance(ring);
+        if (step > 1) at.advance(ring);
     }
     if (S::GROUPS > 1 && own.lane == 0) ptx::barrier_arrive(ptx::shared_address(&own.memory.turn));
     store_state<S>(own.memory, state, soft.scale_log2, own.warp, own.lane);
+}
+
+/* A block's part of its cluster's unit: the groups take its tiles in turn. */
+template <typename S>
+__device__ inline void do_part(const group_context<S> &own, const line::share &mine, block_memory<S> &memory,
+                               const produce::ring &ring, const cluster::inbox &inbox) {
+    line::unit unit = line::unit_at<typename S::rules>(own.call, own.cut, mine.at_begin, mine.begin);
+    rows::run run = {mine.begin + own.group, mine.end};
+    do_run<S>(own, unit, run, ring, own.group, 0, 0, S::GROUPS);
+    ptx::wait_for_previous_launch(); /* which may still read what is written from here on */
+    finish_part<S>(own, memory, unit, inbox);
 }
 
 /* A consumer warp: its group's of the worker's runs, every GROUPS-th. */
 template <typename S>
 __device__ inline void consume(const group_context<S> &own, const line::share &mine, block_memory<S> &memory,
                                const produce::ring &ring, const cluster::inbox &inbox) {
+    if (S::CLUSTERED && mine.is_part) return do_part<S>(own, mine, memory, ring, inbox);
     uint32_t before = ptx::shared_address(&memory.group[(own.group + S::GROUPS - 1) % S::GROUPS].turn);
     uint32_t number = 0, tiles_done = 0;
 #pragma unroll 1
@@ -556,14 +580,10 @@ __device__ inline void consume(const group_context<S> &own, const line::share &m
                 run.end = min(run.end, run.begin + (1u << own.by.chunk_shift));
             if (number % S::GROUPS == own.group) {
                 bool waits = S::GROUPS > 1 && number > 0;
-                do_run<S>(own, unit, run, ring, tiles_done, waits ? before : 0, (number - 1) / S::GROUPS % 2);
+                do_run<S>(own, unit, run, ring, tiles_done, waits ? before : 0, (number - 1) / S::GROUPS % 2, 1);
                 /* The launch before may still read what is written from here on. */
                 if (number < S::GROUPS) ptx::wait_for_previous_launch();
-                if (S::CLUSTERED && mine.is_part) {
-                    finish_part<S>(own, unit, inbox);
-                } else {
-                    finish_run<S>(own, unit, run);
-                }
+                finish_run<S>(own, unit, run);
             }
             tiles_done += run.end - run.begin;
         }
@@ -649,12 +669,16 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     if (!call.batch_invariant && workspace.slots < 2 * workers) return cudaErrorInvalidValue;
     uint32_t besides = (uint32_t)sizeof(block_memory<S>) + cluster::inbox_bytes(parts, group, S::DIM_V);
     uint32_t room = tuning.shared_bytes / S::BLOCKS_PER_SM - (S::BLOCKS_PER_SM - 1) * 1024;
-    if (room < besides + S::stage::BYTES) return cudaErrorInvalidValue;
+    if (room < besides) return cudaErrorInvalidValue;
     uint32_t most = tuning.stages != 0 ? tuning.stages : (96 * 1024 + S::stage::BYTES - 1) / S::stage::BYTES;
+    if (S::CLUSTERED) most += most % S::GROUPS; /* do_run */
     uint32_t stages = min(min((room - besides) / S::stage::BYTES, most), MAX_STAGES);
+    if (S::CLUSTERED) stages -= stages % S::GROUPS;
+    if (stages == 0) return cudaErrorInvalidValue;
     attn_cuda_workspace slots = workspace;
     slots.rows = S::ROWS;
-    arguments with = {line::make_cut(call.layer, tuning, S::ROWS, workers, parts), slots, stages, tuning.times};
+    arguments with = {line::make_cut(call.layer, tuning, S::ROWS, workers, parts), slots, stages, tuning.patience_ns,
+                      tuning.times};
     launching::grid size = {workers, S::GROUPS * GROUP_THREADS + 32, parts, stages * S::stage::BYTES + besides};
     return launching::launch_kernel(narrow_kernel<S>, size, tuning, call, with, stream);
 }
@@ -682,20 +706,30 @@ template <typename S> uint32_t expected_tiles(const attn_cuda_expected &expected
 }
 
 /*
- * The blocks of the clusters that a call is launched in; 1: none. As many as the device runs at once with a cluster a
- * unit, if that is worth it: merging in a cluster saves about as much time as MAX_MORE tiles take, so no worker may
- * have that many more than with all multiprocessors at work; and a unit of few tiles is better not cut at all.
+ * Is a cluster of `parts` blocks a unit faster than an equal share of all units for every worker? It saves a merge by
+ * way of memory, 2 to 3 us. But a worker that has others beside it idle is not so much faster as it has more to do; and
+ * where workers are not evenly spread over the device some end late, the more the longer it takes. All constants are
+ * measured (docs/kernel-notes.md).
+ */
+template <typename S> bool is_worth_clusters(uint64_t tiles, uint64_t units, uint64_t workers, uint64_t parts) {
+    constexpr uint32_t MERGE_TILES = 576 / S::TOKENS;             /* what a merge is worth */
+    constexpr uint32_t MIN_SAVED = 256 / S::TOKENS;               /* less is not worth cutting a unit at all */
+    constexpr uint32_t ALONE = S::KV::BYTES == 1 ? 26 : 31;       /* tiles in the time of 16 if all are at work */
+    uint64_t most_tiles = (parts == 2 ? 8192 : 4096) / S::TOKENS; /* until others end late */
+    uint64_t of_worker = (tiles + parts - 1) / parts, equal = tiles * units / workers;
+    if (of_worker + MIN_SAVED > tiles) return false;
+    if (of_worker <= equal + MERGE_TILES) return true;
+    return of_worker <= most_tiles && of_worker <= tiles * units * ALONE / (16 * workers) + MERGE_TILES / 2;
+}
+
+/* The blocks of the clusters that a call is launched in: as many as the device runs at once with one a unit; 1: none.
  */
 template <typename S>
 uint32_t choose_parts(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_expected &expected) {
-    constexpr uint32_t MAX_MORE = 576 / S::TOKENS, MIN_SAVED = 256 / S::TOKENS;
     uint32_t units = call.batch * call.layer.heads_kv, tiles = expected_tiles<S>(expected);
-    uint32_t equal = (uint32_t)((uint64_t)tiles * units / tuning.workers);
     for (uint32_t parts = min((uint32_t)ATTN_CUDA_MAX_CLUSTER, tiles); parts > 1; parts--) {
-        uint32_t of_worker = (tiles + parts - 1) / parts;
-        if (units <= tuning.clusters[parts] && of_worker <= equal + MAX_MORE && of_worker + MIN_SAVED <= tiles) {
-            return parts;
-        }
+        bool fits = units <= tuning.clusters[parts];
+        if (fits && is_worth_clusters<S>(tiles, units, tuning.workers, parts)) return parts;
     }
     return 1;
 }

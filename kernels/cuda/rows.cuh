@@ -19,9 +19,10 @@ constexpr float LN_2 = 0.6931471805599453f;
 /* The workspace */
 
 struct workspace {
-    uint32_t *tickets; /* [slots] tiles done of the unit that the slot's worker, or chunk, begins */
-    float2 *states;    /* [slots, rows] maximum in units of log2, and sum; batch_invariant: LSE, and nothing */
-    float *outs;       /* [slots, rows, head_dim_v] not normalised; batch_invariant: normalised */
+    uint32_t *tickets;       /* [slots] tiles done of the unit that the slot's worker, or chunk, begins */
+    uint64_t *joint_tickets; /* [slots / 2] of units that are merged jointly (joint.cuh), by worker */
+    float2 *states;          /* [slots, rows] maximum in units of log2, and sum; batch_invariant: LSE, and nothing */
+    float *outs;             /* [slots, rows, head_dim_v] not normalised; batch_invariant: normalised */
     uint32_t slots;
 };
 
@@ -33,6 +34,8 @@ __host__ __device__ inline workspace view_workspace(const attn_cuda_workspace &f
     view.slots = from.slots;
     view.tickets = (uint32_t *)memory;
     memory += round_up(from.slots * sizeof(uint32_t));
+    view.joint_tickets = (uint64_t *)memory;
+    memory += round_up(from.slots / 2 * sizeof(uint64_t));
     view.states = (float2 *)memory;
     view.outs = (float *)(memory + round_up((size_t)from.slots * from.rows * sizeof(float2)));
     return view;
@@ -274,9 +277,11 @@ __device__ inline double shuffle(double value, uint32_t from) { return __shfl_sy
 template <typename IO, uint32_t COLUMNS, uint32_t ROWS>
 __device__ __noinline__ void merge_chunks(const attn_cuda_call &call, const float *outs, const float2 *states,
                                           results::destination to, uint32_t count, uint32_t lane) {
+    constexpr uint32_t AHEAD = COLUMNS <= 128 ? 8 : 4; /* chunks whose rows are on their way; divides 32 */
     auto lse_of = [&](uint32_t c) { return __ldcg(&states[(size_t)c * ROWS]).x; };
 
     float largest = to.sink != nullptr ? *to.sink : -INFINITY;
+#pragma unroll 4
     for (uint32_t c = lane; c < count; c += 32) {
         largest = fmaxf(largest, lse_of(c));
     }
@@ -291,32 +296,39 @@ __device__ __noinline__ void merge_chunks(const attn_cuda_call &call, const floa
     for (uint32_t base = 0; base < count; base += 32) {
         float lse = base + lane < count ? lse_of(base + lane) : -INFINITY;
         double power = lse == -INFINITY ? 0.0 : attn_fixed_exp(lse - weights.largest);
-        uint32_t seen = __ballot_sync(ALL_LANES, lse != -INFINITY);
-        weights.any |= seen != 0;
-        for (uint32_t i = 0; i < min(32u, count - base); i++) {
-            double added = shuffle(power, i);
-            if (seen >> i & 1) weights.total += added;
-        }
+        weights.any |= __any_sync(ALL_LANES, lse != -INFINITY);
+#pragma unroll 4
+        for (uint32_t i = 0; i < min(32u, count - base); i++)
+            weights.total += shuffle(power, i); /* of a chunk without tokens 0, which changes no sum */
     }
 
     row<COLUMNS> sum;
     clear_row(sum);
-    for (uint32_t base = 0; base < count && weights.any; base += 32) {
-        float lse = base + lane < count ? lse_of(base + lane) : -INFINITY;
-        float weight = results::weight_of(weights, lse);
-        uint32_t seen = __ballot_sync(ALL_LANES, lse != -INFINITY);
-#pragma unroll 4
-        for (uint32_t i = 0; i < min(32u, count - base); i++) {
-            row<COLUMNS> out = load_row_of_others<COLUMNS>(outs + (size_t)(base + i) * ROWS * COLUMNS, lane);
-            float factor = __shfl_sync(ALL_LANES, weight, i);
-            if (!(seen >> i & 1)) continue;
-            scale_row(out, factor);
+    float weight = 0.0f;
+    uint32_t seen = 0;
+#pragma unroll 1
+    for (uint32_t first = 0; first < count && weights.any; first += AHEAD) {
+        row<COLUMNS> loaded[AHEAD];
+#pragma unroll
+        for (uint32_t i = 0; i < AHEAD; i++) {
+            const float *out = outs + (size_t)(first + i) * ROWS * COLUMNS;
+            if (first + i < count) loaded[i] = load_row_of_others<COLUMNS>(out, lane);
+        }
+        if (first % 32 == 0) {
+            float lse = first + lane < count ? lse_of(first + lane) : -INFINITY;
+            weight = results::weight_of(weights, lse);
+            seen = __ballot_sync(ALL_LANES, lse != -INFINITY);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < AHEAD; i++) {
+            float factor = __shfl_sync(ALL_LANES, weight, first % 32 + i);
+            if (!(seen >> (first % 32 + i) & 1)) continue;
+            scale_row(loaded[i], factor);
 #pragma unroll
             for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
 #pragma unroll
-                for (uint32_t e = 0; e < row<COLUMNS>::WIDTH; e++) {
-                    sum.parts[p][e] += out.parts[p][e];
-                }
+                for (uint32_t e = 0; e < row<COLUMNS>::WIDTH; e++)
+                    sum.parts[p][e] += loaded[i].parts[p][e];
             }
         }
     }

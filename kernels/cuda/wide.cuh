@@ -16,6 +16,7 @@
 #ifndef ATTND_KERNELS_CUDA_WIDE_CUH
 #define ATTND_KERNELS_CUDA_WIDE_CUH
 
+#include "kernels/cuda/joint.cuh"
 #include "kernels/cuda/narrow.cuh"
 
 namespace wide {
@@ -77,7 +78,8 @@ template <typename S> struct block_memory {
     alignas(1024) char queries[S::GROUPS][ROWS * S::stage::KEY_BYTES]; /* of a run, in columns (layout.cuh) */
     uint2 visible[S::GROUPS][ROWS]; /* tokens that a row of a run sees, from .x to before .y */
     found_run runs[S::GROUPS];
-    float2 given[ROWS]; /* maxima and sums that one group gives to the other */
+    float2 given[ROWS];         /* maxima and sums that one group gives to the other */
+    uint32_t merged[S::GROUPS]; /* of a unit that was cut: what is to be merged (joint.cuh) */
     uint64_t full[MAX_STAGES];
     uint64_t empty[MAX_STAGES];
     uint64_t found[S::GROUPS]; /* the slot has a run.. */
@@ -797,36 +799,48 @@ __device__ __noinline__ void merge_rows(const block_place<S> &block, const found
     }
 }
 
-/*
- * After a run that was cut: is its unit at its end, so that its partials are to be merged? By THREADS threads, one of
- * them the `first`.
- */
-template <typename S, int THREADS>
-__device__ inline bool arrive(const block_place<S> &block, const found_run &found, uint32_t barrier, bool first) {
-    bool is_at_end = false;
-    ptx::named_barrier<THREADS>(barrier); /* the partials are written */
-    if (first) {
-        rows::workspace work = rows::view_workspace(block.with.workspace);
-        is_at_end = rows::arrive<typename S::rules>(block.call, work, found.unit, found.run, found.by);
+/* Merges rows index, index + step, .. of a unit, as few as others leave of it. By a warp. Not inlined, likewise. */
+template <typename S>
+__device__ __noinline__ void merge_few_rows(const block_place<S> &block, const found_run &found, uint32_t index,
+                                            uint32_t step, uint32_t lane) {
+    using L = typename S::rules;
+    rows::workspace work = rows::view_workspace(block.with.workspace);
+#pragma unroll 1
+    for (; index < found.rows; index += step) {
+        rows::place at = {found.unit, block.with.cut, index};
+        uint32_t first = found.unit.begin / found.by.tiles_a_worker;
+        uint32_t last = (found.unit.begin + found.unit.sees.tiles - 1) / found.by.tiles_a_worker;
+        rows::merge_partials<L, typename S::IO, S::DIM_V, ROWS>(block.call, work, at, first, last - first + 1, lane);
     }
-    return ptx::named_barrier_any<THREADS>(barrier, is_at_end);
 }
 
-/* After a run that was cut, and that others follow. By the group that ends it. */
-template <typename S>
-__device__ inline void merge_by_group(const block_place<S> &block, const found_run &found, const group_place &own) {
-    if (!arrive<S, GROUP_THREADS>(block, found, own.group, own.thread() == 0)) return;
+/*
+ * After a run that was cut: merges what is now to be merged of its unit. By WARP_COUNT warps, which meet at barrier
+ * `barrier`; `warp`: which of them.
+ */
+template <typename S, uint32_t WARP_COUNT>
+__device__ inline void merge_unit(const block_place<S> &block, const found_run &found, uint32_t barrier, uint32_t warp,
+                                  uint32_t lane) {
+    rows::workspace work = rows::view_workspace(block.with.workspace);
+    joint::party party = joint::party_of(work, found.unit, found.by);
+    uint32_t &merged = block.memory.merged[barrier % S::GROUPS];
+    ptx::named_barrier<WARP_COUNT * 32>(barrier); /* the partials are written */
+    if (warp == 0 && lane == 0) {
+        if (party.members > 1)
+            merged = joint::arrive(party, found.run.end - found.run.begin, block.with.patience_ns);
+        else
+            merged = rows::arrive<typename S::rules>(block.call, work, found.unit, found.run, found.by);
+    }
+    __syncwarp(); /* the barrier counts whole warps */
+    ptx::named_barrier<WARP_COUNT * 32>(barrier);
     block_place<S> copy = block; /* what is passed by its address is in memory */
-    merge_rows<S>(copy, found, own.warp, WARPS, own.lane);
-}
-
-/* After the block's last run, if it was cut. By all groups. */
-template <typename S>
-__device__ inline void merge_by_all(const block_place<S> &block, const found_run &found, const group_place &own) {
-    constexpr uint32_t ALL_WARPS = S::GROUPS * WARPS;
-    if (!arrive<S, ALL_WARPS * 32>(block, found, S::GROUPS, threadIdx.x == 0)) return;
-    block_place<S> copy = block;
-    merge_rows<S>(copy, found, own.group * WARPS + own.warp, ALL_WARPS, own.lane);
+    uint32_t members = merged;
+    if (party.members <= 1 && members != 0) merge_rows<S>(copy, found, warp, WARP_COUNT, lane);
+    if (party.members <= 1) return;
+    for (; members != 0; members &= members - 1) {
+        uint32_t first = __ffs(members) - 1 + party.members * warp;
+        merge_few_rows<S>(copy, found, first, party.members * WARP_COUNT, lane);
+    }
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -854,7 +868,7 @@ __device__ inline void do_run(const block_place<S> &block, const group_place &ow
         write_unit(block, own, found, state);
     } else {
         store_partial(block, own, found, state);
-        if (!found.is_last) merge_by_group<S>(block, found, own);
+        if (!found.is_last) merge_unit<S, WARPS>(block, found, own.group, own.warp, own.lane);
     }
 }
 
@@ -874,7 +888,10 @@ __device__ inline void consume(const block_place<S> &block, const group_place &o
         ptx::barrier_arrive(ptx::shared_address(&memory.done[slot]));
     }
     const found_run &found = memory.runs[slot];
-    if (found.is_cut) merge_by_all<S>(block, found, own);
+    /* The last run's unit all warps merge. */
+    if (found.is_cut) {
+        merge_unit<S, S::GROUPS * WARPS>(block, found, S::GROUPS, own.group * WARPS + own.warp, own.lane);
+    }
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -952,7 +969,8 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     stages = min(min(stages, most), MAX_STAGES) / S::GROUPS * S::GROUPS;
     attn_cuda_workspace slots = workspace;
     slots.rows = ROWS;
-    arguments with = {line::make_cut(call.layer, tuning, ROWS, tuning.workers, 1), slots, stages, tuning.times};
+    arguments with = {line::make_cut(call.layer, tuning, ROWS, tuning.workers, 1), slots, stages, tuning.patience_ns,
+                      tuning.times};
     with.cut.align_tiles = max(tuning.align_tiles, ALIGN_TILES);
     launching::grid size = {tuning.workers, block_threads<S>(), 1, stages * S::stage::BYTES + sizeof(block_memory<S>)};
     return launching::launch_kernel(wide_kernel<S>, size, tuning, call, with, stream);
