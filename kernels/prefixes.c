@@ -6,17 +6,18 @@
 
 #include "kernels/split_plan.h"
 
-/* Worth it: at least one of so many reads is saved. */
-enum { LEAST_SAVED = 4 };
+/* Worth it: at least one part in so many of the time is saved. */
+enum { LEAST_SAVED = 6 };
 
 /* Places of the arrays, for vector loads and against false sharing. */
 enum { ALIGNMENT = 64 };
 
 static inline uint64_t divide_up(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
 
-void attn_sharing_init(attn_sharing *sharing, const attn_geometry *geometry, uint32_t block_queries) {
-    assert(block_queries >= 1);
-    *sharing = (attn_sharing){.geometry = *geometry, .block_queries = block_queries};
+void attn_sharing_init(attn_sharing *sharing, const attn_geometry *geometry, uint32_t block_queries,
+                       uint32_t read_rows) {
+    assert(block_queries >= 1 && read_rows >= 1);
+    *sharing = (attn_sharing){.geometry = *geometry, .block_queries = block_queries, .read_rows = read_rows};
 }
 
 void attn_sharing_fini(attn_sharing *sharing) {
@@ -51,16 +52,19 @@ static uint32_t count_rows(const attn_batch *batch, const attn_prefix *prefix) {
     return rows;
 }
 
+/* Costs are in tokens that one row of one query head attends to. */
 static bool is_worth_it(const attn_sharing *sharing, const attn_batch *batch, const attn_prefix *prefix) {
-    uint64_t blocks = 0, reads = 0;
+    uint32_t group = sharing->geometry.heads_q / sharing->geometry.heads_kv;
+    uint64_t blocks = 0, cost = 0;
     for (uint32_t m = 0; m < prefix->count; m++) {
         uint32_t i = prefix->members[m];
         uint64_t blocks_of_member = row_blocks(sharing, batch->query_lengths[i]);
         blocks += blocks_of_member;
-        reads += blocks_of_member * batch->lengths[i];
+        cost += (blocks_of_member * sharing->read_rows + batch->query_lengths[i] * group) * batch->lengths[i];
     }
-    uint64_t saved = (blocks - row_blocks(sharing, count_rows(batch, prefix))) * prefix->tokens;
-    return saved > 0 && saved * LEAST_SAVED >= reads;
+    uint64_t blocks_saved = blocks - row_blocks(sharing, count_rows(batch, prefix));
+    uint64_t saved = blocks_saved * sharing->read_rows * prefix->tokens;
+    return saved > 0 && saved * LEAST_SAVED >= cost;
 }
 
 static sharing_count count_sharing(const attn_sharing *sharing, const attn_batch *batch) {

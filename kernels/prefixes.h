@@ -27,8 +27,10 @@
  *         attn_sharing_merge(&sharing, first, end);        each member once
  *
  * WHAT IS WORTH IT. Query rows go over keys and values in row blocks (kernels/split_plan.h), so a member with q query
- * rows reads its tokens ceil(q / block_queries) times by itself; together the members fill their blocks. A prefix is
- * used if that saves at least a quarter of all that its members would read; else merging costs more than it saves.
+ * rows reads its tokens ceil(q / block_queries) times by itself; together the members fill their blocks. Attending to
+ * what has been read costs the same either way. A prefix is used if a sixth of the time of its members at least is in
+ * the reads saved, counting a read as `read_rows` rows of one query head attending to it; below that the merge costs as
+ * much as it saves.
  *
  * A plan (attn_plan) was made for the batch as it was: it does not fit `shared` or `own`, and is not to be looked at.
  */
@@ -50,6 +52,7 @@ typedef struct {
 typedef struct {
     attn_geometry geometry;
     uint32_t block_queries; /* of the backend's row blocks */
+    uint32_t read_rows;     /* the cost of a read, in rows: see above */
 
     /* Of the last split that was worth it; borrows from the batch. Valid until the next. */
     const attn_batch *batch;
@@ -68,8 +71,9 @@ typedef struct {
     size_t memory_bytes;
 } attn_sharing;
 
-/* `block_queries` >= 1. Allocates nothing yet. Undo with attn_sharing_fini, also after a failure. */
-void attn_sharing_init(attn_sharing *sharing, const attn_geometry *geometry, uint32_t block_queries);
+/* `block_queries` and `read_rows` >= 1. Allocates nothing yet. Undo with attn_sharing_fini, also after a failure. */
+void attn_sharing_init(attn_sharing *sharing, const attn_geometry *geometry, uint32_t block_queries,
+                       uint32_t read_rows);
 void attn_sharing_fini(attn_sharing *sharing);
 
 /*
