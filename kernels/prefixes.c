@@ -9,6 +9,9 @@
 /* Worth it: at least one part in so many of the time is saved. */
 enum { LEAST_SAVED = 6 };
 
+/* Keeping and merging a row's results takes about as long as it takes the row to attend to so many tokens. */
+enum { MERGE_TOKENS = 256 };
+
 /* Places of the arrays, for vector loads and against false sharing. */
 enum { ALIGNMENT = 64 };
 
@@ -41,10 +44,6 @@ static uint32_t rows_of_read(const attn_sharing *sharing) {
     return block < ATTN_MAX_QUERY_LENGTH ? ATTN_MAX_QUERY_LENGTH / block * block : ATTN_MAX_QUERY_LENGTH;
 }
 
-static uint64_t row_blocks(const attn_sharing *sharing, uint64_t rows) {
-    return divide_up(rows, sharing->block_queries);
-}
-
 static uint32_t count_rows(const attn_batch *batch, const attn_prefix *prefix) {
     uint32_t rows = 0;
     for (uint32_t m = 0; m < prefix->count; m++)
@@ -52,19 +51,23 @@ static uint32_t count_rows(const attn_batch *batch, const attn_prefix *prefix) {
     return rows;
 }
 
-/* Costs are in tokens that one row of one query head attends to. */
+/* How long a token takes, in rows of one query head that attend to it: reading it in each block, or attending. */
+static uint64_t cost_of(const attn_sharing *sharing, uint64_t query_rows) {
+    uint64_t reading = divide_up(query_rows, sharing->block_queries) * sharing->read_rows;
+    uint64_t attending = query_rows * (sharing->geometry.heads_q / sharing->geometry.heads_kv);
+    return reading > attending ? reading : attending;
+}
+
 static bool is_worth_it(const attn_sharing *sharing, const attn_batch *batch, const attn_prefix *prefix) {
-    uint32_t group = sharing->geometry.heads_q / sharing->geometry.heads_kv;
-    uint64_t blocks = 0, cost = 0;
+    uint64_t group = sharing->geometry.heads_q / sharing->geometry.heads_kv, rows = count_rows(batch, prefix);
+    uint64_t apart = 0, all = 0, together = cost_of(sharing, rows), merging = rows * group * MERGE_TOKENS;
     for (uint32_t m = 0; m < prefix->count; m++) {
         uint32_t i = prefix->members[m];
-        uint64_t blocks_of_member = row_blocks(sharing, batch->query_lengths[i]);
-        blocks += blocks_of_member;
-        cost += (blocks_of_member * sharing->read_rows + batch->query_lengths[i] * group) * batch->lengths[i];
+        apart += cost_of(sharing, batch->query_lengths[i]);
+        all += cost_of(sharing, batch->query_lengths[i]) * batch->lengths[i];
     }
-    uint64_t blocks_saved = blocks - row_blocks(sharing, count_rows(batch, prefix));
-    uint64_t saved = blocks_saved * sharing->read_rows * prefix->tokens;
-    return saved > 0 && saved * LEAST_SAVED >= cost;
+    uint64_t saved = apart > together ? (apart - together) * prefix->tokens : 0;
+    return saved > merging && (saved - merging) * LEAST_SAVED >= all;
 }
 
 static sharing_count count_sharing(const attn_sharing *sharing, const attn_batch *batch) {

@@ -27,10 +27,10 @@
  *         attn_sharing_merge(&sharing, first, end);        each member once
  *
  * WHAT IS WORTH IT. Query rows go over keys and values in row blocks (kernels/split_plan.h), so a member with q query
- * rows reads its tokens ceil(q / block_queries) times by itself; together the members fill their blocks. Attending to
- * what has been read costs the same either way. A prefix is used if a sixth of the time of its members at least is in
- * the reads saved, counting a read as `read_rows` rows of one query head attending to it; below that the merge costs as
- * much as it saves.
+ * rows reads its tokens ceil(q / block_queries) times by itself; together the members fill their blocks. Reading goes
+ * on while what has been read is attended to: a read costs as much as `read_rows` rows of one query head attending to
+ * it, and nothing where as many do anyway. Merging costs as much for each row as attending to a few hundred tokens. A
+ * prefix is used if all that together saves a sixth of its members' time at least.
  *
  * A plan (attn_plan) was made for the batch as it was: it does not fit `shared` or `own`, and is not to be looked at.
  */
@@ -52,7 +52,7 @@ typedef struct {
 typedef struct {
     attn_geometry geometry;
     uint32_t block_queries; /* of the backend's row blocks */
-    uint32_t read_rows;     /* the cost of a read, in rows: see above */
+    uint32_t read_rows;     /* rows that take as long as a read: see above */
 
     /* Of the last split that was worth it; borrows from the batch. Valid until the next. */
     const attn_batch *batch;

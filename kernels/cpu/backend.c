@@ -40,11 +40,10 @@
 /* Appending fewer (token, head) rows than this likewise. */
 #define ALONE_ROWS 32
 
-/*
- * Reading a token from memory takes about as long as so many query rows do that attend to it: 3 to 9 with AVX-512 and
- * one thread, more with bf16 products and where all cores share the memory (docs/cpu-kernel-notes.md).
+/* So many query rows take as long to attend to a token as its read does (docs/cpu-kernel-notes.md, "Shared prefixes").
  */
-#define READ_ROWS 8
+#define READ_ROWS          8
+#define READ_ROWS_WITH_DOT 16 /* with products in bf16 */
 
 /* Address space for the partials of batch_invariant mode, at least; touched only as far as needed. */
 #define CHUNK_MEMORY_BYTES ((size_t)64 << 20)
@@ -761,7 +760,9 @@ static attn_status cpu_create(const attn_backend_config *config, attn_backend **
     self->is_fp8 = attn_kv_dtype(&config->geometry) == ATTN_FP8_E4M3;
     attn_backend_init(&self->base, &attn_cpu_backend_ops, config, ATTN_CPU_TILE_TOKENS, ATTN_CPU_MAX_ROWS / self->group,
                       workers);
-    attn_sharing_init(&self->sharing, &config->geometry, self->base.line.block_queries, READ_ROWS);
+    bool has_dot = kernels->bf16_queries && config->geometry.dtype == ATTN_BF16;
+    attn_sharing_init(&self->sharing, &config->geometry, self->base.line.block_queries,
+                      has_dot ? READ_ROWS_WITH_DOT : READ_ROWS);
     uint64_t chunks = attn_line_min_chunk_slots(&config->geometry, config->pages);
     ATTN_TRY_GOTO(status, allocate_memories(self, workers, chunks > workers ? chunks : workers), cleanup);
     ATTN_TRY_GOTO(status, reserve_chunks(self, chunks), cleanup);

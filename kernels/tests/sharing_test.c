@@ -67,7 +67,7 @@ static void members_become_one_read_of_the_prefix_and_a_part_each(void **state) 
     example e;
     attn_sharing sharing;
     example_init(&e);
-    attn_sharing_init(&sharing, &geometry, 32, 8);
+    attn_sharing_init(&sharing, &geometry, 32, 32);
     assert_true(splits(&sharing, &e.batch));
 
     const attn_batch *shared = &sharing.shared, *own = &sharing.own;
@@ -120,7 +120,7 @@ static void rows_beyond_what_a_sequence_may_have_become_further_reads(void **sta
                         .prefixes = &prefix,
                         .prefix_count = 1,
                         .scale = 1};
-    attn_sharing_init(&sharing, &geometry, 10, 8); /* whole row blocks: reads of 120 rows */
+    attn_sharing_init(&sharing, &geometry, 10, 32); /* whole row blocks: reads of 120 rows */
     assert_true(splits(&sharing, &batch));
     assert_int_equal(sharing.shared.size, 2);
     assert_int_equal(sharing.shared.query_lengths[0], 120);
@@ -137,7 +137,7 @@ static void merging_weighs_prefix_and_own_by_their_lse(void **state) {
     example e;
     attn_sharing sharing;
     example_init(&e);
-    attn_sharing_init(&sharing, &geometry, 32, 8);
+    attn_sharing_init(&sharing, &geometry, 32, 32);
     assert_true(splits(&sharing, &e.batch));
     for (uint32_t m = 0; m < sharing.member_count; m++) {
         const attn_partial *own = &sharing.own.partials[sharing.members[m].sequence];
@@ -158,16 +158,19 @@ static void merging_weighs_prefix_and_own_by_their_lse(void **state) {
     attn_sharing_fini(&sharing);
 }
 
-/* Of 2 x 1,755 tokens, read and attended to by 6 rows, 1,024 reads saved are a sixth: 14 * 3,510 / 8 / 1,024 = 6. */
+/*
+ * Two members take 32 for a token each, the time of its read, and together as much: for 1,024 tokens 32,768 are saved,
+ * and 12 rows x 256 tokens spent on merging.
+ */
 static void prefixes_that_save_little_are_left_alone(void **state) {
     (void)state;
     example e;
     attn_sharing sharing;
     example_init(&e);
-    attn_sharing_init(&sharing, &geometry, 32, 8);
+    attn_sharing_init(&sharing, &geometry, 32, 32);
     e.prefix.count = 2;
     for (uint32_t i = 0; i < SEQUENCES; i++)
-        e.lengths[i] = 1755;
+        e.lengths[i] = 2784; /* 29,696 of 2 x 32 x 2,784: a sixth */
     assert_true(splits(&sharing, &e.batch));
     for (uint32_t i = 0; i < SEQUENCES; i++)
         e.lengths[i]++;
@@ -175,17 +178,20 @@ static void prefixes_that_save_little_are_left_alone(void **state) {
     attn_sharing_fini(&sharing);
 }
 
-/* Each fills its row blocks by itself. */
-static void members_whose_row_blocks_are_full_are_left_alone(void **state) {
+/* Each fills its row blocks by itself, or has rows that take longer than reads do. */
+static void members_with_rows_enough_for_their_reads_are_left_alone(void **state) {
     (void)state;
     example e;
     attn_sharing sharing;
     example_init(&e);
-    attn_sharing_init(&sharing, &geometry, 3, 8);
+    attn_sharing_init(&sharing, &geometry, 3, 32);
     assert_false(splits(&sharing, &e.batch));
     attn_sharing_fini(&sharing);
-    attn_sharing_init(&sharing, &geometry, 9, 8);
+    attn_sharing_init(&sharing, &geometry, 9, 32);
     assert_true(splits(&sharing, &e.batch));
+    attn_sharing_fini(&sharing);
+    attn_sharing_init(&sharing, &geometry, 9, 6);
+    assert_false(splits(&sharing, &e.batch));
     attn_sharing_fini(&sharing);
 }
 
@@ -194,7 +200,7 @@ static void windows_and_batch_invariance_share_nothing(void **state) {
     example e;
     attn_sharing sharing;
     example_init(&e);
-    attn_sharing_init(&sharing, &geometry, 32, 8);
+    attn_sharing_init(&sharing, &geometry, 32, 32);
     e.batch.window = 2000;
     assert_false(splits(&sharing, &e.batch));
     e.batch.window = 0;
@@ -212,7 +218,7 @@ static void memory_is_kept_for_the_next_split(void **state) {
     example e;
     attn_sharing sharing;
     example_init(&e);
-    attn_sharing_init(&sharing, &geometry, 32, 8);
+    attn_sharing_init(&sharing, &geometry, 32, 32);
     assert_true(splits(&sharing, &e.batch));
     const void *memory = sharing.memory;
     e.prefix.count = 2;
@@ -229,7 +235,7 @@ int main(void) {
         cmocka_unit_test(rows_beyond_what_a_sequence_may_have_become_further_reads),
         cmocka_unit_test(merging_weighs_prefix_and_own_by_their_lse),
         cmocka_unit_test(prefixes_that_save_little_are_left_alone),
-        cmocka_unit_test(members_whose_row_blocks_are_full_are_left_alone),
+        cmocka_unit_test(members_with_rows_enough_for_their_reads_are_left_alone),
         cmocka_unit_test(windows_and_batch_invariance_share_nothing),
         cmocka_unit_test(memory_is_kept_for_the_next_split),
     };
