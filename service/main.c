@@ -184,6 +184,7 @@ static void rank_metrics(void *context, uint32_t rank, attn_metrics_rank *values
         .calls = info.calls,
         .launches = info.launches,
         .plans_rejected = info.plans_rejected,
+        .prefix_tokens_shared = info.prefix_tokens_shared,
         .busy_ns = info.busy_ns,
         .bytes_in_place = info.bytes_in_place,
         .bytes_gathered = info.bytes_gathered,

@@ -182,6 +182,9 @@ static const rank_family rank_families[] = {
      offsetof(attn_metrics_rank, launches)},
     {"attnd_plan_rejected_total", "counter", "Plans that did not fit their batch and were not used.",
      offsetof(attn_metrics_rank, plans_rejected)},
+    {"attnd_rank_prefix_tokens_shared_total", "counter",
+     "Tokens, counted for every layer, that need not be read since forks of a prompt are decoded together.",
+     offsetof(attn_metrics_rank, prefix_tokens_shared)},
 };
 
 static void write_ranks(FILE *text, const attn_metrics *metrics, const attn_metrics_rank *values) {

@@ -57,6 +57,7 @@ typedef struct {
     uint64_t calls; /* counters since start */
     uint64_t launches;
     uint64_t plans_rejected;
+    uint64_t prefix_tokens_shared; /* counted for every layer */
     int64_t busy_ns;
     uint64_t bytes_in_place; /* tensor bytes the rank read where they had arrived.. */
     uint64_t bytes_gathered; /* ..and those it had to copy together first */
