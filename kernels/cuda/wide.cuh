@@ -833,7 +833,8 @@ __device__ inline void merge_unit(const block_place<S> &block, const found_run &
     }
     __syncwarp(); /* the barrier counts whole warps */
     ptx::named_barrier<WARP_COUNT * 32>(barrier);
-    block_place<S> copy = block; /* what is passed by its address is in memory */
+    ptx::named_barrier<WARP_COUNT * 32>(barrier); /* for racecheck, which does not see that the first one orders */
+    block_place<S> copy = block;                  /* what is passed by its address is in memory */
     uint32_t members = merged;
     if (party.members <= 1 && members != 0) merge_rows<S>(copy, found, warp, WARP_COUNT, lane);
     if (party.members <= 1) return;
