@@ -4,10 +4,10 @@ load("@bazel_tools//tools/cpp:toolchain_utils.bzl", "find_cpp_toolchain")
 load("@cuda//:defs.bzl", "CUDA_ONLY", "HAVE_CUDA", "NVCC")
 
 # The sanitizers do not look into device code, and nvcc takes minutes: their builds have no CUDA.
-CUDA_BUILT = CUDA_ONLY + select({
+CUDA_BUILT = select({
     "//:sanitized": ["@cuda//:missing"],
     "//conditions:default": [],
-})
+}) if HAVE_CUDA else CUDA_ONLY
 
 def if_cuda(values):
     """`values` in builds with CUDA; else nothing."""
