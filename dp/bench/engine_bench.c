@@ -155,6 +155,9 @@ static void chunk_done(dp_upload_chunk *chunk, attn_status status) {
 /* ------------------------------------------------------------------------------------------- */
 /* Sequences */
 
+/* Room for so many tokens and a new one, in whole chunks. */
+static uint64_t room_for(uint64_t tokens) { return (tokens / ATTN_CHUNK_TOKENS + 1) * ATTN_CHUNK_TOKENS; }
+
 static void create_engine(bench *b, uint32_t ranks, uint64_t tokens_a_rank) {
     const options *chosen = b->chosen;
     uint64_t pages = tokens_a_rank / chosen->geometry.page_size;
@@ -166,7 +169,7 @@ static void create_engine(bench *b, uint32_t ranks, uint64_t tokens_a_rank) {
         .pages_per_rank = (uint32_t)pages,
         .max_sequences = ranks * chosen->batch + 2,
         .max_batch = ranks * chosen->batch,
-        .max_sequence_tokens = chosen->tokens + MOST_STEPS,
+        .max_sequence_tokens = room_for(chosen->tokens),
         .max_queue = 64,
         .tenants = 1,
     };
@@ -199,15 +202,9 @@ static void upload(bench *b, uint64_t sequence, uint64_t tokens, uint64_t seed) 
     dp_upload_end(upload);
 }
 
-/* Room for a sequence that grows by a token a step. */
-static uint64_t room_for(const options *chosen, uint64_t tokens) {
-    uint64_t steps = MOST_STEPS / chosen->batch + 4 * LEAST_STEPS;
-    return (tokens + steps + ATTN_CHUNK_TOKENS) / ATTN_CHUNK_TOKENS * ATTN_CHUNK_TOKENS;
-}
-
 static void open_whole(bench *b, uint32_t ranks) {
     const options *chosen = b->chosen;
-    create_engine(b, ranks, chosen->batch * room_for(chosen, chosen->tokens));
+    create_engine(b, ranks, chosen->batch * room_for(chosen->tokens));
     b->count = ranks * chosen->batch;
     for (uint32_t i = 0; i < b->count; i++) {
         b->sequences[i] = open_sequence(b, DP_EXPLICIT, i % ranks);
@@ -217,7 +214,7 @@ static void open_whole(bench *b, uint32_t ranks) {
 
 static void open_spread(bench *b, uint32_t ranks) {
     const options *chosen = b->chosen;
-    create_engine(b, ranks, room_for(chosen, chosen->tokens / ranks + ATTN_CHUNK_TOKENS) + MOST_STEPS);
+    create_engine(b, ranks, room_for(chosen->tokens / ranks + ATTN_CHUNK_TOKENS));
     b->count = 1;
     b->sequences[0] = open_sequence(b, ranks > 1 ? DP_SPREAD : DP_LEAST_TOKENS, 0);
     upload(b, b->sequences[0], chosen->tokens, 7);
@@ -225,7 +222,7 @@ static void open_spread(bench *b, uint32_t ranks) {
 
 static void open_forks(bench *b, bool are_forks) {
     const options *chosen = b->chosen;
-    create_engine(b, 1, (chosen->batch + 1) * room_for(chosen, chosen->tokens));
+    create_engine(b, 1, (chosen->batch + 1) * room_for(chosen->tokens));
     b->count = chosen->batch;
     uint64_t parent = open_sequence(b, DP_LEAST_TOKENS, 0);
     if (chosen->prefix > 0) upload(b, parent, chosen->prefix, 7);
@@ -252,7 +249,10 @@ static double slowest_device_us(const dp_layer_call *call) {
     return slowest;
 }
 
-/* A step of one layer with a new token for each sequence: microseconds of the layer call. */
+/*
+ * A step of one layer with a new token for each sequence, which is taken off again afterwards: microseconds of the
+ * layer call.
+ */
 static double run_step(bench *b, uint32_t number, bool device_time, double *device_us) {
     const attn_geometry *g = &b->chosen->geometry;
     dp_step_request request = {.sequences = b->sequences, .count = b->count};
@@ -274,6 +274,8 @@ static double run_step(bench *b, uint32_t number, bool device_time, double *devi
     *device_us = slowest_device_us(&call);
     dp_result_release(call.result);
     dp_step_end(step);
+    for (uint32_t i = 0; i < b->count; i++)
+        check("truncate", dp_sequence_truncate(b->engine, 0, b->sequences[i], b->chosen->tokens));
     return us;
 }
 
@@ -292,10 +294,10 @@ static figures measure(bench *b) {
         run_step(b, i, false, &ignored);
     for (uint32_t i = 0; i < LEAST_STEPS; i++)
         run_step(b, i, true, &b->device_times[i]);
-    uint32_t most = MOST_STEPS / b->chosen->batch, count = 0;
+    uint32_t count = 0;
     int64_t end = attn_now_ns() + (int64_t)(b->chosen->seconds * 1e9);
     double sum = 0;
-    while (count < most + LEAST_STEPS && (count < LEAST_STEPS || attn_now_ns() < end)) {
+    while (count < MOST_STEPS && (count < LEAST_STEPS || attn_now_ns() < end)) {
         b->times[count] = run_step(b, count, false, &ignored);
         sum += b->times[count++];
     }
@@ -322,7 +324,7 @@ static void run(const options *chosen) {
     double base = 0;
     fill_random(&b);
     b.sequences = allocate((size_t)chosen->ranks * chosen->batch * sizeof *b.sequences);
-    b.times = allocate((MOST_STEPS + LEAST_STEPS) * sizeof *b.times);
+    b.times = allocate(MOST_STEPS * sizeof *b.times);
     b.device_times = allocate(LEAST_STEPS * sizeof *b.device_times);
     printf("mode,ranks,sequences,tokens,p50_us,p99_us,tokens_per_s,device_us,ratio\n");
     if (chosen->mode == MODE_FORKS) {

@@ -16,6 +16,7 @@
 
 #include "base/clock.h"
 #include "kernels/backend.h"
+#include "kernels/cpu/workers.h"
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/export.h"
@@ -26,6 +27,7 @@
 
 #define ALIGNMENT    256
 #define BLOCKS_AN_SM 2
+#define COPIERS_MOST 6
 #define SLOT_BYTES_MOST                                                                                                \
     ((size_t)256 << 20) /* batch_invariant: of partial results of a wave, at least one sequence's                      \
                          */
@@ -49,6 +51,7 @@ typedef struct {
     attn_cuda_layer layer; /* .memory is that of layer 0 */
     size_t layer_bytes;
     arena up, down;
+    attn_cpu_workers *copiers;  /* copy rows to pinned memory and back, which takes a core as long as the kernels do */
     arena apart;                /* what sequences that share a prefix leave to be merged: device memory */
     float *slot_out, *slot_lse; /* device; [slots, MAX_ROWS, head_dim_v], [slots, MAX_ROWS] */
     uint64_t slots;
@@ -366,6 +369,7 @@ typedef struct {
     uint32_t new_rows;
     uint32_t pages;
     uint32_t most_queries;
+    uint32_t most_sharing_queries;  /* of the sequences that share a prefix, together */
     uint32_t shortest, longest;     /* tokens of a sequence in this pool */
     uint64_t pieces, merges, slots; /* at most, of one wave */
 } tally;
@@ -408,11 +412,10 @@ static uint32_t rows_of_prefix(const attn_batch *batch, const attn_prefix *prefi
 /* The prefixes become sequences, too, with the queries of all that share them. */
 static void count_prefixes(const attn_batch *batch, tally *count) {
     count->prefixes = batch->prefix_count;
-    count->shortest = count->longest = 0;
     for (uint32_t p = 0; p < batch->prefix_count; p++) {
         uint32_t rows = rows_of_prefix(batch, &batch->prefixes[p]);
         count->shared_rows += rows;
-        if (rows > count->most_queries) count->most_queries = rows;
+        if (rows > count->most_sharing_queries) count->most_sharing_queries = rows;
     }
 }
 
@@ -486,11 +489,10 @@ typedef struct {
     uint32_t sequence, row, partial_row, new_row, page;
 } packed;
 
-/* Packs sequence i's page table, where its new rows go, and its rows. */
+/* Packs sequence i's page table, and where its rows go. */
 static void pack_sequence(const cuda_backend *self, const attn_batch *batch, const call_memory *memory, packed *at,
                           uint32_t i) {
     const attn_geometry *geometry = &self->base.geometry;
-    row_bytes there = device_row(self), here = host_row(self);
     const attn_part *part = attn_batch_part(batch, i);
     const uint32_t *pages = batch->pages + batch->page_offsets[i];
     uint32_t queries = batch->query_lengths[i], new_rows = attn_batch_new_rows(batch, i);
@@ -512,14 +514,6 @@ static void pack_sequence(const cuda_backend *self, const attn_batch *batch, con
     ((uint32_t *)memory->lengths.host)[at->sequence] = batch->lengths[i];
     ((uint32_t *)memory->page_offsets.host)[at->sequence] = at->page;
     memcpy((uint32_t *)memory->page_table.host + at->page, pages, page_count * sizeof *pages);
-    copy_rows((char *)memory->queries.host + at->row * geometry->heads_q * there.key, there.key, batch->queries[i],
-              here.key, (size_t)queries * geometry->heads_q);
-    if (new_rows > 0) {
-        size_t first = (size_t)at->new_row * geometry->heads_kv, rows = (size_t)new_rows * geometry->heads_kv;
-        copy_rows((char *)memory->keys.host + first * there.key, there.key, batch->new_keys[i], here.key, rows);
-        copy_rows((char *)memory->values.host + first * there.value, there.value, batch->new_values[i], here.value,
-                  rows);
-    }
     for (uint32_t t = batch->lengths[i] - new_rows; t < batch->lengths[i]; t++) {
         ((uint32_t *)memory->places.host)[at->new_row++] =
             pages[t / geometry->page_size] * geometry->page_size + t % geometry->page_size;
@@ -575,15 +569,89 @@ static void pack_prefixes(const cuda_backend *self, const attn_batch *batch, con
     }
 }
 
-/* Page tables, where new rows go, and the rows, packed. */
-static void fill_rows(const cuda_backend *self, const attn_batch *batch, const call_memory *memory,
-                      const tally *count) {
+/* The sequence of the batch that is packed as the k-th. */
+static uint32_t sequence_at(const call_memory *memory, uint32_t k) {
+    const uint32_t *order = memory->order.host;
+    return order == NULL ? k : order[k];
+}
+
+/* Page tables, and where rows go. */
+static void pack_tables(const cuda_backend *self, const attn_batch *batch, const call_memory *memory,
+                        const tally *count) {
     packed at = {0};
     if (count->prefixes > 0) pack_prefixes(self, batch, memory, &at, count->shared_rows);
-    const uint32_t *order = memory->order.host;
     while (at.sequence < batch->size)
-        pack_sequence(self, batch, memory, &at, order == NULL ? at.sequence : order[at.sequence]);
+        pack_sequence(self, batch, memory, &at, sequence_at(memory, at.sequence));
     if (batch->sinks) memcpy(memory->sinks.host, batch->sinks, self->base.geometry.heads_q * sizeof(float));
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Rows to pinned memory and back, by several threads where there are many */
+
+/* Less is copied by the calling thread before others are awake. */
+#define COPIED_TOGETHER ((size_t)128 << 10)
+
+typedef struct copying copying;
+struct copying {
+    const cuda_backend *self;
+    const attn_batch *batch;
+    const call_memory *memory;
+    void (*copy)(const copying *rows, uint32_t k); /* the rows of the k-th packed sequence */
+    atomic_uint next;
+};
+
+static void copy_some(void *context, uint32_t worker) {
+    copying *rows = context;
+    (void)worker;
+    for (uint32_t k; (k = atomic_fetch_add(&rows->next, 1)) < rows->batch->size;)
+        rows->copy(rows, k);
+}
+
+/* `bytes`: of all rows. */
+static void copy_all(copying *rows, size_t bytes) {
+    if (rows->self->copiers == NULL || bytes < COPIED_TOGETHER)
+        copy_some(rows, 0);
+    else
+        attn_cpu_workers_run(rows->self->copiers, copy_some, rows);
+}
+
+/* Queries and new rows. */
+static void copy_in(const copying *rows, uint32_t k) {
+    const attn_geometry *geometry = &rows->self->base.geometry;
+    const attn_cuda_sequence *to = (const attn_cuda_sequence *)rows->memory->sequences.host + k;
+    row_bytes there = device_row(rows->self), here = host_row(rows->self);
+    uint32_t i = sequence_at(rows->memory, k);
+    char *queries = (char *)rows->memory->queries.host + (size_t)to->first_query * geometry->heads_q * there.key;
+    copy_rows(queries, there.key, rows->batch->queries[i], here.key, (size_t)to->query_length * geometry->heads_q);
+    if (to->new_rows == 0) return;
+    size_t first = (size_t)to->first_new * geometry->heads_kv, count = (size_t)to->new_rows * geometry->heads_kv;
+    char *keys = (char *)rows->memory->keys.host + first * there.key;
+    char *values = (char *)rows->memory->values.host + first * there.value;
+    copy_rows(keys, there.key, rows->batch->new_keys[i], here.key, count);
+    copy_rows(values, there.value, rows->batch->new_values[i], here.value, count);
+}
+
+/* Partial results of a part, or outputs. */
+static void copy_out(const copying *rows, uint32_t k) {
+    const cuda_backend *self = rows->self;
+    const attn_batch *batch = rows->batch;
+    const attn_geometry *geometry = &self->base.geometry;
+    const attn_cuda_sequence *from = (const attn_cuda_sequence *)rows->memory->sequences.host + k;
+    size_t there = device_row(self).value, here = host_row(self).value, heads = geometry->heads_q;
+    uint32_t i = sequence_at(rows->memory, k);
+    size_t first = from->first_out * heads, count = from->query_length * heads;
+    if (attn_batch_part(batch, i) != NULL) {
+        size_t partial_there = self->layer.head_dim_v * sizeof(float);
+        if (batch->batch_invariant) count *= chunks_of(batch->lengths[i]);
+        copy_rows(batch->partials[i].out, geometry->head_dim_v * sizeof(float),
+                  (const char *)rows->memory->partial_out.host + first * partial_there, partial_there, count);
+        memcpy(batch->partials[i].lse, (const float *)rows->memory->partial_lse.host + first, count * sizeof(float));
+        return;
+    }
+    copy_rows(batch->outs[i], here, (const char *)rows->memory->out.host + first * there, there, count);
+    if (batch->lses && batch->lses[i]) {
+        memcpy(batch->lses[i], (const float *)rows->memory->lse.host + first, count * sizeof(float));
+    }
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -756,12 +824,15 @@ static attn_status run_pieces(cuda_backend *self, const attn_batch *batch, const
 /* ------------------------------------------------------------------------------------------- */
 /* The fast path: stores, plans, attends and merges in one launch, from the live lengths */
 
-static attn_status launch_decode(cuda_backend *self, const attn_cuda_call *call, const tally *count) {
+static attn_status launch_decode(cuda_backend *self, const attn_cuda_call *call, attn_cuda_expected expected) {
     const attn_cuda_workspace *workspace = call->batch_invariant ? &self->chunks : &self->runs;
-    attn_cuda_expected expected = {count->most_queries, count->shortest, count->longest};
     CUDA_TRY(attn_cuda_decode_launch(call, &self->tuning, workspace, &expected, self->stream));
     self->launches++;
     return attn_ok();
+}
+
+static attn_cuda_expected expected_of(const tally *count) {
+    return (attn_cuda_expected){count->most_queries, count->shortest, count->longest};
 }
 
 /* batch_invariant: as many sequences at a time as the chunks' slots are enough for. */
@@ -775,22 +846,28 @@ static attn_status run_chunks(cuda_backend *self, attn_cuda_call call, const tal
             last++;
         call.sequences = is_plain && last - first == size ? NULL : sequences + first;
         call.batch = last - first;
-        ATTN_TRY(launch_decode(self, &call, count));
+        ATTN_TRY(launch_decode(self, &call, expected_of(count)));
         first = last;
     }
     return attn_ok();
 }
 
-/* Prefixes and the sequences' own tokens in one launch, as parts, which a second one merges. */
+/*
+ * Prefixes, then the sequences' own tokens, as parts that a third launch merges. By themselves, since many queries on
+ * one prefix are for the kernel with many rows a block, and few on each sequence's own tokens are not.
+ */
 static attn_status run_prefixes(cuda_backend *self, attn_cuda_call call, const tally *count) {
     size_t rows = 2 * (size_t)count->shared_rows * call.layer.heads_q;
     size_t out_bytes = rows * call.layer.head_dim_v * sizeof(float);
     attn_status status;
     if (!arena_reserve(&self->apart, out_bytes + rows * sizeof(float), &status)) return status;
-    call.batch += count->prefixes;
     call.partial_out = (float *)self->apart.device;
     call.partial_lse = (float *)(self->apart.device + out_bytes);
-    ATTN_TRY(launch_decode(self, &call, count));
+    attn_cuda_call shared = call;
+    shared.sequences += call.batch;
+    shared.batch = count->prefixes;
+    ATTN_TRY(launch_decode(self, &shared, (attn_cuda_expected){.most_queries = count->most_sharing_queries}));
+    ATTN_TRY(launch_decode(self, &call, (attn_cuda_expected){.most_queries = count->most_queries}));
     CUDA_TRY(attn_cuda_merge_prefixes(&call, count->shared_rows, self->stream));
     self->launches++;
     return attn_ok();
@@ -805,38 +882,11 @@ static attn_status run_decode(cuda_backend *self, const attn_batch *batch, const
                     (!has_new || count->new_rows == batch->size); /* as without call.sequences */
     if (batch->batch_invariant) return run_chunks(self, call, count, is_plain);
     if (is_plain) call.sequences = NULL;
-    return count->prefixes > 0 ? run_prefixes(self, call, count) : launch_decode(self, &call, count);
+    return count->prefixes > 0 ? run_prefixes(self, call, count) : launch_decode(self, &call, expected_of(count));
 }
 
 /* ------------------------------------------------------------------------------------------- */
 /* Decoding */
-
-/* From the packed rows to where the caller wants each sequence's. */
-static void scatter(const cuda_backend *self, const attn_batch *batch, const call_memory *memory) {
-    const attn_geometry *geometry = &self->base.geometry;
-    size_t there = device_row(self).value, here = host_row(self).value, heads = geometry->heads_q;
-    size_t partial_there = self->layer.head_dim_v * sizeof(float), partial_here = geometry->head_dim_v * sizeof(float);
-    size_t row = 0, partial_row = 0;
-    const uint32_t *order = memory->order.host;
-    for (uint32_t k = 0; k < batch->size; k++) {
-        uint32_t i = order == NULL ? k : order[k];
-        size_t rows = batch->query_lengths[i] * heads;
-        if (attn_batch_part(batch, i)) {
-            size_t partial_rows = rows * (batch->batch_invariant ? chunks_of(batch->lengths[i]) : 1);
-            copy_rows(batch->partials[i].out, partial_here,
-                      (char *)memory->partial_out.host + partial_row * partial_there, partial_there, partial_rows);
-            memcpy(batch->partials[i].lse, (float *)memory->partial_lse.host + partial_row,
-                   partial_rows * sizeof(float));
-            partial_row += partial_rows;
-        } else {
-            copy_rows(batch->outs[i], here, (char *)memory->out.host + row * there, there, rows);
-            if (batch->lses && batch->lses[i]) {
-                memcpy(batch->lses[i], (float *)memory->lse.host + row, rows * sizeof(float));
-            }
-        }
-        row += rows;
-    }
-}
 
 /* After settle(). */
 static attn_status read_device_time(const cuda_backend *self, attn_timing *timing) {
@@ -860,7 +910,11 @@ static attn_status cuda_decode(attn_backend *backend, const attn_batch *batch, c
     if (!reserve_call(self, batch, &count, &memory, &status)) return status;
     timing->plan_ns = attn_now_ns() - start;
 
-    fill_rows(self, batch, &memory, &count);
+    pack_tables(self, batch, &memory, &count);
+    size_t heads_q = backend->geometry.heads_q, heads_kv = backend->geometry.heads_kv;
+    row_bytes row = device_row(self);
+    copying rows = {.self = self, .batch = batch, .memory = &memory, .copy = copy_in};
+    copy_all(&rows, count.rows * heads_q * row.key + count.new_rows * heads_kv * (row.key + row.value));
     ATTN_TRY(upload(self, self->up.host, memory.first_pieces.host));
     if (batch->device_time) CUDA_TRY(cudaEventRecord(self->kernels_begin, self->stream));
     if (self->is_fast) {
@@ -871,7 +925,9 @@ static attn_status cuda_decode(attn_backend *backend, const attn_batch *batch, c
     }
     if (batch->device_time) CUDA_TRY(cudaEventRecord(self->kernels_end, self->stream));
     ATTN_TRY(settle(self));
-    scatter(self, batch, &memory);
+    rows.copy = copy_out;
+    atomic_store(&rows.next, 0);
+    copy_all(&rows, count.rows * heads_q * row.value);
     if (batch->device_time) ATTN_TRY(read_device_time(self, timing));
     timing->launches = self->launches;
     timing->attention_ns = attn_now_ns() - start - timing->plan_ns;
@@ -893,6 +949,7 @@ static void cuda_destroy(attn_backend *backend) {
     arena_fini(&self->up);
     arena_fini(&self->down);
     arena_fini(&self->apart);
+    attn_cpu_workers_destroy(self->copiers);
     attn_cuda_free(self->layer.memory);
     attn_cuda_free(self->slot_out);
     attn_cuda_free(self->slot_lse);
@@ -989,8 +1046,15 @@ static bool has_room(const attn_cuda_layer *layer, const struct cudaDeviceProp *
     return properties->sharedMemPerBlockOptin >= 160 * 1024 || (layer->head_dim <= 128 && layer->head_dim_v <= 128);
 }
 
+/* Of the workers that it may have, some copy rows: a few do it as fast as memory allows. */
+static attn_status start_copiers(cuda_backend *self, const attn_backend_config *config) {
+    uint32_t count = config->workers < COPIERS_MOST ? config->workers : COPIERS_MOST;
+    return count > 1 ? attn_cpu_workers_create(count, NULL, &self->copiers) : attn_ok();
+}
+
 static attn_status allocate(cuda_backend *self, const attn_backend_config *config,
                             const struct cudaDeviceProp *properties) {
+    ATTN_TRY(start_copiers(self, config));
     ATTN_TRY(allocate_pool(self, config));
     self->down.kind = ARENA_SHARED;
     self->apart.kind = ARENA_DEVICE;
