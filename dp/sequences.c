@@ -90,18 +90,17 @@ fail:
     return status;
 }
 
+/* Of a spread sequence. */
 static void free_parts(dp_sequence *sequence) {
     for (uint32_t j = 0; j < sequence->stripes; j++)
         free(sequence->parts[j].pages);
-    if (sequence->parts != &sequence->first_part) free(sequence->parts);
+    free(sequence->parts);
 }
 
 void dp_sequences_fini(dp_sequences *table) {
     for (uint32_t i = 0; table->slots != NULL && i < table->capacity; i++) {
-        if (table->slots[i].open)
-            free_parts(&table->slots[i]);
-        else
-            free(table->slots[i].first_part.pages);
+        if (table->slots[i].open && table->slots[i].stripes > 1) free_parts(&table->slots[i]);
+        free(table->slots[i].first_part.pages); /* a whole sequence's, or kept for the next one */
     }
     for (uint32_t r = 0; table->pools != NULL && r < table->ranks; r++)
         dp_pages_fini(&table->pools[r]);
