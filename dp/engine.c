@@ -32,6 +32,10 @@ static attn_status check_config(const dp_config *config) {
     if (config->sequence_idle_ns < 0) {
         return attn_error(ATTN_INVALID_ARGUMENT, "sequence_idle_ns: must not be negative");
     }
+    if (config->rebalance_factor != 0 && !(config->rebalance_factor > 1)) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "rebalance_factor: %g; must be 0 or above 1",
+                          config->rebalance_factor);
+    }
     return attn_ok();
 }
 
@@ -95,6 +99,7 @@ attn_status dp_engine_create(const dp_config *config, dp_engine **engine) {
     if (created == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an engine");
     attn_status status;
     pthread_mutex_init(&created->lock, NULL);
+    dp_moves_init(&created->moves);
     copy_config(created, config);
     created->ranks = calloc(config->ranks, sizeof *created->ranks);
     created->results = dp_results_create();
@@ -119,6 +124,10 @@ fail:
 
 void dp_engine_destroy(dp_engine *engine) {
     if (engine == NULL) return;
+    dp_moves_fini(engine);
+    for (uint32_t r = 0; engine->ranks != NULL && r < engine->config.ranks; r++) {
+        if (engine->ranks[r].rank != NULL) dp_rank_stop(engine->ranks[r].rank);
+    }
     for (uint32_t r = 0; engine->ranks != NULL && r < engine->config.ranks; r++) {
         dp_rank_destroy(engine->ranks[r].rank);
         free(engine->ranks[r].device);
@@ -171,13 +180,18 @@ void dp_engine_count(dp_engine *engine, dp_engine_counts *counts) {
         .steps = engine->steps.open,
         .steps_committed = engine->steps.committed,
         .steps_aborted = engine->steps.aborted,
+        .moves = engine->moves.succeeded,
+        .moves_failed = engine->moves.failed,
+        .moved_tokens = engine->moves.tokens,
+        .moved_bytes = engine->moves.bytes,
     };
     pthread_mutex_unlock(&engine->lock);
 }
 
-void dp_engine_note_lost(dp_engine *engine) {
+void dp_engine_note_ranks(dp_engine *engine) {
     for (uint32_t r = 0; r < engine->config.ranks; r++) {
         engine->sequences.loads[r].lost = dp_rank_lost(engine->ranks[r].rank);
+        engine->sequences.loads[r].full = engine->sequences.pools[r].free == 0;
     }
 }
 
@@ -195,6 +209,8 @@ void dp_engine_reap(dp_engine *engine) {
     int64_t now = attn_now_ns();
     if (engine->config.step_idle_ns > 0) dp_steps_reap(engine, now - engine->config.step_idle_ns);
     if (engine->config.sequence_idle_ns > 0) close_idle_sequences(engine, now - engine->config.sequence_idle_ns);
+    dp_moves_resume(engine);
+    dp_engine_balance(engine);
 }
 
 #ifndef ATTN_RELEASE
@@ -216,7 +232,7 @@ static attn_status open_locked(dp_engine *engine, uint32_t tenant, uint32_t coun
                                uint32_t rank, uint64_t *handles, uint32_t *ranks) {
     dp_sequences *table = &engine->sequences;
     ATTN_TRY(dp_sequences_room(table, tenant, count));
-    dp_engine_note_lost(engine);
+    dp_engine_note_ranks(engine);
     for (uint32_t i = 0; i < count; i++) {
         dp_sequence *sequence;
         attn_status status = open_one(engine, tenant, placement, rank, &sequence);
@@ -244,7 +260,7 @@ attn_status dp_sequences_open(dp_engine *engine, uint32_t tenant, uint32_t count
 static attn_status find_one(dp_engine *engine, uint32_t tenant, uint64_t handle, dp_sequence **sequence) {
     *sequence = dp_sequences_find(&engine->sequences, tenant, handle);
     if (*sequence == NULL) return attn_error(ATTN_NOT_FOUND, "sequence: unknown, closed or not yours");
-    dp_engine_note_lost(engine);
+    dp_engine_note_ranks(engine);
     return dp_sequence_holds(&engine->sequences, *sequence);
 }
 
@@ -277,7 +293,7 @@ attn_status dp_sequence_fork(dp_engine *engine, uint32_t tenant, uint64_t parent
 static attn_status truncate_locked(dp_engine *engine, uint32_t tenant, uint64_t handle, uint64_t length) {
     dp_sequence *sequence;
     ATTN_TRY(find_one(engine, tenant, handle, &sequence));
-    if (sequence->busy) return attn_error(ATTN_ABORTED, "sequence: in a step or upload right now");
+    if (sequence->busy) return attn_error(ATTN_ABORTED, "sequence: %s right now", dp_sequence_busy_with(sequence));
     ATTN_TRY(check_length(sequence, length));
     dp_sequences_cut(&engine->sequences, sequence, length);
     sequence->used_ns = attn_now_ns();
@@ -296,7 +312,8 @@ static attn_status close_locked(dp_engine *engine, uint32_t tenant, const uint64
     dp_sequences *table = &engine->sequences;
     ATTN_TRY(dp_sequences_find_all(table, tenant, handles, count, sequences));
     for (uint32_t i = 0; i < count; i++) {
-        if (sequences[i]->busy) return attn_error(ATTN_ABORTED, "sequences[%u]: in a step or upload right now", i);
+        if (!sequences[i]->busy) continue;
+        return attn_error(ATTN_ABORTED, "sequences[%u]: %s right now", i, dp_sequence_busy_with(sequences[i]));
     }
     for (uint32_t i = 0; i < count; i++)
         dp_sequences_remove(table, sequences[i]);

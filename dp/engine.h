@@ -3,7 +3,8 @@
  *
  * An engine owns N data-parallel ranks. A rank is one worker thread that owns one kernels backend
  * (a set of CPU cores, or a GPU) with its page pool, and a bounded queue of work. A sequence lives
- * on one rank, or is spread over all of them in stripes of ATTN_CHUNK_TOKENS tokens.
+ * on one rank, or is spread over all of them in stripes of ATTN_CHUNK_TOKENS tokens. A whole one can be moved to
+ * another rank, or spread, while it is open.
  *
  * The path of a decode call: a step of handles (dp_step_begin) is validated, partitioned over the
  * ranks and given its pages, once. Each layer's tensors (dp_step_layer) are then dispatched to the
@@ -18,7 +19,7 @@
  * Threads: every function here may be called from any thread. Calls on one dp_step, dp_upload or
  * dp_export must not overlap, but for dp_layer_cancel. Completion callbacks run on a rank thread, or on
  * the calling thread; they must be short, must not block, and may call back into the engine
- * but for dp_engine_destroy.
+ * but for dp_engine_destroy and dp_engine_reap.
  *
  * Errors: see base/status.h. Messages name the request's field and index ("sequences[3]: ..."), in
  * the words of proto/attnd.proto, and never another tenant's business. A call that fails has
@@ -27,6 +28,7 @@
 #ifndef ATTND_DP_ENGINE_H
 #define ATTND_DP_ENGINE_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -57,6 +59,8 @@ typedef struct {
     const uint64_t *tenant_max_sequences; /* [tenants] likewise */
     int64_t step_idle_ns;                 /* an open step without a call for so long is aborted; 0: never */
     int64_t sequence_idle_ns;             /* a sequence not used for so long is closed; 0: never */
+    double rebalance_factor;              /* see dp_engine_reap; 0: never, else above 1 */
+    uint64_t spread_above_tokens;         /* likewise; 0: never */
 } dp_config;
 
 #define DP_MAX_RANKS 64
@@ -64,7 +68,7 @@ typedef struct {
 /* Creates the ranks, their backends and pools, and starts their threads. ATTN_INVALID_ARGUMENT names the field. */
 attn_status dp_engine_create(const dp_config *config, dp_engine **engine);
 
-/* Stops the ranks and frees everything. No call may be in flight, every step, upload and export ended. */
+/* Stops the ranks and frees everything. No call may be in flight, every step, upload, export and move ended. */
 void dp_engine_destroy(dp_engine *engine);
 
 typedef enum { DP_RANK_SERVING = 1, DP_RANK_LOST = 2 } dp_rank_state;
@@ -94,11 +98,22 @@ typedef struct {
     uint64_t sequences;                      /* open now */
     uint64_t steps;                          /* open now */
     uint64_t steps_committed, steps_aborted; /* since start */
+    uint64_t moves, moves_failed;            /* of sequences to other ranks, since start */
+    uint64_t moved_tokens, moved_bytes;      /* by the moves that succeeded; bytes of keys and values */
 } dp_engine_counts;
 
 void dp_engine_count(dp_engine *engine, dp_engine_counts *counts);
 
-/* Aborts idle steps and closes idle sequences. To be called about once a second. */
+/*
+ * Aborts idle steps, closes idle sequences, ends moves that have waited for too long, and evens out the load. To be
+ * called about once a second, by one thread.
+ *
+ * Evening out: a whole sequence of more than spread_above_tokens tokens is spread over the ranks. Otherwise, where the
+ * most loaded rank has more than rebalance_factor times the tokens (held and in flight) of the least loaded one, and
+ * 1024 tokens more, the sequence that best evens the two is moved from the one to the other; and so on, until they
+ * are even or there is none to move. One sequence moves at a time, none that is in a step or upload, and none whose
+ * move would leave the two ranks nearly as uneven the other way round.
+ */
 void dp_engine_reap(dp_engine *engine);
 
 /*
@@ -140,12 +155,66 @@ typedef struct {
     bool spread;
     uint64_t pages;
     uint64_t shared_pages;
-    bool busy;
+    bool busy; /* in a step that writes, in an upload or on its way to another rank */
 } dp_sequence_info;
 
 /* infos[count], in order. */
 attn_status dp_sequences_describe(dp_engine *engine, uint32_t tenant, const uint64_t *handles, uint32_t count,
                                   dp_sequence_info *infos);
+
+/* ------------------------------------------------------------------------------------------- */
+/* Moves */
+
+typedef struct dp_move dp_move;
+
+/* A sequence's way to another rank. The caller's memory, untouched by the caller from dp_sequence_move to `done`. */
+struct dp_move {
+    /* in */
+    uint64_t sequence;
+    uint32_t rank;         /* where it goes; not looked at if.. */
+    bool spread;           /* ..it is to be spread over all ranks: its home stays the same */
+    int64_t step_until_ns; /* a step or upload that it is in is waited for until this attn_now_ns(); 0: not at all */
+    /* Called exactly once if dp_sequence_move returned ATTN_OK, maybe before that. `status` is valid during it. */
+    void (*done)(dp_move *move, attn_status status);
+    /* out, valid from `done` with success */
+    uint64_t tokens; /* the sequence's; 0: it is where it was to go already */
+    uint64_t bytes;  /* of keys and values copied to other ranks */
+    /* the engine's */
+    atomic_bool cancelled;
+};
+
+/*
+ * Moves a whole sequence: its rows are copied to the new rank, and then, at once, it lives there. The handle stays.
+ * Until then the sequence is readable where it was and may be forked, and is busy for all else: a step that is to
+ * write to it is refused, or waits (dp_step_request.wait). Read-only steps and exports keep what they began with.
+ * Forks of it stay where they are: pages shared with them are copied.
+ *
+ * A move that fails leaves the sequence as it was and no page behind.
+ * ATTN_NOT_FOUND; ATTN_INVALID_ARGUMENT: no such rank; ATTN_FAILED_PRECONDITION: spread already; ATTN_ABORTED: in a
+ * step, upload or other move; ATTN_RESOURCE_EXHAUSTED: no pages on the new rank, or a rank's queue is full;
+ * ATTN_UNAVAILABLE: a rank is lost; ATTN_CANCELLED.
+ */
+attn_status dp_sequence_move(dp_engine *engine, uint32_t tenant, dp_move *move);
+
+/* Lets a move end with ATTN_CANCELLED, unless it is nearly there. Any thread, between dp_sequence_move and the end of
+ * the memory. */
+void dp_move_cancel(dp_move *move);
+
+/*
+ * A call that waits for a move to end. The caller's memory, untouched by the caller from when the engine says that it
+ * waits to `ready`, or to a successful dp_wait_withdraw.
+ */
+typedef struct dp_wait dp_wait;
+struct dp_wait {
+    /* A move has ended: the call may be tried again, and may be made to wait again. */
+    void (*ready)(dp_wait *wait);
+    /* the engine's; guarded by its lock */
+    bool listed;
+    dp_wait *previous, *next;
+};
+
+/* Waits no longer: true, and `ready` will not come; false: it has come, or comes now. */
+bool dp_wait_withdraw(dp_engine *engine, dp_wait *wait);
 
 /* ------------------------------------------------------------------------------------------- */
 /* Tensors */
@@ -187,11 +256,16 @@ typedef struct {
     const uint32_t *query_lengths; /* [count] 1 .. ATTN_MAX_QUERY_LENGTH; NULL: 1 each */
     uint32_t count;                /* 1 .. max_batch */
     bool read_only;                /* no new rows: layers in any order, nothing to commit, sequences not made busy */
+    dp_wait *wait;                 /* for sequences that are on their way to another rank; NULL: the step is refused */
 } dp_step_request;
 
 /*
  * Announces a step: checks handles, marks the sequences busy, takes the pages that the new tokens
  * need, partitions the batch. The caller ends it with dp_step_end.
+ * ATTN_ABORTED: a sequence is in another step or upload, or on its way to another rank.
+ *
+ * With request->wait: if the step can not begin because of a sequence on its way, this returns ATTN_OK with a NULL
+ * *step, and request->wait->ready is called when a move has ended, maybe before this returns.
  */
 attn_status dp_step_begin(dp_engine *engine, const dp_step_request *request, dp_step **step);
 

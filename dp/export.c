@@ -108,10 +108,19 @@ static dp_export *make_export(dp_engine *engine, const dp_sequence *sequence, ui
     return made;
 }
 
+attn_status dp_export_hold(dp_engine *engine, const dp_sequence *sequence, uint64_t position, uint64_t tokens,
+                           dp_export **export) {
+    dp_export *made = make_export(engine, sequence, position, tokens);
+    if (made == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an export");
+    for_pages_held(made, dp_pages_share);
+    *export = made;
+    return attn_ok();
+}
+
 /* With the lock held. */
 static attn_status begin_locked(dp_engine *engine, dp_sequence *sequence, uint64_t position, uint64_t tokens,
                                 dp_export **export) {
-    dp_engine_note_lost(engine);
+    dp_engine_note_ranks(engine);
     ATTN_TRY(dp_sequence_holds(&engine->sequences, sequence));
     uint64_t length = sequence->length;
     if (position > length) {
@@ -123,11 +132,8 @@ static attn_status begin_locked(dp_engine *engine, dp_sequence *sequence, uint64
                           "tokens: %" PRIu64 " from position %" PRIu64 " on; the sequence has %" PRIu64, tokens,
                           position, length);
     }
-    dp_export *made = make_export(engine, sequence, position, tokens == 0 ? length - position : tokens);
-    if (made == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an export");
-    for_pages_held(made, dp_pages_share);
+    ATTN_TRY(dp_export_hold(engine, sequence, position, tokens == 0 ? length - position : tokens, export));
     sequence->used_ns = attn_now_ns();
-    *export = made;
     return attn_ok();
 }
 

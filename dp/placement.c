@@ -1,6 +1,8 @@
 #include "dp/placement.h"
 
-static bool carries_less(const dp_rank_load *left, const dp_rank_load *right) {
+/* Whether `left` is the better place for a new sequence. */
+static bool is_better(const dp_rank_load *left, const dp_rank_load *right) {
+    if (left->full != right->full) return right->full;
     uint64_t left_tokens = left->tokens + left->tokens_in_flight;
     uint64_t right_tokens = right->tokens + right->tokens_in_flight;
     if (left_tokens != right_tokens) return left_tokens < right_tokens;
@@ -11,7 +13,7 @@ static attn_status choose_least_tokens(const dp_rank_load *loads, uint32_t ranks
     uint32_t best = ranks;
     for (uint32_t r = 0; r < ranks; r++) {
         if (loads[r].lost) continue;
-        if (best == ranks || carries_less(&loads[r], &loads[best])) best = r;
+        if (best == ranks || is_better(&loads[r], &loads[best])) best = r;
     }
     if (best == ranks) return attn_error(ATTN_UNAVAILABLE, "every rank is lost");
     *rank = best;

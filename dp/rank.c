@@ -200,14 +200,20 @@ attn_status dp_rank_create(const dp_rank_config *config, dp_rank **rank) {
     return attn_ok();
 }
 
-void dp_rank_destroy(dp_rank *rank) {
-    if (rank == NULL) return;
+void dp_rank_stop(dp_rank *rank) {
     pthread_mutex_lock(&rank->lock);
     assert(rank->head == NULL);
+    bool stopped = rank->stopping;
     rank->stopping = true;
     pthread_mutex_unlock(&rank->lock);
+    if (stopped) return;
     pthread_cond_signal(&rank->wake);
     pthread_join(rank->thread, NULL);
+}
+
+void dp_rank_destroy(dp_rank *rank) {
+    if (rank == NULL) return;
+    dp_rank_stop(rank);
     rank_free(rank);
 }
 

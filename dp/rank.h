@@ -51,7 +51,13 @@ typedef struct {
 /* Starts the worker, which creates the backend. Fails as attn_backend_create does. */
 attn_status dp_rank_create(const dp_rank_config *config, dp_rank **rank);
 
-/* Stops the worker and frees the backend. No job may be there. NULL is fine. */
+/*
+ * Stops the worker, which frees the backend. No job may be there. Ranks whose workers submit jobs to each other are
+ * all stopped before one is destroyed: a worker may still be on its way out of dp_rank_submit when the job is done.
+ */
+void dp_rank_stop(dp_rank *rank);
+
+/* Stops the rank, unless that is done, and frees it. NULL is fine. */
 void dp_rank_destroy(dp_rank *rank);
 
 /*

@@ -220,17 +220,19 @@ void dp_sequences_cut(dp_sequences *table, dp_sequence *sequence, uint64_t lengt
     sequence->length = length;
 }
 
+static void trim_first_part(dp_sequence *sequence) {
+    if (sequence->first_part.capacity <= KEPT_TABLE_ENTRIES) return;
+    free(sequence->first_part.pages);
+    sequence->first_part.pages = NULL;
+    sequence->first_part.capacity = 0;
+}
+
 void dp_sequences_remove(dp_sequences *table, dp_sequence *sequence) {
     dp_sequences_cut(table, sequence, 0);
     for (uint32_t j = 0; j < sequence->stripes; j++)
         table->loads[dp_sequence_rank(table, sequence, j)].sequences--;
-    if (sequence->stripes > 1) {
-        free_parts(sequence);
-    } else if (sequence->first_part.capacity > KEPT_TABLE_ENTRIES) {
-        free(sequence->first_part.pages);
-        sequence->first_part.pages = NULL;
-        sequence->first_part.capacity = 0;
-    }
+    if (sequence->stripes > 1) free_parts(sequence);
+    trim_first_part(sequence);
     sequence->open = false;
     sequence->next_free = table->first_free;
     table->first_free = sequence->slot;
@@ -407,4 +409,128 @@ void dp_sequence_cancel(dp_sequences *table, dp_sequence *sequence, int64_t now)
             dp_part_length(sequence->length, j, sequence->stripes);
     }
     end_growth(sequence, now);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Moving */
+
+const char *dp_sequence_busy_with(const dp_sequence *sequence) {
+    return sequence->moving ? "on its way to another rank" : "in a step or upload";
+}
+
+uint32_t dp_place_rank(const dp_sequences *table, const dp_place *place, uint32_t stripe) {
+    return (place->home + stripe) % table->ranks;
+}
+
+static void free_place(dp_place *place) {
+    for (uint32_t j = 0; place->parts != NULL && j < place->stripes; j++)
+        free(place->parts[j].pages);
+    free(place->parts);
+    *place = (dp_place){0};
+}
+
+/* Parts with room for the sequence's pages. ATTN_RESOURCE_EXHAUSTED: no memory. */
+static attn_status make_place(const dp_sequences *table, const dp_sequence *sequence, dp_place *place) {
+    place->parts = calloc(place->stripes, sizeof *place->parts);
+    attn_status status = attn_ok();
+    if (place->parts == NULL) status = attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a sequence on its way");
+    for (uint32_t j = 0; !attn_failed(status) && j < place->stripes; j++) {
+        place->parts[j].replacement = DP_NO_PAGE;
+        uint64_t tokens = dp_part_length(sequence->length, j, place->stripes);
+        status = reserve_part(&place->parts[j], dp_pages_for(&table->geometry, tokens));
+    }
+    if (attn_failed(status)) free_place(place);
+    return status;
+}
+
+/* The page of a whole sequence that has the tokens of page `page` of part `stripe` of `stripes`. */
+static uint32_t page_of_whole(const attn_geometry *geometry, uint32_t page, uint32_t stripe, uint32_t stripes) {
+    uint32_t chunk_pages = ATTN_CHUNK_TOKENS / geometry->page_size;
+    return (page / chunk_pages * stripes + stripe) * chunk_pages + page % chunk_pages;
+}
+
+static void fill_place(dp_sequences *table, const dp_sequence *sequence, dp_place *place) {
+    for (uint32_t j = 0; j < place->stripes; j++) {
+        uint32_t rank = dp_place_rank(table, place, j);
+        uint64_t tokens = dp_part_length(sequence->length, j, place->stripes);
+        dp_part *part = &place->parts[j];
+        part->count = dp_pages_for(&table->geometry, tokens);
+        for (uint32_t p = 0; p < part->count; p++) {
+            if (rank == sequence->home) {
+                part->pages[p] = sequence->parts[0].pages[page_of_whole(&table->geometry, p, j, place->stripes)];
+                dp_pages_share(&table->pools[rank], part->pages[p]);
+            } else {
+                part->pages[p] = dp_pages_take(&table->pools[rank]);
+            }
+        }
+        if (rank != sequence->home) table->loads[rank].tokens_in_flight += tokens;
+    }
+}
+
+attn_status dp_sequence_move_begin(dp_sequences *table, dp_sequence *sequence, uint32_t home, bool spread,
+                                   dp_place *place) {
+    assert(!sequence->busy && sequence->stripes == 1 && spread == (home == sequence->home));
+    *place = (dp_place){.home = home, .stripes = spread ? table->ranks : 1};
+    uint64_t needs[DP_MAX_RANKS] = {0};
+    for (uint32_t j = 0; j < place->stripes; j++) {
+        uint32_t rank = dp_place_rank(table, place, j);
+        uint64_t tokens = dp_part_length(sequence->length, j, place->stripes);
+        if (rank != sequence->home) needs[rank] = dp_pages_for(&table->geometry, tokens);
+    }
+    ATTN_TRY(dp_sequences_afford(table, sequence->tenant, needs, 0));
+    ATTN_TRY(make_place(table, sequence, place));
+    fill_place(table, sequence, place);
+    sequence->busy = sequence->moving = true;
+    return attn_ok();
+}
+
+static void end_move(dp_sequence *sequence, int64_t now) {
+    sequence->busy = sequence->moving = false;
+    sequence->used_ns = now;
+}
+
+/* Counts the sequence's tokens where it now is, instead of on their way there. */
+static void count_arrival(dp_sequences *table, const dp_sequence *sequence, const dp_place *place) {
+    table->loads[sequence->home].tokens -= sequence->length;
+    table->loads[sequence->home].sequences--;
+    for (uint32_t j = 0; j < place->stripes; j++) {
+        uint32_t rank = dp_place_rank(table, place, j);
+        uint64_t tokens = dp_part_length(sequence->length, j, place->stripes);
+        if (rank != sequence->home) table->loads[rank].tokens_in_flight -= tokens;
+        table->loads[rank].tokens += tokens;
+        table->loads[rank].sequences++;
+        table->tenants[sequence->tenant].pages += place->parts[j].count;
+    }
+}
+
+void dp_sequence_move_commit(dp_sequences *table, dp_sequence *sequence, dp_place *place, int64_t now) {
+    assert(sequence->moving && sequence->stripes == 1);
+    count_arrival(table, sequence, place);
+    drop_pages(table, sequence, 0, 0);
+    sequence->home = place->home;
+    sequence->stripes = place->stripes;
+    if (place->stripes > 1) {
+        trim_first_part(sequence);
+        sequence->parts = place->parts;
+    } else {
+        free(sequence->first_part.pages);
+        sequence->first_part = place->parts[0];
+        free(place->parts);
+    }
+    *place = (dp_place){0};
+    end_move(sequence, now);
+}
+
+void dp_sequence_move_cancel(dp_sequences *table, dp_sequence *sequence, dp_place *place, int64_t now) {
+    assert(sequence->moving);
+    for (uint32_t j = 0; j < place->stripes; j++) {
+        uint32_t rank = dp_place_rank(table, place, j);
+        for (uint32_t p = 0; p < place->parts[j].count; p++)
+            dp_pages_drop(&table->pools[rank], place->parts[j].pages[p]);
+        if (rank != sequence->home) {
+            table->loads[rank].tokens_in_flight -= dp_part_length(sequence->length, j, place->stripes);
+        }
+    }
+    free_place(place);
+    end_move(sequence, now);
 }

@@ -20,6 +20,11 @@
  * If the first new token falls on the tail page and that page is shared, `replacement` is a page to
  * copy the tail to; at commit it takes the tail's place.
  *
+ * Moves. A whole sequence moves to another rank, or is spread over all: dp_sequence_move_begin takes pages
+ * where it is to live, whoever moves it copies its rows there, and dp_sequence_move_commit makes them its own
+ * and drops the old ones, or dp_sequence_move_cancel gives them back. Meanwhile it is busy and stays readable
+ * where it was.
+ *
  * Threads: guarded by the engine's lock. Whoever made a sequence busy may read its pages without the
  * lock, for nobody else changes them until it ends that.
  */
@@ -42,7 +47,8 @@ typedef struct {
     uint32_t slot;
     uint32_t generation; /* of the handle */
     bool open;
-    bool busy; /* in a step that writes, or in an upload */
+    bool busy;   /* in a step that writes, in an upload, or.. */
+    bool moving; /* ..on its way to other pages */
     uint32_t tenant;
     uint32_t home;
     uint32_t stripes;    /* parts: 1, or the number of ranks */
@@ -136,6 +142,34 @@ void dp_sequence_grow(dp_sequences *table, dp_sequence *sequence, uint64_t token
 /* Ends a growth: the tokens are the sequence's, or the pages are given back. */
 void dp_sequence_commit(dp_sequences *table, dp_sequence *sequence, int64_t now);
 void dp_sequence_cancel(dp_sequences *table, dp_sequence *sequence, int64_t now);
+
+/* ------------------------------------------------------------------------------------------- */
+/* Moving */
+
+/* The place that a sequence moves to. Its pages lie in `parts` as a sequence's committed ones do. */
+typedef struct {
+    uint32_t home;
+    uint32_t stripes;
+    dp_part *parts; /* [stripes] */
+} dp_place;
+
+/*
+ * Takes pages for all committed tokens of a whole sequence that is not busy, and makes it busy. It moves to rank
+ * `home`, which is another than its own; or, if `spread`, over all ranks with the same home: the chunks that stay
+ * there stay in their pages, which then have one holder more. Moves do not count for quotas: at the end as many pages
+ * are held as before. Success is to be followed by dp_sequence_move_commit or _cancel, which also end *place.
+ * ATTN_RESOURCE_EXHAUSTED: a rank has too few pages free; or no memory.
+ */
+attn_status dp_sequence_move_begin(dp_sequences *table, dp_sequence *sequence, uint32_t home, bool spread,
+                                   dp_place *place);
+void dp_sequence_move_commit(dp_sequences *table, dp_sequence *sequence, dp_place *place, int64_t now);
+void dp_sequence_move_cancel(dp_sequences *table, dp_sequence *sequence, dp_place *place, int64_t now);
+
+/* The rank of part `stripe` of a place. */
+uint32_t dp_place_rank(const dp_sequences *table, const dp_place *place, uint32_t stripe);
+
+/* What keeps a busy sequence: "in a step or upload" or "on its way to another rank". A literal. */
+const char *dp_sequence_busy_with(const dp_sequence *sequence);
 
 /* ------------------------------------------------------------------------------------------- */
 /* Where tokens are */

@@ -122,6 +122,51 @@ typedef struct {
 } dp_steps;
 
 /* ------------------------------------------------------------------------------------------- */
+/* Moves */
+
+typedef struct dp_travel dp_travel; /* a move under way: move.c */
+
+/* Guarded by the engine's lock, but for the hint, and for the engine's own move while that is under way. */
+typedef struct {
+    dp_travel *waiting;      /* for their sequence to be busy no more; first come, first moved */
+    atomic_bool any_waiting; /* a hint: is worth taking the lock for */
+    dp_wait *waits;          /* calls that wait for a move to end */
+    uint64_t succeeded, failed;
+    uint64_t tokens, bytes; /* of those that succeeded */
+    bool balancing;         /* `balance` is under way */
+    bool closing;           /* no more balancing */
+    pthread_cond_t balanced;
+    dp_move balance; /* the engine's own move */
+} dp_moves;
+
+void dp_moves_init(dp_moves *moves);
+
+/* Cancels the engine's own move, and waits for its end. */
+void dp_moves_fini(dp_engine *engine);
+
+/*
+ * Starts the waiting moves whose sequence is busy no more, and ends those that have waited for long enough. Without the
+ * lock, after sequences have ceased to be busy, and now and then.
+ */
+void dp_moves_resume(dp_engine *engine);
+
+/* Lets a call wait for a move to end. With the lock held, while one is under way. */
+void dp_wait_begin(dp_engine *engine, dp_wait *wait);
+
+/* Starts the move that is most worth it, if one is, unless one of the engine's own is under way: rebalance.c. */
+void dp_engine_balance(dp_engine *engine);
+
+/* An export of `tokens` of a sequence from `first` on. With the lock held. ATTN_RESOURCE_EXHAUSTED: no memory. */
+attn_status dp_export_hold(dp_engine *engine, const dp_sequence *sequence, uint64_t first, uint64_t tokens,
+                           dp_export **export);
+
+/* An upload of `tokens` from position 0 on into pages that nobody else writes to and that the caller keeps. */
+attn_status dp_upload_into(dp_engine *engine, const dp_place *place, uint64_t tokens, dp_upload **upload);
+
+/* As dp_upload_write, unchecked: chunks in any order, with gaps. */
+attn_status dp_upload_write_anywhere(dp_upload *upload, dp_upload_chunk *chunk);
+
+/* ------------------------------------------------------------------------------------------- */
 
 struct dp_engine {
     dp_config config; /* without its pointers */
@@ -134,6 +179,7 @@ struct dp_engine {
     pthread_mutex_t lock;
     dp_sequences sequences; /* guarded by lock */
     dp_steps steps;         /* guarded by lock */
+    dp_moves moves;         /* guarded by lock */
     uint32_t turn;          /* of round-robin placement; guarded by lock */
 };
 
@@ -143,8 +189,8 @@ void dp_steps_fini(dp_steps *steps);
 /* Aborts the steps that have been idle since before `before`. */
 void dp_steps_reap(dp_engine *engine, int64_t before);
 
-/* Copies which ranks are lost into the table's loads. With the lock held. */
-void dp_engine_note_lost(dp_engine *engine);
+/* Copies which ranks are lost, and which have no page free, into the table's loads. With the lock held. */
+void dp_engine_note_ranks(dp_engine *engine);
 
 /* The kind of a layer part's job; see layer.c. */
 extern const dp_job_kind dp_layer_job_kind;

@@ -183,13 +183,20 @@ static attn_status check_sequence(const dp_sequences *table, const dp_step *step
         return attn_error(ATTN_UNAVAILABLE, "sequences[%u]: rank %u, which holds it, is lost", i, rank);
     }
     if (step->read_only) return attn_ok();
-    if (sequence->busy) return attn_error(ATTN_ABORTED, "sequences[%u]: in another step or upload right now", i);
+    if (sequence->busy) {
+        return attn_error(ATTN_ABORTED, "sequences[%u]: %s right now", i, dp_sequence_busy_with(sequence));
+    }
     if (sequence->length + step->query_lengths[i] > table->max_length) {
         return attn_error(ATTN_RESOURCE_EXHAUSTED,
                           "sequences[%u]: %" PRIu64 " tokens and %u new ones; a sequence holds %" PRIu64 " at most", i,
                           sequence->length, step->query_lengths[i], table->max_length);
     }
     return attn_ok();
+}
+
+/* Whether the step could begin once a sequence is there where it is on its way to. */
+static bool waits_for_move(const dp_step *step, const dp_step_request *request, uint32_t i) {
+    return request->wait != NULL && !step->read_only && step->sequences[i]->moving;
 }
 
 /* Takes the pages for the new rows of all sequences, or of none. */
@@ -230,13 +237,17 @@ static void for_pages_read(dp_step *step, void (*change)(dp_pages *, uint32_t)) 
     }
 }
 
-static attn_status begin_locked(dp_step *step, const dp_step_request *request, uint32_t tokens) {
+static attn_status begin_locked(dp_step *step, const dp_step_request *request, uint32_t tokens, bool *waits) {
     dp_sequences *table = &step->engine->sequences;
     ATTN_TRY(step_describe(step, request, tokens));
     ATTN_TRY(dp_sequences_find_all(table, request->tenant, request->sequences, request->count, step->sequences));
-    dp_engine_note_lost(step->engine);
-    for (uint32_t i = 0; i < step->count; i++)
-        ATTN_TRY(check_sequence(table, step, i));
+    dp_engine_note_ranks(step->engine);
+    for (uint32_t i = 0; i < step->count; i++) {
+        attn_status status = check_sequence(table, step, i);
+        *waits = status.code == ATTN_ABORTED && waits_for_move(step, request, i);
+        if (*waits) dp_wait_begin(step->engine, request->wait);
+        if (attn_failed(status)) return status;
+    }
     if (!step->read_only) {
         ATTN_TRY(grow_sequences(table, step));
     } else {
@@ -276,13 +287,16 @@ attn_status dp_step_begin(dp_engine *engine, const dp_step_request *request, dp_
     uint32_t tokens = 0;
     ATTN_TRY(check_request(engine, request, &tokens));
     attn_status status = attn_ok();
+    bool waits = false;
+    *step = NULL;
     pthread_mutex_lock(&engine->lock);
     dp_step *begun = steps_acquire(engine, &status);
     if (begun != NULL) {
-        status = begin_locked(begun, request, tokens);
+        status = begin_locked(begun, request, tokens, &waits);
         if (attn_failed(status)) steps_return(&engine->steps, begun);
     }
     pthread_mutex_unlock(&engine->lock);
+    if (waits) return attn_ok();
     if (begun == NULL || attn_failed(status)) return status;
     /* Page tables may be long: those of sequences that are now busy with this step are copied without the lock. */
     if (!request->read_only) status = make_partition(begun);
@@ -348,6 +362,7 @@ static void settle(dp_step *step, bool commit) {
     pthread_mutex_lock(&step->engine->lock);
     settle_locked(step, commit);
     pthread_mutex_unlock(&step->engine->lock);
+    dp_moves_resume(step->engine);
 }
 
 static bool move_state(dp_step *step, dp_step_state from, dp_step_state to) {
@@ -367,6 +382,7 @@ void dp_step_end(dp_step *step) {
     step->registered = false;
     unreference_locked(step);
     pthread_mutex_unlock(&engine->lock);
+    if (settles) dp_moves_resume(engine);
 }
 
 attn_status dp_step_take(dp_engine *engine, uint32_t tenant, uint64_t id, dp_step **step) {

@@ -28,7 +28,7 @@ typedef struct {
 
 struct dp_upload {
     dp_engine *engine;
-    dp_sequence *sequence; /* busy with this upload */
+    dp_sequence *sequence; /* busy with this upload; NULL: the pages are no sequence's yet */
     uint64_t first;        /* position of the upload's first token */
     uint64_t tokens;
     uint32_t stripes;
@@ -63,16 +63,18 @@ static bool move_state(dp_upload *upload, dp_step_state from, dp_step_state to) 
 }
 
 static void give_back(dp_upload *upload) {
+    if (upload->sequence == NULL) return;
     pthread_mutex_lock(&upload->engine->lock);
     dp_sequence_cancel(&upload->engine->sequences, upload->sequence, attn_now_ns());
     pthread_mutex_unlock(&upload->engine->lock);
+    dp_moves_resume(upload->engine);
 }
 
 static attn_status grow_sequence(dp_engine *engine, uint32_t tenant, dp_sequence *sequence, uint64_t tokens) {
     dp_sequences *table = &engine->sequences;
-    dp_engine_note_lost(engine);
+    dp_engine_note_ranks(engine);
     ATTN_TRY(dp_sequence_holds(table, sequence));
-    if (sequence->busy) return attn_error(ATTN_ABORTED, "sequence: in another step or upload right now");
+    if (sequence->busy) return attn_error(ATTN_ABORTED, "sequence: %s right now", dp_sequence_busy_with(sequence));
     if (tokens > table->max_length - sequence->length) {
         return attn_error(ATTN_RESOURCE_EXHAUSTED,
                           "tokens: %" PRIu64 " after the sequence's %" PRIu64 "; a sequence holds %" PRIu64 " at most",
@@ -89,14 +91,13 @@ static attn_status grow_sequence(dp_engine *engine, uint32_t tenant, dp_sequence
 
 extern const dp_job_kind dp_upload_job_kind;
 
-static attn_status make_part(dp_upload *upload, uint32_t stripe) {
-    const dp_part *part = &upload->sequence->parts[stripe];
+static attn_status make_part(dp_upload *upload, const dp_part *part, uint32_t stripe, uint32_t rank) {
     upload_part *made = &upload->parts[stripe];
     made->job.kind = &dp_upload_job_kind;
     made->job.weight = 1;
     made->upload = upload;
     made->stripe = stripe;
-    made->rank = dp_sequence_rank(&upload->engine->sequences, upload->sequence, stripe);
+    made->rank = rank;
     made->page_count = part->count + part->taken;
     made->copy.to = part->replacement;
     if (made->page_count == 0) return attn_ok();
@@ -122,17 +123,17 @@ static dp_upload *allocate_upload(uint32_t stripes, uint32_t layers) {
     return NULL;
 }
 
-static attn_status make_upload(dp_engine *engine, dp_sequence *sequence, uint64_t tokens, dp_upload **upload) {
-    dp_upload *made = allocate_upload(sequence->stripes, engine->config.geometry.layers);
+/* An upload of `tokens` from position `first` on into pages that lie as `place` says. */
+static attn_status make_upload(dp_engine *engine, const dp_place *place, uint64_t first, uint64_t tokens,
+                               dp_upload **upload) {
+    dp_upload *made = allocate_upload(place->stripes, engine->config.geometry.layers);
     if (made == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an upload");
     made->engine = engine;
-    made->sequence = sequence;
-    made->first = sequence->length;
+    made->first = first;
     made->tokens = tokens;
-    attn_status status = attn_ok();
-    for (uint32_t j = 0; j < made->stripes && !attn_failed(status); j++)
-        status = make_part(made, j);
-    if (attn_failed(status)) {
+    for (uint32_t j = 0; j < made->stripes; j++) {
+        attn_status status = make_part(made, &place->parts[j], j, dp_place_rank(&engine->sequences, place, j));
+        if (!attn_failed(status)) continue;
         upload_free(made);
         return status;
     }
@@ -141,6 +142,10 @@ static attn_status make_upload(dp_engine *engine, dp_sequence *sequence, uint64_
     atomic_init(&made->failed, false);
     *upload = made;
     return attn_ok();
+}
+
+attn_status dp_upload_into(dp_engine *engine, const dp_place *place, uint64_t tokens, dp_upload **upload) {
+    return make_upload(engine, place, 0, tokens, upload);
 }
 
 attn_status dp_upload_begin(dp_engine *engine, uint32_t tenant, uint64_t sequence, uint64_t tokens,
@@ -152,8 +157,11 @@ attn_status dp_upload_begin(dp_engine *engine, uint32_t tenant, uint64_t sequenc
                                        : grow_sequence(engine, tenant, grown, tokens);
     pthread_mutex_unlock(&engine->lock);
     if (grown == NULL || attn_failed(status)) return status;
-    status = make_upload(engine, grown, tokens, upload);
-    if (attn_failed(status)) {
+    dp_place place = {.home = grown->home, .stripes = grown->stripes, .parts = grown->parts};
+    status = make_upload(engine, &place, grown->length, tokens, upload);
+    if (!attn_failed(status)) {
+        (*upload)->sequence = grown;
+    } else {
         pthread_mutex_lock(&engine->lock);
         dp_sequence_cancel(&engine->sequences, grown, attn_now_ns());
         pthread_mutex_unlock(&engine->lock);
@@ -194,6 +202,7 @@ attn_status dp_upload_commit(dp_upload *upload, uint64_t *length) {
     dp_sequence_commit(&engine->sequences, upload->sequence, attn_now_ns());
     *length = upload->sequence->length;
     pthread_mutex_unlock(&engine->lock);
+    dp_moves_resume(engine);
     return attn_ok();
 }
 
@@ -285,6 +294,7 @@ static attn_status write_chunk(dp_rank *rank, upload_part *part) {
     attn_status status = write_rows(&writer);
     dp_rank_counters *counters = &writer.owner->counters;
     dp_count(&counters->busy_ns, (uint64_t)(attn_now_ns() - start));
+    if (part->upload->sequence == NULL) return status; /* no call's tensors */
     dp_count(&counters->bytes_in_place, writer.bytes_in_place);
     dp_count(&counters->bytes_gathered, writer.bytes_gathered);
     return status;
@@ -364,6 +374,10 @@ static attn_status check_chunk(const dp_upload *upload, const dp_upload_chunk *c
 
 attn_status dp_upload_write(dp_upload *upload, dp_upload_chunk *chunk) {
     ATTN_TRY(check_chunk(upload, chunk));
+    return dp_upload_write_anywhere(upload, chunk);
+}
+
+attn_status dp_upload_write_anywhere(dp_upload *upload, dp_upload_chunk *chunk) {
     const dp_engine_rank *ranks = upload->engine->ranks;
     uint32_t stripes[DP_MAX_RANKS];
     uint32_t count = dp_parts_holding(upload->first + chunk->token_offset, chunk->tokens, upload->stripes, stripes);
