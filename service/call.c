@@ -20,7 +20,7 @@
 /* Unary calls that take longer are logged. */
 #define SLOW_NS INT64_C(1000000000)
 
-/* The retry hint of RESOURCE_EXHAUSTED, in milliseconds. */
+/* The retry hint of RESOURCE_EXHAUSTED, and of ABORTED where that says to come back later, in milliseconds. */
 #define RETRY_PUSHBACK "100"
 
 /*
@@ -137,7 +137,7 @@ static size_t error_trailers(const call *call, attn_code code, grpc_metadata tra
     size_t count = 0;
     bool twice;
     if (code == ATTN_OK) return 0;
-    if (code == ATTN_RESOURCE_EXHAUSTED) {
+    if (code == ATTN_RESOURCE_EXHAUSTED || (code == ATTN_ABORTED && call->rpc->aborted_may_retry)) {
         trailers[count++] = (grpc_metadata){.key = grpc_slice_from_static_string("grpc-retry-pushback-ms"),
                                             .value = grpc_slice_from_static_string(RETRY_PUSHBACK)};
     }

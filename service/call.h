@@ -63,6 +63,7 @@ typedef struct {
     bool open_to_all;                          /* no credentials asked for */
     bool while_draining;                       /* served while the server is draining */
     bool background;                           /* a drain does not wait for it */
+    bool aborted_may_retry;                    /* ABORTED says that a sequence is busy, and comes with a retry hint */
     uint32_t slots;                            /* calls kept armed on each queue */
     size_t state_bytes;                        /* of call.state */
     /* Unary and immediate: answers with call_respond, or fails. */

@@ -39,6 +39,19 @@ dp_options layer_options(const Attnd__V1__AttentionOptions *options);
 attn_status layer_start(layer *layer, call *call, dp_step *step, uint32_t number, const dp_options *options,
                         bool return_timing, const wire_message *message);
 
+/* A step that cannot begin before its sequences are where they are on their way to. Part of a call's state. */
+typedef struct {
+    dp_wait engine; /* must stay first: the engine's callback is given its address */
+    call *call;
+    bool in_flight; /* CALL_DONE is to come, and says that the step may be tried again */
+} layer_wait;
+
+/* dp_step_begin. The step may have to wait: then it is NULL, and wait->in_flight is set. */
+attn_status layer_begin_step(layer_wait *wait, call *call, const dp_step_request *request, dp_step **step);
+
+/* The client is gone: waits no longer. Unless wait->in_flight is still set, because CALL_DONE is on its way. */
+void layer_wait_withdraw(layer_wait *wait);
+
 /* Slices of a response at most. */
 #define LAYER_SLICES 4
 

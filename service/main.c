@@ -145,6 +145,8 @@ static attn_status create_engine_on(const char *backend) {
         .tenant_max_sequences = config->tenant_count > 0 ? quotas + config->tenant_count : NULL,
         .step_idle_ns = (int64_t)config->step_idle_ms * 1000000,
         .sequence_idle_ns = (int64_t)config->sequence_idle_ms * 1000000,
+        .rebalance_factor = config->rebalance_factor,
+        .spread_above_tokens = config->spread_above_tokens,
     };
     attn_status status = dp_engine_create(&engine, &attnd.engine);
     free(quotas);
@@ -199,6 +201,10 @@ static void total_metrics(void *context, attn_metrics_totals *values) {
         .steps = counts.steps,
         .steps_committed = counts.steps_committed,
         .steps_aborted = counts.steps_aborted,
+        .moves = counts.moves,
+        .moves_failed = counts.moves_failed,
+        .moved_tokens = counts.moved_tokens,
+        .moved_bytes = counts.moved_bytes,
     };
 }
 

@@ -176,6 +176,7 @@ const rpc rpc_append_kv = {
     .path = "/attnd.v1.Attention/AppendKv",
     .method = ATTN_METHOD_APPEND_KV,
     .request = &attnd__v1__append_kv_request__descriptor,
+    .aborted_may_retry = true,
     .stream_in = true,
     .slots = 4,
     .state_bytes = sizeof(append_state),

@@ -11,6 +11,7 @@ extern const rpc rpc_fork_sequence;
 extern const rpc rpc_truncate_sequence;
 extern const rpc rpc_close_sequences;
 extern const rpc rpc_describe_sequences;
+extern const rpc rpc_move_sequence; /* rpc_move.c */
 extern const rpc rpc_append_kv;     /* rpc_append.c */
 extern const rpc rpc_export_kv;     /* rpc_export.c */
 extern const rpc rpc_decode;        /* rpc_decode.c */

@@ -46,10 +46,14 @@
 static const rpc rpc_unknown;
 
 static const rpc *const rpc_table[] = {
-    &rpc_get_server_info, &rpc_open_sequences,     &rpc_fork_sequence, &rpc_truncate_sequence,
-    &rpc_close_sequences, &rpc_describe_sequences, &rpc_append_kv,     &rpc_export_kv,
-    &rpc_decode,          &rpc_decode_stream,      &rpc_health_check,  &rpc_health_watch,
-    &rpc_reflection,      &rpc_reflection_v1alpha, &rpc_unknown,
+    &rpc_get_server_info,    &rpc_open_sequences,
+    &rpc_fork_sequence,      &rpc_truncate_sequence,
+    &rpc_close_sequences,    &rpc_describe_sequences,
+    &rpc_move_sequence,      &rpc_append_kv,
+    &rpc_export_kv,          &rpc_decode,
+    &rpc_decode_stream,      &rpc_health_check,
+    &rpc_health_watch,       &rpc_reflection,
+    &rpc_reflection_v1alpha, &rpc_unknown,
 };
 
 #define RPCS          (sizeof rpc_table / sizeof rpc_table[0])

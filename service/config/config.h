@@ -55,7 +55,9 @@ typedef struct {
     uint32_t ranks;
     uint32_t threads; /* a rank, its own included; default: usable cores / ranks, 1 at least */
     bool pin_cpus;
-    uint32_t pages; /* a rank; default: 1 GiB of them, 64 at least */
+    uint32_t pages;         /* a rank; default: 1 GiB of them, 64 at least */
+    float rebalance_factor; /* of the most loaded rank's tokens to the least loaded one's; 0: none, else above 1 */
+    uint64_t spread_above_tokens; /* 0: never */
 
     /* limits */
     uint32_t max_batch;     /* sequences a step */

@@ -69,6 +69,13 @@ const attn_setting attn_settings[] = {
      ATTN_SETTING_BOOL, .offset = AT(pin_cpus)},
     {"ranks", "pages", "pages", "N", NULL, "Pages of a rank's KV cache. Default: as many as fit 1 GiB, at least 64.",
      ATTN_SETTING_U32, AT(pages), 1, 1u << 30, 0, NULL},
+    {"ranks", "rebalance_factor", "rebalance-factor", "X", "0",
+     "Where one rank holds more than X times the tokens of another, sequences are moved, one at a time, until it does "
+     "not. 0: never; else above 1, such as 1.5.",
+     ATTN_SETTING_FACTOR, .offset = AT(rebalance_factor)},
+    {"ranks", "spread_above_tokens", "spread-above-tokens", "N", "0",
+     "A sequence longer than this is spread over all ranks, a second later or so. 0: never.", ATTN_SETTING_U64,
+     AT(spread_above_tokens), 0, 1u << 30, 0, NULL},
 
     {"limits", "max_batch", "max-batch", "N", "1024", "Sequences a step.", ATTN_SETTING_U32, AT(max_batch), 1, 65536, 0,
      NULL},
@@ -257,6 +264,16 @@ static attn_status apply_metrics_port(const char *place, const char *text, attn_
     return attn_ok();
 }
 
+static attn_status apply_factor(const char *place, const char *text, float *value) {
+    float parsed = 0;
+    bool is_off = strcmp(text, "0") == 0;
+    if (!is_off && (attn_failed(attn_setting_scale(place, text, &parsed)) || parsed <= 1)) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "%s: '%.40s' is neither 0 nor a finite number above 1", place, text);
+    }
+    *value = parsed;
+    return attn_ok();
+}
+
 static attn_status check_ip_address(const char *place, const char *text) {
     struct in6_addr address;
     if (inet_pton(AF_INET, text, &address) == 1 || inet_pton(AF_INET6, text, &address) == 1) return attn_ok();
@@ -302,6 +319,7 @@ attn_status attn_setting_apply(const attn_setting *setting, const char *place, c
         *(attn_dtype *)target = index == 0 ? (attn_dtype)0 : ATTN_FP8_E4M3;
         return attn_ok();
     case ATTN_SETTING_SCALE: return attn_setting_scale(place, text, target);
+    case ATTN_SETTING_FACTOR: return apply_factor(place, text, target);
     case ATTN_SETTING_LOG_LEVEL:
         ATTN_TRY(parse_choice(place, text, level_choices, &index));
         *(attn_log_level *)target = (attn_log_level)(ATTN_LOG_DEBUG + index);

@@ -22,7 +22,8 @@ typedef enum {
     ATTN_SETTING_METRICS_PORT,
     ATTN_SETTING_DTYPE,
     ATTN_SETTING_KV_DTYPE,
-    ATTN_SETTING_SCALE, /* a float, above 0 */
+    ATTN_SETTING_SCALE,  /* a float, above 0 */
+    ATTN_SETTING_FACTOR, /* a float, 0 or above 1 */
     ATTN_SETTING_LOG_LEVEL,
     ATTN_SETTING_LISTEN, /* appended to the list */
 } attn_setting_kind;

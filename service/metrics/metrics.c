@@ -58,6 +58,7 @@ static const char *const method_names[ATTN_METHOD_COUNT] = {
     [ATTN_METHOD_TRUNCATE_SEQUENCE] = "TruncateSequence",
     [ATTN_METHOD_CLOSE_SEQUENCES] = "CloseSequences",
     [ATTN_METHOD_DESCRIBE_SEQUENCES] = "DescribeSequences",
+    [ATTN_METHOD_MOVE_SEQUENCE] = "MoveSequence",
     [ATTN_METHOD_APPEND_KV] = "AppendKv",
     [ATTN_METHOD_EXPORT_KV] = "ExportKv",
     [ATTN_METHOD_DECODE] = "Decode",
@@ -157,6 +158,14 @@ static void write_totals(FILE *text, const attn_metrics *metrics) {
     fprintf(text, "attnd_steps_committed_total %" PRIu64 "\n", totals.steps_committed);
     write_family(text, "attnd_steps_aborted_total", "counter", "Steps that ended before their last layer.");
     fprintf(text, "attnd_steps_aborted_total %" PRIu64 "\n", totals.steps_aborted);
+    write_family(text, "attnd_moves_total", "counter", "Sequences moved to another rank, or spread.");
+    fprintf(text, "attnd_moves_total %" PRIu64 "\n", totals.moves);
+    write_family(text, "attnd_moves_failed_total", "counter", "Moves that left their sequence where it was.");
+    fprintf(text, "attnd_moves_failed_total %" PRIu64 "\n", totals.moves_failed);
+    write_family(text, "attnd_moved_tokens_total", "counter", "Tokens of the sequences moved.");
+    fprintf(text, "attnd_moved_tokens_total %" PRIu64 "\n", totals.moved_tokens);
+    write_family(text, "attnd_moved_bytes_total", "counter", "Key and value bytes copied between ranks by moves.");
+    fprintf(text, "attnd_moved_bytes_total %" PRIu64 "\n", totals.moved_bytes);
 }
 
 /* One series a rank: where in attn_metrics_rank its value is. */

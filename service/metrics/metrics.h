@@ -34,6 +34,7 @@ typedef enum {
     ATTN_METHOD_TRUNCATE_SEQUENCE,
     ATTN_METHOD_CLOSE_SEQUENCES,
     ATTN_METHOD_DESCRIBE_SEQUENCES,
+    ATTN_METHOD_MOVE_SEQUENCE,
     ATTN_METHOD_APPEND_KV,
     ATTN_METHOD_EXPORT_KV,
     ATTN_METHOD_DECODE,
@@ -68,6 +69,10 @@ typedef struct {
     uint64_t steps;           /* open now */
     uint64_t steps_committed; /* since start */
     uint64_t steps_aborted;
+    uint64_t moves; /* of sequences to other ranks */
+    uint64_t moves_failed;
+    uint64_t moved_tokens; /* by the moves that succeeded */
+    uint64_t moved_bytes;
 } attn_metrics_totals;
 
 /* Where values come from at a scrape. The callbacks run on the HTTP thread and must not block for long. */

@@ -41,7 +41,14 @@ static void fake_rank(void *context, uint32_t rank, attn_metrics_rank *values) {
 
 static void fake_totals(void *context, attn_metrics_totals *values) {
     (void)context;
-    *values = (attn_metrics_totals){.sequences = 1, .steps = 2, .steps_committed = 3, .steps_aborted = 4};
+    *values = (attn_metrics_totals){.sequences = 1,
+                                    .steps = 2,
+                                    .steps_committed = 3,
+                                    .steps_aborted = 4,
+                                    .moves = 5,
+                                    .moves_failed = 6,
+                                    .moved_tokens = 7,
+                                    .moved_bytes = 8};
 }
 
 static bool fake_serving(void *context) {
@@ -116,6 +123,10 @@ static void ranks_and_totals_come_from_the_source(void **state) {
         "attnd_steps_open 2",
         "attnd_steps_committed_total 3",
         "attnd_steps_aborted_total 4",
+        "attnd_moves_total 5",
+        "attnd_moves_failed_total 6",
+        "attnd_moved_tokens_total 7",
+        "attnd_moved_bytes_total 8",
         "attnd_serving 1",
         "attnd_build_info{version=\"1.2\\\"3\\\\4\\n5\",backend=\"cpu\",instance_id=\"cafe\"} 1",
     };
