@@ -19,6 +19,7 @@ from attnd import _core, _wire
 from attnd._core import BaseSequence, Batch, Part, Tensors
 from attnd._proto import attnd_pb2 as pb
 from attnd.errors import (
+    Aborted,
     AttndError,
     DeadlineExceeded,
     FailedPrecondition,
@@ -146,6 +147,10 @@ class AsyncSequence(BaseSequence):
     async def truncate(self, length: int) -> None:
         """Rolls back to `length` tokens."""
         await self._client.truncate(self, length)
+
+    async def move(self, dp_rank: int | None = None, *, spread: bool = False) -> int:
+        """Moves it to another rank, or spreads it over all; see AsyncClient.move_sequence."""
+        return await self._client.move_sequence(self, dp_rank, spread=spread)
 
     async def append(self, k: Iterable[Any], v: Iterable[Any], tokens: int | None = None) -> int:
         """Uploads prefilled keys and values; see AsyncClient.append_kv."""
@@ -605,7 +610,34 @@ class AsyncClient:
             for sequence, message in zip(group, response.sequences):
                 infos[id(sequence)] = sequence_info_of(message)
                 sequence._length = message.length
+                sequence.dp_rank = message.dp_rank
         return [infos[id(sequence)] for sequence in sequences]
+
+    async def move_sequence(self, sequence: AsyncSequence, dp_rank: int | None = None, *, spread: bool = False) -> int:
+        """Moves a sequence to another rank of its server, or spreads it over all: it stays the same, bit by bit.
+
+        A step or upload that it is in is waited for, a few seconds at most; a step that begins meanwhile waits.
+
+        Args:
+            dp_rank: where it goes.
+            spread: instead of `dp_rank`: its chunks go to all ranks, so that every rank's bandwidth is used for it.
+
+        Returns:
+            How many tokens moved; 0 if it was there already.
+
+        Raises:
+            InvalidArgument: no such rank.
+            FailedPrecondition: it is spread already.
+            Aborted: it is still in a step or upload, after the retries.
+            ResourceExhausted: no pages there.
+            Unavailable: a rank is lost.
+        """
+        _core.check_open([sequence], self._servers)
+        request = _core.move_request(sequence, dp_rank, spread)
+        response = await self._server(sequence.server).call_with_retry("MoveSequence", request, self._timeout)
+        if dp_rank is not None:
+            sequence.dp_rank = dp_rank
+        return int(response.tokens)
 
     async def close_sequences(self, sequences: SequenceOf[AsyncSequence]) -> None:
         """Frees sequences; those closed already are skipped. On each server all or none."""
@@ -646,7 +678,7 @@ class AsyncClient:
             messages = _core.append_messages(sequence, k, v, tokens, geometry, limits)
             try:
                 return await self._upload(server, sequence, messages, deadline - time.monotonic())
-            except ResourceExhausted as error:
+            except (ResourceExhausted, Aborted) as error:
                 delay = _core.retry_delay(error, attempt, read_only=False) if repeatable else None
                 if delay is None or time.monotonic() + delay >= deadline:
                     raise

@@ -16,7 +16,7 @@ from attnd import _core, _wire
 from attnd._channel import Server, Stream, Watchdog
 from attnd._core import BaseSequence, Batch, Part, Tensors
 from attnd._proto import attnd_pb2 as pb
-from attnd.errors import AttndError, FailedPrecondition, InvalidArgument, ResourceExhausted, error_of
+from attnd.errors import Aborted, AttndError, FailedPrecondition, InvalidArgument, ResourceExhausted, error_of
 from attnd.types import (
     LEAST_TOKENS,
     Array,
@@ -65,6 +65,10 @@ class Sequence(BaseSequence):
     def truncate(self, length: int) -> None:
         """Rolls back to `length` tokens, as after rejected speculative tokens."""
         self._client.truncate(self, length)
+
+    def move(self, dp_rank: int | None = None, *, spread: bool = False) -> int:
+        """Moves it to another rank, or spreads it over all; see Client.move_sequence."""
+        return self._client.move_sequence(self, dp_rank, spread=spread)
 
     def append(self, k: Iterable[Any], v: Iterable[Any], tokens: int | None = None) -> int:
         """Uploads prefilled keys and values; see Client.append_kv."""
@@ -395,8 +399,9 @@ class Client:
     is split, runs on them at the same time, and comes back in order. All servers must have the same geometry.
 
     What is retried: info, describe and export_kv, if the server is unavailable; any call that the server refused for
-    lack of room with a hint when to come back (of a step, only its first layer). Nothing else: whether a lost step has
-    run is not knowable, so that is the caller's to decide, with Sequence.describe.
+    lack of room, or because a sequence is busy, with a hint when to come back (of a step, only its first layer).
+    Nothing else: whether a lost step has run is not knowable, so that is the caller's to decide, with
+    Sequence.describe.
 
     Several threads may share a client, but not a Sequence, a Step or a Session.
 
@@ -588,7 +593,34 @@ class Client:
             for sequence, message in zip(group, response.sequences):
                 infos[id(sequence)] = sequence_info_of(message)
                 sequence._length = message.length
+                sequence.dp_rank = message.dp_rank
         return [infos[id(sequence)] for sequence in sequences]
+
+    def move_sequence(self, sequence: Sequence, dp_rank: int | None = None, *, spread: bool = False) -> int:
+        """Moves a sequence to another rank of its server, or spreads it over all: it stays the same, bit by bit.
+
+        A step or upload that it is in is waited for, a few seconds at most; a step that begins meanwhile waits.
+
+        Args:
+            dp_rank: where it goes.
+            spread: instead of `dp_rank`: its chunks go to all ranks, so that every rank's bandwidth is used for it.
+
+        Returns:
+            How many tokens moved; 0 if it was there already.
+
+        Raises:
+            InvalidArgument: no such rank.
+            FailedPrecondition: it is spread already.
+            Aborted: it is still in a step or upload, after the retries.
+            ResourceExhausted: no pages there.
+            Unavailable: a rank is lost.
+        """
+        _core.check_open([sequence], self._servers)
+        request = _core.move_request(sequence, dp_rank, spread)
+        response = self._server(sequence.server).call_with_retry("MoveSequence", request, self._timeout)
+        if dp_rank is not None:
+            sequence.dp_rank = dp_rank
+        return int(response.tokens)
 
     def close_sequences(self, sequences: SequenceOf[Sequence]) -> None:
         """Frees sequences; those closed already are skipped. On each server all or none."""
@@ -637,7 +669,7 @@ class Client:
         while True:
             try:
                 return self._upload(server, sequence, k, v, tokens, deadline - time.monotonic())
-            except ResourceExhausted as error:
+            except (ResourceExhausted, Aborted) as error:
                 delay = _core.retry_delay(error, attempt, read_only=False) if repeatable else None
                 if delay is None or time.monotonic() + delay >= deadline:
                     raise

@@ -56,6 +56,7 @@ def samples(model, name):
         "TruncateSequence": [[pb.TruncateSequenceRequest(sequence=one, length=19)]],
         "CloseSequences": [[pb.CloseSequencesRequest(sequences=[2**64 - 1, 1])]],
         "DescribeSequences": [[pb.DescribeSequencesRequest(sequences=[one, other])]],
+        "MoveSequence": [[pb.MoveSequenceRequest(sequence=one, dp_rank=1)]],
         "AppendKv": [list(model.append_messages(other, rows))],
         "ExportKv": [[pb.ExportKvRequest(sequence=one, position=2, tokens=15)]],
         "Decode": [
