@@ -19,7 +19,7 @@
  * Threads: every function here may be called from any thread. Calls on one dp_step, dp_upload or
  * dp_export must not overlap, but for dp_layer_cancel. Completion callbacks run on a rank thread, or on
  * the calling thread; they must be short, must not block, and may call back into the engine
- * but for dp_engine_destroy and dp_engine_reap.
+ * but for dp_engine_destroy.
  *
  * Errors: see base/status.h. Messages name the request's field and index ("sequences[3]: ..."), in
  * the words of proto/attnd.proto, and never another tenant's business. A call that fails has
@@ -106,13 +106,13 @@ void dp_engine_count(dp_engine *engine, dp_engine_counts *counts);
 
 /*
  * Aborts idle steps, closes idle sequences, ends moves that have waited for too long, and evens out the load. To be
- * called about once a second, by one thread.
+ * called about once a second.
  *
  * Evening out: a whole sequence of more than spread_above_tokens tokens is spread over the ranks. Otherwise, where the
  * most loaded rank has more than rebalance_factor times the tokens (held and in flight) of the least loaded one, and
  * 1024 tokens more, the sequence that best evens the two is moved from the one to the other; and so on, until they
- * are even or there is none to move. One sequence moves at a time, none that is in a step or upload, and none whose
- * move would leave the two ranks nearly as uneven the other way round.
+ * are even or there is none to move. That is no use of the sequence: it idles on. One sequence moves at a time, none
+ * that is in a step or upload, and none whose move would leave the two ranks nearly as uneven the other way round.
  */
 void dp_engine_reap(dp_engine *engine);
 

@@ -140,16 +140,18 @@ static void finish(dp_travel *travel) {
 static void settle(dp_travel *travel) {
     dp_engine *engine = travel->engine;
     uint32_t lost;
+    bool is_asked_for = travel->move != &engine->moves.balance;
+    if (is_asked_for) travel->sequence->used_ns = attn_now_ns();
     dp_engine_note_ranks(engine);
     if (travel->outcome.code == ATTN_OK && target_lost(travel, &lost)) {
         attn_status_save(&travel->outcome, attn_error(ATTN_UNAVAILABLE, "dp_rank: rank %u is lost", lost));
     }
     if (travel->outcome.code != ATTN_OK) {
-        dp_sequence_move_cancel(&engine->sequences, travel->sequence, &travel->place, attn_now_ns());
+        dp_sequence_move_cancel(&engine->sequences, travel->sequence, &travel->place);
         engine->moves.failed++;
         return;
     }
-    dp_sequence_move_commit(&engine->sequences, travel->sequence, &travel->place, attn_now_ns());
+    dp_sequence_move_commit(&engine->sequences, travel->sequence, &travel->place);
     travel->move->tokens = travel->sequence->length;
     travel->move->bytes = travel->transfer.bytes;
     engine->moves.succeeded++;

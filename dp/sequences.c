@@ -484,11 +484,6 @@ attn_status dp_sequence_move_begin(dp_sequences *table, dp_sequence *sequence, u
     return attn_ok();
 }
 
-static void end_move(dp_sequence *sequence, int64_t now) {
-    sequence->busy = sequence->moving = false;
-    sequence->used_ns = now;
-}
-
 /* Counts the sequence's tokens where it now is, instead of on their way there. */
 static void count_arrival(dp_sequences *table, const dp_sequence *sequence, const dp_place *place) {
     table->loads[sequence->home].tokens -= sequence->length;
@@ -503,7 +498,7 @@ static void count_arrival(dp_sequences *table, const dp_sequence *sequence, cons
     }
 }
 
-void dp_sequence_move_commit(dp_sequences *table, dp_sequence *sequence, dp_place *place, int64_t now) {
+void dp_sequence_move_commit(dp_sequences *table, dp_sequence *sequence, dp_place *place) {
     assert(sequence->moving && sequence->stripes == 1);
     count_arrival(table, sequence, place);
     drop_pages(table, sequence, 0, 0);
@@ -518,10 +513,10 @@ void dp_sequence_move_commit(dp_sequences *table, dp_sequence *sequence, dp_plac
         free(place->parts);
     }
     *place = (dp_place){0};
-    end_move(sequence, now);
+    sequence->busy = sequence->moving = false;
 }
 
-void dp_sequence_move_cancel(dp_sequences *table, dp_sequence *sequence, dp_place *place, int64_t now) {
+void dp_sequence_move_cancel(dp_sequences *table, dp_sequence *sequence, dp_place *place) {
     assert(sequence->moving);
     for (uint32_t j = 0; j < place->stripes; j++) {
         uint32_t rank = dp_place_rank(table, place, j);
@@ -532,5 +527,5 @@ void dp_sequence_move_cancel(dp_sequences *table, dp_sequence *sequence, dp_plac
         }
     }
     free_place(place);
-    end_move(sequence, now);
+    sequence->busy = sequence->moving = false;
 }

@@ -162,8 +162,8 @@ typedef struct {
  */
 attn_status dp_sequence_move_begin(dp_sequences *table, dp_sequence *sequence, uint32_t home, bool spread,
                                    dp_place *place);
-void dp_sequence_move_commit(dp_sequences *table, dp_sequence *sequence, dp_place *place, int64_t now);
-void dp_sequence_move_cancel(dp_sequences *table, dp_sequence *sequence, dp_place *place, int64_t now);
+void dp_sequence_move_commit(dp_sequences *table, dp_sequence *sequence, dp_place *place);
+void dp_sequence_move_cancel(dp_sequences *table, dp_sequence *sequence, dp_place *place);
 
 /* The rank of part `stripe` of a place. */
 uint32_t dp_place_rank(const dp_sequences *table, const dp_place *place, uint32_t stripe);

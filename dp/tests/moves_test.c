@@ -733,6 +733,31 @@ static void small_differences_large_sequences_and_busy_ones_are_left_alone(void 
     destroy_engine(engine);
 }
 
+static int64_t used_ns(dp_engine *engine, uint64_t handle) {
+    pthread_mutex_lock(&engine->lock);
+    int64_t used = dp_sequences_find(&engine->sequences, TENANT, handle)->used_ns;
+    pthread_mutex_unlock(&engine->lock);
+    return used;
+}
+
+static void evening_out_is_no_use_of_a_sequence(void **state) {
+    (void)state;
+    dp_config config = ranks_config(2, "cpu");
+    config.rebalance_factor = 1.5;
+    dp_engine *engine = create_engine(&config);
+    uint64_t handles[2] = {open_sequence(engine, DP_EXPLICIT, 0), open_sequence(engine, DP_EXPLICIT, 0)};
+    fill(engine, handles[0], 1000, 1);
+    fill(engine, handles[1], 1000, 2);
+    int64_t before[2] = {used_ns(engine, handles[0]), used_ns(engine, handles[1])};
+    assert_int_equal(1, balance(engine));
+    for (int i = 0; i < 2; i++)
+        assert_true(used_ns(engine, handles[i]) == before[i]); /* else a forgotten one would never idle out */
+    assert_ok(try_move(engine, handles[0], 1 - describe(engine, handles[0]).rank));
+    assert_true(used_ns(engine, handles[0]) > before[0]);
+    assert_ok(dp_sequences_close(engine, TENANT, handles, 2));
+    destroy_engine(engine);
+}
+
 static void full_and_lost_ranks_get_nothing(void **state) {
     (void)state;
     dp_config config = ranks_config(3, "cpu");
@@ -992,6 +1017,7 @@ int main(void) {
         cmocka_unit_test(move_gives_up_waiting),
         cmocka_unit_test(skewed_load_is_evened_out_and_then_left_alone),
         cmocka_unit_test(small_differences_large_sequences_and_busy_ones_are_left_alone),
+        cmocka_unit_test(evening_out_is_no_use_of_a_sequence),
         cmocka_unit_test(full_and_lost_ranks_get_nothing),
         cmocka_unit_test(sequence_that_outgrows_its_rank_is_spread),
         cmocka_unit_test(engine_that_is_balancing_can_be_destroyed),
