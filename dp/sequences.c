@@ -431,9 +431,10 @@ static void free_place(dp_place *place) {
 
 /* Parts with room for the sequence's pages. ATTN_RESOURCE_EXHAUSTED: no memory. */
 static attn_status make_place(const dp_sequences *table, const dp_sequence *sequence, dp_place *place) {
+    assert(place->stripes > 0);
     place->parts = calloc(place->stripes, sizeof *place->parts);
+    if (place->parts == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a sequence on its way");
     attn_status status = attn_ok();
-    if (place->parts == NULL) status = attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a sequence on its way");
     for (uint32_t j = 0; !attn_failed(status) && j < place->stripes; j++) {
         place->parts[j].replacement = DP_NO_PAGE;
         uint64_t tokens = dp_part_length(sequence->length, j, place->stripes);

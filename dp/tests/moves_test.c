@@ -956,7 +956,7 @@ static void *travel(void *argument) {
 /* How long; ATTND_STRESS_SECONDS for more. */
 static int64_t stress_ns(void) {
     const char *seconds = getenv("ATTND_STRESS_SECONDS");
-    return (seconds != NULL ? atoll(seconds) : 3) * INT64_C(1000000000);
+    return (seconds != NULL ? strtoll(seconds, NULL, 10) : 3) * INT64_C(1000000000);
 }
 
 static void travellers_lose_nothing(void **state) {

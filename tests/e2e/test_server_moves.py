@@ -3,14 +3,13 @@
 import threading
 import time
 
+import attnd
 import grpc
 import pytest
 from attention_oracle import Model, options
 from attnd_harness import CODE, TIMEOUT_S, eventually, pb
 from test_server_export import check_export
 from test_server_metrics import value
-
-import attnd
 
 EXPLICIT, SPREAD = pb.PLACEMENT_EXPLICIT, pb.PLACEMENT_SPREAD
 HOLD_S = 0.4  # seconds for which a rank is held
