@@ -196,9 +196,11 @@ struct dp_move {
  */
 attn_status dp_sequence_move(dp_engine *engine, uint32_t tenant, dp_move *move);
 
-/* Lets a move end with ATTN_CANCELLED, unless it is nearly there. Any thread, between dp_sequence_move and the end of
- * the memory. */
-void dp_move_cancel(dp_move *move);
+/*
+ * Lets a move end with ATTN_CANCELLED: at once if it waits, else before its next chunk, unless there is none. `done`
+ * may come before this returns, and may have come before this is called, as long as the move's memory is there.
+ */
+void dp_move_cancel(dp_engine *engine, dp_move *move);
 
 /*
  * A call that waits for a move to end. The caller's memory, untouched by the caller from when the engine says that it

@@ -258,4 +258,7 @@ attn_status dp_sequence_move(dp_engine *engine, uint32_t tenant, dp_move *move) 
     return attn_ok();
 }
 
-void dp_move_cancel(dp_move *move) { atomic_store(&move->cancelled, true); }
+void dp_move_cancel(dp_engine *engine, dp_move *move) {
+    atomic_store(&move->cancelled, true);
+    dp_moves_resume(engine);
+}

@@ -191,7 +191,7 @@ void dp_moves_fini(dp_engine *engine) {
     dp_moves *moves = &engine->moves;
     pthread_mutex_lock(&engine->lock);
     moves->closing = true;
-    if (moves->balancing) dp_move_cancel(&moves->balance);
+    if (moves->balancing) atomic_store(&moves->balance.cancelled, true);
     while (moves->balancing)
         pthread_cond_wait(&moves->balanced, &engine->lock);
     pthread_mutex_unlock(&engine->lock);

@@ -456,6 +456,7 @@ static void fill_place(dp_sequences *table, const dp_sequence *sequence, dp_plac
         uint64_t tokens = dp_part_length(sequence->length, j, place->stripes);
         dp_part *part = &place->parts[j];
         part->count = dp_pages_for(&table->geometry, tokens);
+        assert(part->count == 0 || part->pages != NULL);
         for (uint32_t p = 0; p < part->count; p++) {
             if (rank == sequence->home) {
                 part->pages[p] = sequence->parts[0].pages[page_of_whole(&table->geometry, p, j, place->stripes)];

@@ -71,7 +71,7 @@ static void move_run(call *call, uint32_t events) {
             call_finish(call, attn_status_view(&state->outcome), NULL, 0);
         }
     } else if ((events & CALL_CLOSED) && state->in_flight) {
-        dp_move_cancel(&state->move);
+        dp_move_cancel(server_get_parts(call->server)->engine, &state->move);
     }
 }
 

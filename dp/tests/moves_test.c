@@ -482,7 +482,7 @@ static void cancelled_move_leaves_the_sequence_where_it_was(void **state) {
     waiting_move waiting;
     uint64_t handle;
     dp_engine *engine = create_engine_with_move(&waiting, &handle);
-    dp_move_cancel(&waiting.move);
+    dp_move_cancel(engine, &waiting.move);
     open_gate(ATTN_OK);
     assert_error(ATTN_CANCELLED, wait_for_move(&waiting), "the move was cancelled");
     assert_int_equal(1, reads_passed()); /* and no chunk was read after it */
@@ -632,8 +632,8 @@ static void move_gives_up_waiting(void **state) {
     dp_engine_reap(engine);
     assert_error(ATTN_ABORTED, wait_for_move(&late_one), "sequence: in a step or upload right now");
     assert_false(is_done(&cancelled));
-    dp_move_cancel(&cancelled.move);
-    dp_engine_reap(engine);
+    dp_move_cancel(engine, &cancelled.move);
+    assert_true(is_done(&cancelled)); /* at once */
     assert_code(ATTN_CANCELLED, wait_for_move(&cancelled));
     uint64_t other = open_sequence(engine, DP_EXPLICIT, 0);
     dp_step *others = begin_step(engine, &other, NULL, 1, false);
@@ -903,7 +903,7 @@ static void move_any(traveller *self, dice *dice) {
     uint64_t handle = atomic_load(&self->handles[dice_below(dice, TRAVELLERS)]);
     int64_t until = dice_below(dice, 2) == 0 ? 0 : attn_now_ns() + 2000000;
     if (attn_failed(start_move(self->engine, &waiting, handle, dice_below(dice, 4), until))) return;
-    if (dice_below(dice, 4) == 0) dp_move_cancel(&waiting.move);
+    if (dice_below(dice, 4) == 0) dp_move_cancel(self->engine, &waiting.move);
     if (!attn_failed(wait_for_move(&waiting))) self->moves++;
 }
 
