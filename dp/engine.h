@@ -57,6 +57,8 @@ typedef struct {
     const uint64_t *tenant_max_sequences; /* [tenants] likewise */
     int64_t step_idle_ns;                 /* an open step without a call for so long is aborted; 0: never */
     int64_t sequence_idle_ns;             /* a sequence not used for so long is closed; 0: never */
+    int64_t rank_stall_ns;                /* a rank that has work and does not move for so long is lost; 0: never */
+    int64_t rank_restart_ns;              /* a lost rank is restarted after so long, see "Loss" below; 0: never */
 } dp_config;
 
 #define DP_MAX_RANKS 64
@@ -67,7 +69,11 @@ attn_status dp_engine_create(const dp_config *config, dp_engine **engine);
 /* Stops the ranks and frees everything. No call may be in flight, every step, upload and export ended. */
 void dp_engine_destroy(dp_engine *engine);
 
-typedef enum { DP_RANK_SERVING = 1, DP_RANK_LOST = 2 } dp_rank_state;
+typedef enum {
+    DP_RANK_SERVING = 1,
+    DP_RANK_LOST = 2,
+    DP_RANK_RESTARTING = 3, /* lost, and its new backend is being created */
+} dp_rank_state;
 
 typedef struct {
     dp_rank_state state;
@@ -84,7 +90,11 @@ typedef struct {
     /* Tensor bytes since start that the rank used where they came in, and that it had to gather: see dp_tensor_view. */
     uint64_t bytes_in_place;
     uint64_t bytes_gathered;
-    const char *device; /* lives as long as the engine */
+    uint64_t losses;                            /* since start */
+    uint64_t stalls;                            /* of those, because it hung */
+    uint64_t restarts;                          /* since start */
+    char last_error[ATTN_STATUS_MESSAGE_BYTES]; /* why it was lost last, or not restarted; "": it never was */
+    const char *device;                         /* lives as long as the engine */
 } dp_rank_info;
 
 uint32_t dp_engine_ranks(const dp_engine *engine);
@@ -101,11 +111,46 @@ void dp_engine_count(dp_engine *engine, dp_engine_counts *counts);
 /* Aborts idle steps and closes idle sequences. To be called about once a second. */
 void dp_engine_reap(dp_engine *engine);
 
+/* ------------------------------------------------------------------------------------------- */
+/* Loss */
+
 /*
- * Test aid, absent from release builds (ATTN_RELEASE): the rank fails as if its device were lost:
- * queued and later work on it ends with ATTN_UNAVAILABLE, its sequences too; the others go on.
+ * A rank is lost when its backend says that the device is gone (ATTN_UNAVAILABLE), or when it has work and
+ * nothing moves for rank_stall_ns. At once, and whether or not the backend ever comes back:
+ *   - calls on it, waiting or at work, end with ATTN_UNAVAILABLE; the other ranks and their calls go on;
+ *   - its sequences, and the spread ones, answer ATTN_UNAVAILABLE until they are closed;
+ *   - new sequences go to the other ranks.
+ * A restart gives the rank a new backend with an empty pool. New sequences use it again; those from before
+ * stay lost. It happens by itself rank_restart_ns after the loss, and after twice that for each loss or failed
+ * restart more in a row, up to DP_RESTART_MAX_NS; a rank that has served for DP_RESTART_MAX_NS starts anew.
+ *
+ * Detained memory. A backend that hangs may still come back to what it was given. So the engine keeps its own
+ * memory until then, and a call that ended without its rank says so in `detained`: the caller must then keep the
+ * tensors' bytes, the arrays of spans and the sinks as they are, and hand them over with dp_step_keep (or its
+ * like for uploads and exports) before it ends the step. Only the call's struct itself is the caller's again.
  */
+#define DP_RESTART_MAX_NS INT64_C(60000000000)
+
+/*
+ * Begins to restart a lost rank now; dp_engine_rank_info tells when it serves. No harm while that is under way.
+ * ATTN_INVALID_ARGUMENT: no such rank. ATTN_FAILED_PRECONDITION: it serves.
+ */
+attn_status dp_engine_restart_rank(dp_engine *engine, uint32_t rank);
+
+/* What a caller hands over. `release` is called once, on any thread, with nothing of the engine's held. */
+typedef struct {
+    void (*release)(void *context);
+    void *context;
+} dp_keep;
+
+#ifndef ATTN_RELEASE
+/* Test aids. The rank is lost, as if its device were. */
 void dp_engine_fail_rank(dp_engine *engine, uint32_t rank);
+
+/* The rank hangs from its next call of the backend on, until all that hangs on this rank is released. */
+void dp_engine_stall_rank(dp_engine *engine, uint32_t rank);
+void dp_engine_release_rank(dp_engine *engine, uint32_t rank);
+#endif
 
 /* ------------------------------------------------------------------------------------------- */
 /* Sequences */
@@ -260,11 +305,12 @@ struct dp_layer_call {
     bool device_time;          /* wants dp_rank_timing.device_us, which costs a launch a few microseconds */
     /*
      * Called exactly once if dp_step_layer returned ATTN_OK. `status` is valid during the callback.
-     * After it the spans and the call are the caller's again.
+     * After it the spans and the call are the caller's again, unless the call is detained.
      */
     void (*done)(dp_layer_call *call, attn_status status);
     /* out, valid from `done` */
     dp_result *result;      /* NULL unless the status is ATTN_OK; the caller releases it */
+    bool detained;          /* a lost rank may still use the tensors and sinks: see "Loss", dp_step_keep */
     bool committed;         /* this was the last layer of a step with new rows */
     uint32_t timing_count;  /* ranks that had work */
     dp_rank_timing *timing; /* [timing_count]; lives until the step ends or its next layer */
@@ -280,6 +326,12 @@ attn_status dp_step_layer(dp_step *step, dp_layer_call *call);
 
 /* Drops what has not started yet of the step's layer in flight, if any; its `done` comes with ATTN_CANCELLED. */
 void dp_layer_cancel(dp_step *step);
+
+/*
+ * For a detained call, from within its `done` on and before dp_step_end; if the step has been ended already, only
+ * from within. `keep` is released when no rank uses the step any more.
+ */
+void dp_step_keep(dp_step *step, dp_keep keep);
 
 /* ------------------------------------------------------------------------------------------- */
 /* Uploads of prefilled keys and values */
@@ -301,7 +353,7 @@ struct dp_upload_chunk {
     dp_tensor_view keys;   /* [tokens, heads_kv, head_dim] */
     dp_tensor_view values; /* [tokens, heads_kv, head_dim_v] */
     void (*done)(dp_upload_chunk *chunk, attn_status status);
-    void *engine_private[4];
+    bool detained; /* out, as in a layer call: the tensors are not the caller's yet, see dp_upload_keep */
 };
 
 /* Starts writing one chunk; one at a time for each upload. `done` as for a layer call. */
@@ -313,6 +365,9 @@ attn_status dp_upload_commit(dp_upload *upload, uint64_t *length);
 /* Ends an upload and frees it: unless committed the sequence is as it was. A chunk in flight is waited for by the
  * engine. */
 void dp_upload_end(dp_upload *upload);
+
+/* As dp_step_keep. */
+void dp_upload_keep(dp_upload *upload, dp_keep keep);
 
 /* ------------------------------------------------------------------------------------------- */
 /* Exports of stored keys and values */
@@ -339,6 +394,7 @@ struct dp_export_chunk {
     void *keys;   /* [tokens, heads_kv, head_dim] of any alignment: written; the caller's until `done`, as `values` */
     void *values; /* [tokens, heads_kv, head_dim_v] */
     void (*done)(dp_export_chunk *chunk, attn_status status);
+    bool detained; /* out: `keys` and `values` may still be written to, see dp_export_keep */
 };
 
 /* Starts reading one chunk; one at a time for each export. `done` as for a layer call; a failure there is the last. */
@@ -346,5 +402,8 @@ attn_status dp_export_read(dp_export *export, dp_export_chunk *chunk);
 
 /* Ends an export and frees it. A chunk in flight is waited for by the engine. */
 void dp_export_end(dp_export *export);
+
+/* As dp_step_keep. */
+void dp_export_keep(dp_export *export, dp_keep keep);
 
 #endif

@@ -20,6 +20,10 @@
  * If the first new token falls on the tail page and that page is shared, `replacement` is a page to
  * copy the tail to; at commit it takes the tail's place.
  *
+ * Loss. When a lost rank gets a new, empty pool (dp_sequences_renew_rank), parts that were on it keep the old pool's
+ * epoch, and their sequence stays lost. What becomes of such parts touches neither the new pool nor the rank's
+ * load; the tenant's quota counts them until they are closed.
+ *
  * Threads: guarded by the engine's lock. Whoever made a sequence busy may read its pages without the
  * lock, for nobody else changes them until it ends that.
  */
@@ -31,6 +35,7 @@
 #include "dp/placement.h"
 
 typedef struct {
+    uint32_t epoch;  /* of the pool that the pages are of; another than the pool's own: they are gone */
     uint32_t *pages; /* [capacity] */
     uint32_t count;  /* committed: just enough for the part's tokens */
     uint32_t taken;  /* of the growth in progress */
@@ -158,10 +163,13 @@ uint32_t dp_sequence_rank(const dp_sequences *table, const dp_sequence *sequence
 /* Pages that hold `tokens` tokens. */
 uint32_t dp_pages_for(const attn_geometry *geometry, uint64_t tokens);
 
-/* Whether a rank that holds a part is lost, and which. */
+/* Whether a rank that holds a part is lost, or was since it has held it, and which. */
 bool dp_sequence_lost(const dp_sequences *table, const dp_sequence *sequence, uint32_t *rank);
 
-/* The same as a status, of a call that names one sequence. */
+/* Empties the pool and the load of a lost rank that is about to serve again. Returns the pool's new epoch. */
+uint32_t dp_sequences_renew_rank(dp_sequences *table, uint32_t rank);
+
+/* Whether a sequence is lost, as a status, of a call that names one sequence. */
 attn_status dp_sequence_holds(const dp_sequences *table, const dp_sequence *sequence);
 
 #endif

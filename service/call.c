@@ -243,6 +243,29 @@ void call_post_from_engine(call *call, size_t bytes_to_send) {
     call_post(call, CALL_DONE);
 }
 
+/* What a lost rank may still use of a call that has ended. */
+typedef struct {
+    grpc_byte_buffer *message;
+    wire_reader reader;
+    void *more;
+} detained_memory;
+
+static void release_detained(void *context) {
+    detained_memory *detained = context;
+    grpc_byte_buffer_destroy(detained->message);
+    wire_reader_fini(&detained->reader);
+    free(detained->more);
+    free(detained);
+}
+
+dp_keep call_detain(call *call, grpc_byte_buffer **buffer, void *more) {
+    detained_memory *detained = malloc(sizeof *detained);
+    if (detained != NULL) *detained = (detained_memory){.message = *buffer, .reader = call->reader, .more = more};
+    *buffer = NULL;
+    wire_reader_init(&call->reader);
+    return (dp_keep){.release = detained != NULL ? release_detained : NULL, .context = detained};
+}
+
 bool call_has_news(const call *call) {
     return (atomic_load_explicit(&call->events, memory_order_relaxed) & ~RUNNING) != 0;
 }

@@ -161,6 +161,13 @@ void call_engine_refused(call *call);
  */
 void call_post_from_engine(call *call, size_t bytes_to_send);
 
+/*
+ * What the engine is to keep of a call whose engine call ended `detained`: the message in `*buffer`, which becomes
+ * NULL, the reader that holds its spans, which starts afresh, and `more`, which is freed with them; NULL: nothing
+ * more. release is NULL if there is no memory for it: then all of that is never freed, which is safe.
+ */
+dp_keep call_detain(call *call, grpc_byte_buffer **buffer, void *more);
+
 /* Whether an event has come that the handlers have not seen yet: they will run again at once. */
 bool call_has_news(const call *call);
 
