@@ -387,6 +387,20 @@ static int64_t deadline_in_ns(gpr_timespec deadline, int64_t now) {
     return now + left.tv_sec * INT64_C(1000000000) + left.tv_nsec;
 }
 
+static attn_status check_credentials(call *call) {
+    const attn_auth *auth = server_get_parts(call->server)->auth;
+    const char *credentials = NULL;
+    size_t size = 0;
+    bool twice;
+    const grpc_metadata *entry = find_metadata(call, "authorization", &twice);
+    if (entry != NULL && !twice) {
+        credentials = (const char *)GRPC_SLICE_START_PTR(entry->value);
+        size = GRPC_SLICE_LENGTH(entry->value);
+    }
+    if (call->rpc->admin) return attn_auth_check_admin(auth, credentials, size);
+    return attn_auth_check(auth, credentials, size, &call->tenant);
+}
+
 /* Whether the call may be made at all: deadline, draining, credentials. */
 static attn_status admit(call *call) {
     if (call->deadline_ns <= call->started_ns) {
@@ -395,12 +409,7 @@ static attn_status admit(call *call) {
     if (!call->rpc->while_draining && server_draining(call->server)) {
         return attn_error(ATTN_UNAVAILABLE, "the server is draining");
     }
-    if (call->rpc->open_to_all) return attn_ok();
-    bool twice;
-    const grpc_metadata *entry = find_metadata(call, "authorization", &twice);
-    if (entry == NULL || twice) return attn_auth_check(server_get_parts(call->server)->auth, NULL, 0, &call->tenant);
-    return attn_auth_check(server_get_parts(call->server)->auth, (const char *)GRPC_SLICE_START_PTR(entry->value),
-                           GRPC_SLICE_LENGTH(entry->value), &call->tenant);
+    return call->rpc->open_to_all ? attn_ok() : check_credentials(call);
 }
 
 static void answer(call *call) {

@@ -62,6 +62,7 @@ typedef struct {
     bool listed;                               /* gets CALL_NOTICE */
     bool open_to_all;                          /* no credentials asked for */
     bool while_draining;                       /* served while the server is draining */
+    bool admin;                                /* asks for the admin token */
     bool background;                           /* a drain does not wait for it */
     uint32_t slots;                            /* calls kept armed on each queue */
     size_t state_bytes;                        /* of call.state */

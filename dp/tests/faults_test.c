@@ -108,6 +108,12 @@ static void wait_for_state(dp_engine *engine, uint32_t rank, dp_rank_state state
         usleep(200);
 }
 
+/* Until nothing waits for the rank any more: what was submitted is being run. */
+static void wait_until_at_work(dp_engine *engine, uint32_t rank) {
+    while (rank_info(engine, rank).queue_depth > 0)
+        usleep(200);
+}
+
 static void restart(dp_engine *engine, uint32_t rank) {
     assert_ok(dp_engine_restart_rank(engine, rank));
     wait_for_state(engine, rank, DP_RANK_SERVING);
@@ -179,7 +185,9 @@ static void stalled_rank_ends_its_calls_and_may_come_back_late(void **state) {
     grow(engine, other, 100, 1);
     dp_engine_stall_rank(engine, 1);
     flight flights[3];
-    for (int i = 0; i < 3; i++) /* one at work, two behind it */
+    take_off(&flights[0], engine, &stuck[0], 1, false, &options);
+    wait_until_at_work(engine, 1);
+    for (int i = 1; i < 3; i++)
         take_off(&flights[i], engine, &stuck[i], 1, i == 2, &options);
     dice dice = {1};
     grow_by_step(engine, &config.geometry, &dice, &other, NULL, 1); /* the other rank goes on */
