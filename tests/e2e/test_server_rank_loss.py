@@ -66,6 +66,12 @@ class Tenant(threading.Thread):
             raise self.failure
 
 
+def wait_for_restart(api, rank, before):
+    """Until the rank has been lost and restarted once more than `before` says."""
+    eventually(lambda: api.info().ranks[rank].losses > before.losses, TIMEOUT_S, "the loss")
+    eventually(lambda: api.info().ranks[rank].restarts > before.restarts, TIMEOUT_S, "the restart")
+
+
 def kill_in_turn(server, rounds):
     ranks = 4
     tenants = [Tenant(server, rank % ranks, seed=rank) for rank in range(2 * ranks)]
@@ -82,11 +88,10 @@ def kill_in_turn(server, rounds):
 
         eventually(all_have_stepped, TIMEOUT_S, "everybody is served")
         losses = [len(tenant.losses) for tenant in tenants]
-        lost_before, restarts_before = api.info().ranks[victim].losses, api.info().ranks[victim].restarts
+        rank_before = api.info().ranks[victim]
         killed = time.monotonic()
         (server.stall_rank if hangs else server.fail_rank)(victim)
-        eventually(lambda: api.info().ranks[victim].losses > lost_before, TIMEOUT_S, "the loss")
-        eventually(lambda: api.info().ranks[victim].restarts > restarts_before, TIMEOUT_S, "the restart")
+        wait_for_restart(api, victim, rank_before)
         for tenant, count in zip(tenants, losses, strict=True):
             if tenant.rank != victim:
                 assert len(tenant.losses) == count, "a call on another rank failed"
