@@ -33,6 +33,8 @@ static struct {
     pthread_mutex_t lock; /* guards all */
     pthread_cond_t changed;
     bool closed;
+    bool creation_closed;
+    uint32_t creating; /* creations that wait at their own gate */
     uint32_t held;     /* launches that wait at the gate */
     attn_code fails;   /* what launches end with, unless ATTN_OK */
     uint32_t refusals; /* creations to come that fail */
@@ -49,6 +51,11 @@ attn_status __wrap_attn_backend_create(const attn_backend_config *config, attn_b
     pthread_mutex_lock(&gate.lock);
     bool refused = gate.refusals > 0;
     if (refused) gate.refusals--;
+    gate.creating++;
+    while (gate.creation_closed)
+        pthread_cond_wait(&gate.changed, &gate.lock);
+    gate.creating--;
+    pthread_cond_broadcast(&gate.changed);
     pthread_mutex_unlock(&gate.lock);
     if (refused) return attn_error(ATTN_RESOURCE_EXHAUSTED, "the device has no memory left");
     return __real_attn_backend_create(config, backend);
@@ -78,6 +85,22 @@ static void set_gate(bool closed) {
 static void wait_until_held(uint32_t launches) {
     pthread_mutex_lock(&gate.lock);
     while (gate.held < launches)
+        pthread_cond_wait(&gate.changed, &gate.lock);
+    pthread_mutex_unlock(&gate.lock);
+}
+
+static void close_creation(void) {
+    pthread_mutex_lock(&gate.lock);
+    gate.creation_closed = true;
+    pthread_mutex_unlock(&gate.lock);
+}
+
+/* And waits until all who were held there have gone on. */
+static void open_creation(void) {
+    pthread_mutex_lock(&gate.lock);
+    gate.creation_closed = false;
+    pthread_cond_broadcast(&gate.changed);
+    while (gate.creating > 0)
         pthread_cond_wait(&gate.changed, &gate.lock);
     pthread_mutex_unlock(&gate.lock);
 }
@@ -633,6 +656,32 @@ static void restart_that_fails_is_told_and_tried_again(void **state) {
     destroy_engine(engine);
 }
 
+static void restart_that_hangs_holds_up_nobody(void **state) {
+    (void)state;
+    dp_config config = faulty_config(2);
+    for (int waits = 0; waits < 2; waits++) {
+        dp_engine *engine = create_engine(&config);
+        uint64_t handle = open_sequence(engine, DP_EXPLICIT, 0);
+        dice dice = {1};
+        dp_engine_fail_rank(engine, 1);
+        close_creation();
+        assert_ok(dp_engine_restart_rank(engine, 1));
+        wait_for_state(engine, 1, DP_RANK_RESTARTING);
+        assert_ok(dp_engine_restart_rank(engine, 1)); /* it is under way */
+        usleep((useconds_t)(STALL_NS / 500));
+        grow_by_step(engine, &config.geometry, &dice, &handle, NULL, 1);
+        assert_int_equal(DP_RANK_RESTARTING, rank_info(engine, 1).state);
+        close_sequence(engine, handle);
+        if (waits) {
+            open_creation();
+            wait_for_state(engine, 1, DP_RANK_SERVING);
+            assert_int_equal(1, rank_info(engine, 1).restarts);
+        }
+        destroy_engine(engine); /* the worker that is being made, or not */
+        open_creation();
+    }
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* All at once */
 
@@ -751,6 +800,7 @@ int main(void) {
         cmocka_unit_test(delays_double_up_to_their_maximum),
         cmocka_unit_test(rank_restarts_by_itself_and_later_each_time),
         cmocka_unit_test(restart_that_fails_is_told_and_tried_again),
+        cmocka_unit_test(restart_that_hangs_holds_up_nobody),
         cmocka_unit_test(crowd_lives_with_ranks_that_come_and_go),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

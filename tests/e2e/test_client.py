@@ -117,16 +117,14 @@ def test_client_learns_geometry_ranks_and_limits(connect, server):
     assert info.limits.query_length == 128 and info.limits.message_bytes > 0 and not info.draining
 
 
-def test_client_restarts_a_lost_rank(start_server, tmp_path):
-    token = "an-admin-token-of-a-test"
-    (tmp_path / "admin").write_text(token)
-    server = start_server(ranks=3, test_faults="true", rank_restart_backoff_ms=0, admin_token_file=tmp_path / "admin")
+def test_client_restarts_a_lost_rank(start_server, admin):
+    server = start_server(ranks=3, test_faults="true", rank_restart_backoff_ms=0, admin_token_file=admin.path)
 
     async def restart_asynchronously(rank):
-        async with attnd.AsyncClient(server.address, token=token) as client:
+        async with attnd.AsyncClient(server.address, token=admin.token) as client:
             return await client.restart_rank(rank)
 
-    with attnd.Client(server.address, token=token) as client:
+    with attnd.Client(server.address, token=admin.token) as client:
 
         def wait_for_state(rank, state):
             eventually(lambda: client.info().ranks[rank].state == state, what=f"rank {rank} {state}")

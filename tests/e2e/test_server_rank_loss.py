@@ -10,7 +10,6 @@ from attnd_harness import CODE, TIMEOUT_S, build_kind, eventually, pb
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 STALL_S = 0.5 if build_kind() == "plain" else 2.0
-ADMIN_TOKEN = "an-admin-token-of-a-test"
 
 
 def faulty(start_server, **flags):
@@ -177,11 +176,9 @@ def test_a_server_stops_while_a_rank_hangs(start_server):
 
 
 @pytest.fixture
-def administered(start_server, tmp_path):
-    token = tmp_path / "admin"
-    token.write_text(ADMIN_TOKEN + "\n")
-    server = faulty(start_server, ranks=3, rank_restart_backoff_ms=0, admin_token_file=token, min_serving_ranks=2)
-    return server, server.api(metadata=(("authorization", "Bearer " + ADMIN_TOKEN),))
+def administered(start_server, admin):
+    server = faulty(start_server, ranks=3, rank_restart_backoff_ms=0, admin_token_file=admin.path, min_serving_ranks=2)
+    return server, server.api(metadata=admin.metadata)
 
 
 def test_restart_rank_is_for_the_admin_and_for_lost_ranks(administered):
