@@ -17,8 +17,8 @@
  *
  * Threads: every function here may be called from any thread. Calls on one dp_step, dp_upload or
  * dp_export must not overlap, but for dp_layer_cancel. Completion callbacks run on a rank thread, on the
- * calling thread, or on the one that watches the ranks; they must be short, must not block, and may call back into the engine
- * but for dp_engine_destroy.
+ * calling thread, or on the one that watches the ranks; they must be short, must not block, and may
+ * call back into the engine but for dp_engine_destroy.
  *
  * Errors: see base/status.h. Messages name the request's field and index ("sequences[3]: ..."), in
  * the words of proto/attnd.proto, and never another tenant's business. A call that fails has
