@@ -36,6 +36,8 @@ static attn_status check_config(const dp_config *config) {
         return attn_error(ATTN_INVALID_ARGUMENT, "rebalance_factor: %g; must be 0 or above 1",
                           config->rebalance_factor);
     }
+    if (config->rank_stall_ns < 0) return attn_error(ATTN_INVALID_ARGUMENT, "rank_stall_ns: must not be negative");
+    if (config->rank_restart_ns < 0) return attn_error(ATTN_INVALID_ARGUMENT, "rank_restart_ns: must not be negative");
     return attn_ok();
 }
 
@@ -86,7 +88,7 @@ static attn_status start_rank(dp_engine *engine, uint32_t index) {
     attn_status status = dp_rank_create(&rank, &engine->ranks[index].rank);
     free(cpus);
     if (attn_failed(status)) return status;
-    engine->ranks[index].device = strdup(attn_backend_describe(dp_rank_backend(engine->ranks[index].rank)));
+    engine->ranks[index].device = strdup(dp_rank_device(engine->ranks[index].rank));
     if (engine->ranks[index].device == NULL) {
         return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for rank %u", index);
     }
@@ -100,6 +102,7 @@ attn_status dp_engine_create(const dp_config *config, dp_engine **engine) {
     attn_status status;
     pthread_mutex_init(&created->lock, NULL);
     dp_moves_init(&created->moves);
+    atomic_init(&created->references, 1);
     copy_config(created, config);
     created->ranks = calloc(config->ranks, sizeof *created->ranks);
     created->results = dp_results_create();
@@ -111,10 +114,11 @@ attn_status dp_engine_create(const dp_config *config, dp_engine **engine) {
     ATTN_TRY_GOTO(status, dp_sequences_init(&created->sequences, config), fail);
     for (uint32_t r = 0; r < config->ranks; r++)
         ATTN_TRY_GOTO(status, start_rank(created, r), fail);
-    created->config.k_scales = NULL; /* the backends have their own */
+    ATTN_TRY_GOTO(status, dp_watchdog_create(created, &created->watchdog), fail);
+    created->config.k_scales = NULL; /* the ranks have their own */
     created->config.v_scales = NULL;
     /* A pinned rank works on its own cores, not on the submitter's. */
-    if (!config->pin_cpus) created->small_bytes = attn_backend_small_bytes(dp_rank_backend(created->ranks[0].rank));
+    if (!config->pin_cpus) created->small_bytes = dp_rank_small_bytes(created->ranks[0].rank);
     *engine = created;
     return attn_ok();
 fail:
@@ -122,24 +126,39 @@ fail:
     return status;
 }
 
-void dp_engine_destroy(dp_engine *engine) {
-    if (engine == NULL) return;
-    dp_moves_fini(engine);
-    for (uint32_t r = 0; engine->ranks != NULL && r < engine->config.ranks; r++) {
-        if (engine->ranks[r].rank != NULL) dp_rank_stop(engine->ranks[r].rank);
-    }
-    for (uint32_t r = 0; engine->ranks != NULL && r < engine->config.ranks; r++) {
-        dp_rank_destroy(engine->ranks[r].rank);
+static void engine_free(dp_engine *engine) {
+    for (uint32_t r = 0; engine->ranks != NULL && r < engine->config.ranks; r++)
         free(engine->ranks[r].device);
-        free(engine->ranks[r].scratch.arrays);
-        free(engine->ranks[r].scratch.staging);
-    }
     free(engine->ranks);
     dp_sequences_fini(&engine->sequences);
     dp_steps_fini(&engine->steps);
     dp_results_close(engine->results);
     pthread_mutex_destroy(&engine->lock);
     free(engine);
+}
+
+void dp_engine_hold(dp_engine *engine) { atomic_fetch_add_explicit(&engine->references, 1, memory_order_relaxed); }
+
+void dp_engine_let_go(dp_engine *engine) {
+    if (atomic_fetch_sub_explicit(&engine->references, 1, memory_order_acq_rel) == 1) engine_free(engine);
+}
+
+void dp_engine_destroy(dp_engine *engine) {
+    if (engine == NULL) return;
+    dp_moves_fini(engine); /* a rank that hangs in a move is given up by the watchdog */
+    dp_watchdog_destroy(engine->watchdog);
+    for (uint32_t r = 0; engine->ranks != NULL && r < engine->config.ranks; r++) {
+        if (engine->ranks[r].rank != NULL) dp_rank_stop(engine->ranks[r].rank);
+    }
+    for (uint32_t r = 0; engine->ranks != NULL && r < engine->config.ranks; r++)
+        dp_rank_destroy(engine->ranks[r].rank);
+    dp_engine_let_go(engine);
+}
+
+void dp_keep_release(dp_keep *keep) {
+    dp_keep kept = *keep;
+    *keep = (dp_keep){0};
+    if (kept.release != NULL) kept.release(kept.context);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -151,19 +170,30 @@ static uint64_t counted(const atomic_uint_fast64_t *counter) {
     return atomic_load_explicit(counter, memory_order_relaxed);
 }
 
+static dp_rank_state state_of(const dp_rank_record *record) {
+    if (!record->lost) return DP_RANK_SERVING;
+    return record->starting ? DP_RANK_RESTARTING : DP_RANK_LOST;
+}
+
 void dp_engine_rank_info(dp_engine *engine, uint32_t rank, dp_rank_info *info) {
     dp_engine_rank *of = &engine->ranks[rank];
+    dp_rank_record record;
+    dp_rank_read_record(of->rank, &record);
     *info = (dp_rank_info){
-        .state = dp_rank_lost(of->rank) ? DP_RANK_LOST : DP_RANK_SERVING,
+        .state = state_of(&record),
         .queue_depth = dp_rank_queue_depth(of->rank),
         .calls = counted(&of->counters.calls),
         .launches = counted(&of->counters.launches),
-        .plans_rejected = attn_backend_plans_rejected(dp_rank_backend(of->rank)),
+        .plans_rejected = record.plans_rejected,
         .busy_ns = (int64_t)counted(&of->counters.busy_ns),
         .bytes_in_place = counted(&of->counters.bytes_in_place),
         .bytes_gathered = counted(&of->counters.bytes_gathered),
+        .losses = record.losses,
+        .stalls = record.stalls,
+        .restarts = record.restarts,
         .device = of->device,
     };
+    snprintf(info->last_error, sizeof info->last_error, "%s", record.last_error.message);
     pthread_mutex_lock(&engine->lock);
     info->sequences = engine->sequences.loads[rank].sequences;
     info->tokens = engine->sequences.loads[rank].tokens;
@@ -213,8 +243,26 @@ void dp_engine_reap(dp_engine *engine) {
     dp_engine_balance(engine);
 }
 
+attn_status dp_engine_restart_rank(dp_engine *engine, uint32_t rank) {
+    if (rank >= engine->config.ranks) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "rank: %u; this server has ranks 0 .. %u", rank,
+                          engine->config.ranks - 1);
+    }
+    if (!dp_rank_lost(engine->ranks[rank].rank)) {
+        return attn_error(ATTN_FAILED_PRECONDITION, "rank: %u serves; only a lost rank is restarted", rank);
+    }
+    dp_watchdog_restart(engine->watchdog, rank);
+    return attn_ok();
+}
+
 #ifndef ATTN_RELEASE
-void dp_engine_fail_rank(dp_engine *engine, uint32_t rank) { dp_rank_fail(engine->ranks[rank].rank); }
+void dp_engine_fail_rank(dp_engine *engine, uint32_t rank) {
+    dp_rank_fence(engine->ranks[rank].rank, attn_error(ATTN_UNAVAILABLE, "failed for a test"));
+}
+
+void dp_engine_stall_rank(dp_engine *engine, uint32_t rank) { dp_rank_stall(engine->ranks[rank].rank); }
+
+void dp_engine_release_rank(dp_engine *engine, uint32_t rank) { dp_rank_release(engine->ranks[rank].rank); }
 #endif
 
 /* ------------------------------------------------------------------------------------------- */

@@ -17,9 +17,9 @@
  * the pages back.
  *
  * Threads: every function here may be called from any thread. Calls on one dp_step, dp_upload or
- * dp_export must not overlap, but for dp_layer_cancel. Completion callbacks run on a rank thread, or on
- * the calling thread; they must be short, must not block, and may call back into the engine
- * but for dp_engine_destroy.
+ * dp_export must not overlap, but for dp_layer_cancel. Completion callbacks run on a rank thread, on the
+ * calling thread, or on the one that watches the ranks; they must be short, must not block, and may
+ * call back into the engine but for dp_engine_destroy.
  *
  * Errors: see base/status.h. Messages name the request's field and index ("sequences[3]: ..."), in
  * the words of proto/attnd.proto, and never another tenant's business. A call that fails has
@@ -61,6 +61,8 @@ typedef struct {
     int64_t sequence_idle_ns;             /* a sequence not used for so long is closed; 0: never */
     double rebalance_factor;              /* see dp_engine_reap; 0: never, else above 1 */
     uint64_t spread_above_tokens;         /* likewise; 0: never */
+    int64_t rank_stall_ns;                /* a rank that has work and does not move for so long is lost; 0: never */
+    int64_t rank_restart_ns;              /* a lost rank is restarted after so long, see "Loss" below; 0: never */
 } dp_config;
 
 #define DP_MAX_RANKS 64
@@ -71,7 +73,11 @@ attn_status dp_engine_create(const dp_config *config, dp_engine **engine);
 /* Stops the ranks and frees everything. No call may be in flight, every step, upload, export and move ended. */
 void dp_engine_destroy(dp_engine *engine);
 
-typedef enum { DP_RANK_SERVING = 1, DP_RANK_LOST = 2 } dp_rank_state;
+typedef enum {
+    DP_RANK_SERVING = 1,
+    DP_RANK_LOST = 2,
+    DP_RANK_RESTARTING = 3, /* lost, and its new backend is being created */
+} dp_rank_state;
 
 typedef struct {
     dp_rank_state state;
@@ -88,7 +94,11 @@ typedef struct {
     /* Tensor bytes since start that the rank used where they came in, and that it had to gather: see dp_tensor_view. */
     uint64_t bytes_in_place;
     uint64_t bytes_gathered;
-    const char *device; /* lives as long as the engine */
+    uint64_t losses;                            /* since start */
+    uint64_t stalls;                            /* of those, because it hung */
+    uint64_t restarts;                          /* since start */
+    char last_error[ATTN_STATUS_MESSAGE_BYTES]; /* why it was lost last, or not restarted; "": it never was */
+    const char *device;                         /* lives as long as the engine */
 } dp_rank_info;
 
 uint32_t dp_engine_ranks(const dp_engine *engine);
@@ -116,11 +126,47 @@ void dp_engine_count(dp_engine *engine, dp_engine_counts *counts);
  */
 void dp_engine_reap(dp_engine *engine);
 
+/* ------------------------------------------------------------------------------------------- */
+/* Loss */
+
 /*
- * Test aid, absent from release builds (ATTN_RELEASE): the rank fails as if its device were lost:
- * queued and later work on it ends with ATTN_UNAVAILABLE, its sequences too; the others go on.
+ * A rank is lost when its backend says that the device is gone (ATTN_UNAVAILABLE), or when it has work and
+ * nothing moves for rank_stall_ns. At once, and whether or not the backend ever comes back:
+ *   - calls on it, waiting or at work, end with ATTN_UNAVAILABLE; the other ranks and their calls go on;
+ *   - its sequences, and the spread ones, answer ATTN_UNAVAILABLE until they are closed;
+ *   - a sequence on its way there stays where it was;
+ *   - new sequences go to the other ranks.
+ * A restart gives the rank a new backend with an empty pool. New sequences use it again; those from before
+ * stay lost. It happens by itself rank_restart_ns after the loss, and after twice that for each loss or failed
+ * restart more in a row, up to DP_RESTART_MAX_NS; a rank that has served for DP_RESTART_MAX_NS starts anew.
+ *
+ * Detained memory. A backend that hangs may still come back to what it was given. So the engine keeps its own
+ * memory until then, and a call that ended without its rank says so in `detained`: the caller must then keep the
+ * tensors' bytes, the arrays of spans and the sinks as they are, and hand them over with dp_step_keep (or its
+ * like for uploads and exports) before it ends the step. Only the call's struct itself is the caller's again.
  */
+#define DP_RESTART_MAX_NS INT64_C(60000000000)
+
+/*
+ * Begins to restart a lost rank now; dp_engine_rank_info tells when it serves. No harm while that is under way.
+ * ATTN_INVALID_ARGUMENT: no such rank. ATTN_FAILED_PRECONDITION: it serves.
+ */
+attn_status dp_engine_restart_rank(dp_engine *engine, uint32_t rank);
+
+/* What a caller hands over. `release` is called once, on any thread, with nothing of the engine's held. */
+typedef struct {
+    void (*release)(void *context);
+    void *context;
+} dp_keep;
+
+#ifndef ATTN_RELEASE
+/* Test aids. The rank is lost, as if its device were. */
 void dp_engine_fail_rank(dp_engine *engine, uint32_t rank);
+
+/* The rank hangs from its next call of the backend on, until all that hangs on this rank is released. */
+void dp_engine_stall_rank(dp_engine *engine, uint32_t rank);
+void dp_engine_release_rank(dp_engine *engine, uint32_t rank);
+#endif
 
 /* ------------------------------------------------------------------------------------------- */
 /* Sequences */
@@ -192,7 +238,7 @@ struct dp_move {
  * A move that fails leaves the sequence as it was and no page behind.
  * ATTN_NOT_FOUND; ATTN_INVALID_ARGUMENT: no such rank; ATTN_FAILED_PRECONDITION: spread already; ATTN_ABORTED: in a
  * step, upload or other move; ATTN_RESOURCE_EXHAUSTED: no pages on the new rank, or a rank's queue is full;
- * ATTN_UNAVAILABLE: a rank is lost; ATTN_CANCELLED.
+ * ATTN_UNAVAILABLE: a rank that it leaves or goes to is lost, or was on the way; ATTN_CANCELLED.
  */
 attn_status dp_sequence_move(dp_engine *engine, uint32_t tenant, dp_move *move);
 
@@ -336,11 +382,12 @@ struct dp_layer_call {
     bool device_time;          /* wants dp_rank_timing.device_us, which costs a launch a few microseconds */
     /*
      * Called exactly once if dp_step_layer returned ATTN_OK. `status` is valid during the callback.
-     * After it the spans and the call are the caller's again.
+     * After it the spans and the call are the caller's again, unless the call is detained.
      */
     void (*done)(dp_layer_call *call, attn_status status);
     /* out, valid from `done` */
     dp_result *result;      /* NULL unless the status is ATTN_OK; the caller releases it */
+    bool detained;          /* a lost rank may still use the tensors and sinks: see "Loss", dp_step_keep */
     bool committed;         /* this was the last layer of a step with new rows */
     uint32_t timing_count;  /* ranks that had work */
     dp_rank_timing *timing; /* [timing_count]; lives until the step ends or its next layer */
@@ -356,6 +403,12 @@ attn_status dp_step_layer(dp_step *step, dp_layer_call *call);
 
 /* Drops what has not started yet of the step's layer in flight, if any; its `done` comes with ATTN_CANCELLED. */
 void dp_layer_cancel(dp_step *step);
+
+/*
+ * For a detained call, from within its `done` on and before dp_step_end; if the step has been ended already, only
+ * from within. `keep` is released when no rank uses the step any more.
+ */
+void dp_step_keep(dp_step *step, dp_keep keep);
 
 /* ------------------------------------------------------------------------------------------- */
 /* Uploads of prefilled keys and values */
@@ -377,7 +430,7 @@ struct dp_upload_chunk {
     dp_tensor_view keys;   /* [tokens, heads_kv, head_dim] */
     dp_tensor_view values; /* [tokens, heads_kv, head_dim_v] */
     void (*done)(dp_upload_chunk *chunk, attn_status status);
-    void *engine_private[4];
+    bool detained; /* out, as in a layer call: the tensors are not the caller's yet, see dp_upload_keep */
 };
 
 /* Starts writing one chunk; one at a time for each upload. `done` as for a layer call. */
@@ -389,6 +442,9 @@ attn_status dp_upload_commit(dp_upload *upload, uint64_t *length);
 /* Ends an upload and frees it: unless committed the sequence is as it was. A chunk in flight is waited for by the
  * engine. */
 void dp_upload_end(dp_upload *upload);
+
+/* As dp_step_keep. */
+void dp_upload_keep(dp_upload *upload, dp_keep keep);
 
 /* ------------------------------------------------------------------------------------------- */
 /* Exports of stored keys and values */
@@ -415,6 +471,7 @@ struct dp_export_chunk {
     void *keys;   /* [tokens, heads_kv, head_dim] of any alignment: written; the caller's until `done`, as `values` */
     void *values; /* [tokens, heads_kv, head_dim_v] */
     void (*done)(dp_export_chunk *chunk, attn_status status);
+    bool detained; /* out: `keys` and `values` may still be written to, see dp_export_keep */
 };
 
 /* Starts reading one chunk; one at a time for each export. `done` as for a layer call; a failure there is the last. */
@@ -422,5 +479,8 @@ attn_status dp_export_read(dp_export *export, dp_export_chunk *chunk);
 
 /* Ends an export and frees it. A chunk in flight is waited for by the engine. */
 void dp_export_end(dp_export *export);
+
+/* As dp_step_keep. */
+void dp_export_keep(dp_export *export, dp_keep keep);
 
 #endif

@@ -91,8 +91,14 @@ static attn_status check_target(const dp_travel *travel) {
         return attn_error(ATTN_INVALID_ARGUMENT, "dp_rank: %u; this server has ranks 0 .. %u", travel->move->rank,
                           ranks - 1);
     }
-    if (target_lost(travel, &lost)) return attn_error(ATTN_UNAVAILABLE, "dp_rank: rank %u is lost", lost);
-    return attn_ok();
+    if (!target_lost(travel, &lost)) return attn_ok();
+    if (travel->move->spread) {
+        return attn_error(ATTN_UNAVAILABLE,
+                          "spread: needs rank %u, which is lost; move it to a rank, or wait until that serves again",
+                          lost);
+    }
+    return attn_error(ATTN_UNAVAILABLE, "dp_rank: rank %u is lost; choose another, or wait until it serves again",
+                      lost);
 }
 
 static bool is_there(const dp_travel *travel, const dp_sequence *sequence) {
@@ -136,16 +142,32 @@ static void finish(dp_travel *travel) {
     free(travel);
 }
 
+/* Whether all ranks have served from setting out to now. With the lock held. */
+static attn_status check_losses(const dp_travel *travel) {
+    const dp_sequences *table = &travel->engine->sequences;
+    uint32_t lost;
+    ATTN_TRY(dp_sequence_holds(table, travel->sequence));
+    if (!dp_place_lost(table, &travel->place, &lost)) return attn_ok();
+    return attn_error(
+        ATTN_UNAVAILABLE,
+        "%s: rank %u was lost on the way; the sequence is where it was: choose another, or try again later",
+        travel->move->spread ? "spread" : "dp_rank", lost);
+}
+
+/* A loss is told in the move's words, not in those of the rank that has ended the transfer. With the lock held. */
+static void note_losses(dp_travel *travel) {
+    if (travel->outcome.code != ATTN_OK && travel->outcome.code != ATTN_UNAVAILABLE) return;
+    dp_engine_note_ranks(travel->engine);
+    attn_status status = check_losses(travel);
+    if (attn_failed(status)) attn_status_save(&travel->outcome, status);
+}
+
 /* The sequence lives where it went, if all went well, or where it was. With the lock held. */
 static void settle(dp_travel *travel) {
     dp_engine *engine = travel->engine;
-    uint32_t lost;
     bool is_asked_for = travel->move != &engine->moves.balance;
     if (is_asked_for) travel->sequence->used_ns = attn_now_ns();
-    dp_engine_note_ranks(engine);
-    if (travel->outcome.code == ATTN_OK && target_lost(travel, &lost)) {
-        attn_status_save(&travel->outcome, attn_error(ATTN_UNAVAILABLE, "dp_rank: rank %u is lost", lost));
-    }
+    note_losses(travel);
     if (travel->outcome.code != ATTN_OK) {
         dp_sequence_move_cancel(&engine->sequences, travel->sequence, &travel->place);
         engine->moves.failed++;

@@ -40,18 +40,40 @@ uint32_t dp_pages_for(const attn_geometry *geometry, uint64_t tokens) {
     return (uint32_t)((tokens + geometry->page_size - 1) / geometry->page_size);
 }
 
-bool dp_sequence_lost(const dp_sequences *table, const dp_sequence *sequence, uint32_t *rank) {
-    for (uint32_t j = 0; j < sequence->stripes; j++) {
-        *rank = dp_sequence_rank(table, sequence, j);
-        if (table->loads[*rank].lost) return true;
+/* Whether a part's pages are those of the rank's pool: it was not renewed since. */
+static bool has_its_pages(const dp_sequences *table, const dp_part *part, uint32_t rank) {
+    return part->epoch == table->pools[rank].epoch;
+}
+
+static bool is_there(const dp_sequences *table, const dp_sequence *sequence, uint32_t stripe) {
+    return has_its_pages(table, &sequence->parts[stripe], dp_sequence_rank(table, sequence, stripe));
+}
+
+bool dp_place_lost(const dp_sequences *table, const dp_place *place, uint32_t *rank) {
+    for (uint32_t j = 0; j < place->stripes; j++) {
+        *rank = dp_place_rank(table, place, j);
+        if (table->loads[*rank].lost || !has_its_pages(table, &place->parts[j], *rank)) return true;
     }
     return false;
+}
+
+bool dp_sequence_lost(const dp_sequences *table, const dp_sequence *sequence, uint32_t *rank) {
+    dp_place place = {.home = sequence->home, .stripes = sequence->stripes, .parts = sequence->parts};
+    return dp_place_lost(table, &place, rank);
+}
+
+uint32_t dp_sequences_renew_rank(dp_sequences *table, uint32_t rank) {
+    dp_pages_renew(&table->pools[rank]);
+    table->loads[rank] = (dp_rank_load){.lost = true}; /* until dp_engine_note_ranks sees it serve */
+    return table->pools[rank].epoch;
 }
 
 attn_status dp_sequence_holds(const dp_sequences *table, const dp_sequence *sequence) {
     uint32_t rank;
     if (!dp_sequence_lost(table, sequence, &rank)) return attn_ok();
-    return attn_error(ATTN_UNAVAILABLE, "sequence: rank %u, which holds it, is lost", rank);
+    return attn_error(ATTN_UNAVAILABLE,
+                      "sequence: rank %u, which held it, was lost: close it, open another and append its tokens again",
+                      rank);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -193,8 +215,11 @@ attn_status dp_sequences_add(dp_sequences *table, uint32_t tenant, uint32_t home
     added->used_ns = now;
     table->open++;
     table->tenants[tenant].sequences++;
-    for (uint32_t j = 0; j < added->stripes; j++)
-        table->loads[dp_sequence_rank(table, added, j)].sequences++;
+    for (uint32_t j = 0; j < added->stripes; j++) {
+        uint32_t rank = dp_sequence_rank(table, added, j);
+        added->parts[j].epoch = table->pools[rank].epoch;
+        table->loads[rank].sequences++;
+    }
     *sequence = added;
     return attn_ok();
 }
@@ -203,7 +228,7 @@ attn_status dp_sequences_add(dp_sequences *table, uint32_t tenant, uint32_t home
 static void drop_pages(dp_sequences *table, dp_sequence *sequence, uint32_t stripe, uint32_t keep) {
     dp_part *part = &sequence->parts[stripe];
     dp_pages *pool = &table->pools[dp_sequence_rank(table, sequence, stripe)];
-    for (uint32_t p = keep; p < part->count; p++)
+    for (uint32_t p = keep; p < part->count && is_there(table, sequence, stripe); p++)
         dp_pages_drop(pool, part->pages[p]);
     table->tenants[sequence->tenant].pages -= part->count - keep;
     part->count = keep;
@@ -215,7 +240,9 @@ void dp_sequences_cut(dp_sequences *table, dp_sequence *sequence, uint64_t lengt
         uint64_t before = dp_part_length(sequence->length, j, sequence->stripes);
         uint64_t after = dp_part_length(length, j, sequence->stripes);
         drop_pages(table, sequence, j, dp_pages_for(&table->geometry, after));
-        table->loads[dp_sequence_rank(table, sequence, j)].tokens -= before - after;
+        if (is_there(table, sequence, j)) {
+            table->loads[dp_sequence_rank(table, sequence, j)].tokens -= before - after;
+        }
     }
     sequence->length = length;
 }
@@ -229,8 +256,9 @@ static void trim_first_part(dp_sequence *sequence) {
 
 void dp_sequences_remove(dp_sequences *table, dp_sequence *sequence) {
     dp_sequences_cut(table, sequence, 0);
-    for (uint32_t j = 0; j < sequence->stripes; j++)
-        table->loads[dp_sequence_rank(table, sequence, j)].sequences--;
+    for (uint32_t j = 0; j < sequence->stripes; j++) {
+        if (is_there(table, sequence, j)) table->loads[dp_sequence_rank(table, sequence, j)].sequences--;
+    }
     if (sequence->stripes > 1) free_parts(sequence);
     trim_first_part(sequence);
     sequence->open = false;
@@ -381,11 +409,13 @@ void dp_sequence_commit(dp_sequences *table, dp_sequence *sequence, int64_t now)
     for (uint32_t j = 0; j < sequence->stripes; j++) {
         uint32_t rank = dp_sequence_rank(table, sequence, j);
         dp_part *part = &sequence->parts[j];
+        bool there = is_there(table, sequence, j);
         if (part->replacement != DP_NO_PAGE) {
-            dp_pages_drop(&table->pools[rank], part->pages[part->count - 1]);
+            if (there) dp_pages_drop(&table->pools[rank], part->pages[part->count - 1]);
             part->pages[part->count - 1] = part->replacement;
         }
         part->count += part->taken;
+        if (!there) continue;
         uint64_t tokens =
             dp_part_length(length, j, sequence->stripes) - dp_part_length(sequence->length, j, sequence->stripes);
         table->loads[rank].tokens_in_flight -= tokens;
@@ -400,10 +430,11 @@ void dp_sequence_cancel(dp_sequences *table, dp_sequence *sequence, int64_t now)
     for (uint32_t j = 0; j < sequence->stripes; j++) {
         uint32_t rank = dp_sequence_rank(table, sequence, j);
         dp_part *part = &sequence->parts[j];
+        table->tenants[sequence->tenant].pages -= part->taken;
+        if (!is_there(table, sequence, j)) continue;
         if (part->replacement != DP_NO_PAGE) dp_pages_drop(&table->pools[rank], part->replacement);
         for (uint32_t p = 0; p < part->taken; p++)
             dp_pages_drop(&table->pools[rank], part->pages[part->count + p]);
-        table->tenants[sequence->tenant].pages -= part->taken;
         table->loads[rank].tokens_in_flight -=
             dp_part_length(sequence->length + sequence->growing, j, sequence->stripes) -
             dp_part_length(sequence->length, j, sequence->stripes);
@@ -455,6 +486,7 @@ static void fill_place(dp_sequences *table, const dp_sequence *sequence, dp_plac
         uint32_t rank = dp_place_rank(table, place, j);
         uint64_t tokens = dp_part_length(sequence->length, j, place->stripes);
         dp_part *part = &place->parts[j];
+        part->epoch = table->pools[rank].epoch;
         part->count = dp_pages_for(&table->geometry, tokens);
         assert(part->count == 0 || part->pages != NULL);
         for (uint32_t p = 0; p < part->count; p++) {
@@ -501,7 +533,10 @@ static void count_arrival(dp_sequences *table, const dp_sequence *sequence, cons
 }
 
 void dp_sequence_move_commit(dp_sequences *table, dp_sequence *sequence, dp_place *place) {
+    uint32_t lost;
     assert(sequence->moving && sequence->stripes == 1);
+    assert(!dp_sequence_lost(table, sequence, &lost) && !dp_place_lost(table, place, &lost));
+    (void)lost;
     count_arrival(table, sequence, place);
     drop_pages(table, sequence, 0, 0);
     sequence->home = place->home;
@@ -522,6 +557,7 @@ void dp_sequence_move_cancel(dp_sequences *table, dp_sequence *sequence, dp_plac
     assert(sequence->moving);
     for (uint32_t j = 0; j < place->stripes; j++) {
         uint32_t rank = dp_place_rank(table, place, j);
+        if (!has_its_pages(table, &place->parts[j], rank)) continue;
         for (uint32_t p = 0; p < place->parts[j].count; p++)
             dp_pages_drop(&table->pools[rank], place->parts[j].pages[p]);
         if (rank != sequence->home) {

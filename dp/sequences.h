@@ -23,7 +23,11 @@
  * Moves. A whole sequence moves to another rank, or is spread over all: dp_sequence_move_begin takes pages
  * where it is to live, whoever moves it copies its rows there, and dp_sequence_move_commit makes them its own
  * and drops the old ones, or dp_sequence_move_cancel gives them back. Meanwhile it is busy and stays readable
- * where it was.
+ * where it was. The new pages have an epoch of their own, and a move arrives only where none of its ranks was lost.
+ *
+ * Loss. When a lost rank gets a new, empty pool (dp_sequences_renew_rank), parts that were on it keep the old pool's
+ * epoch, and their sequence stays lost. What becomes of such parts touches neither the new pool nor the rank's
+ * load; the tenant's quota counts them until they are closed.
  *
  * Threads: guarded by the engine's lock. Whoever made a sequence busy may read its pages without the
  * lock, for nobody else changes them until it ends that.
@@ -36,6 +40,7 @@
 #include "dp/placement.h"
 
 typedef struct {
+    uint32_t epoch;  /* of the pool that the pages are of; another than the pool's own: they are gone */
     uint32_t *pages; /* [capacity] */
     uint32_t count;  /* committed: just enough for the part's tokens */
     uint32_t taken;  /* of the growth in progress */
@@ -157,7 +162,8 @@ typedef struct {
  * Takes pages for all committed tokens of a whole sequence that is not busy, and makes it busy. It moves to rank
  * `home`, which is another than its own; or, if `spread`, over all ranks with the same home: the chunks that stay
  * there stay in their pages, which then have one holder more. Moves do not count for quotas: at the end as many pages
- * are held as before. Success is to be followed by dp_sequence_move_commit or _cancel, which also end *place.
+ * are held as before. Success is to be followed by dp_sequence_move_commit, unless a rank of the sequence or the place
+ * was lost, or by _cancel; both also end *place.
  * ATTN_RESOURCE_EXHAUSTED: a rank has too few pages free; or no memory.
  */
 attn_status dp_sequence_move_begin(dp_sequences *table, dp_sequence *sequence, uint32_t home, bool spread,
@@ -167,6 +173,9 @@ void dp_sequence_move_cancel(dp_sequences *table, dp_sequence *sequence, dp_plac
 
 /* The rank of part `stripe` of a place. */
 uint32_t dp_place_rank(const dp_sequences *table, const dp_place *place, uint32_t stripe);
+
+/* Whether a rank of a place is lost, or was since its pages were taken, and which. */
+bool dp_place_lost(const dp_sequences *table, const dp_place *place, uint32_t *rank);
 
 /* What keeps a busy sequence: "in a step or upload" or "on its way to another rank". A literal. */
 const char *dp_sequence_busy_with(const dp_sequence *sequence);
@@ -192,10 +201,13 @@ uint32_t dp_sequence_rank(const dp_sequences *table, const dp_sequence *sequence
 /* Pages that hold `tokens` tokens. */
 uint32_t dp_pages_for(const attn_geometry *geometry, uint64_t tokens);
 
-/* Whether a rank that holds a part is lost, and which. */
+/* Whether a rank that holds a part is lost, or was since it has held it, and which. */
 bool dp_sequence_lost(const dp_sequences *table, const dp_sequence *sequence, uint32_t *rank);
 
-/* The same as a status, of a call that names one sequence. */
+/* Empties the pool and the load of a lost rank that is about to serve again. Returns the pool's new epoch. */
+uint32_t dp_sequences_renew_rank(dp_sequences *table, uint32_t rank);
+
+/* Whether a sequence is lost, as a status, of a call that names one sequence. */
 attn_status dp_sequence_holds(const dp_sequences *table, const dp_sequence *sequence);
 
 #endif

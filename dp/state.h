@@ -18,6 +18,7 @@
 #include "dp/rank.h"
 #include "dp/results.h"
 #include "dp/sequences.h"
+#include "dp/watchdog.h"
 
 /* ------------------------------------------------------------------------------------------- */
 /* Ranks */
@@ -31,18 +32,9 @@ typedef struct {
     atomic_uint_fast64_t bytes_gathered;
 } dp_rank_counters;
 
-/* Memory that a rank's launches use again and again. Owned by the rank's executing thread. */
-typedef struct {
-    void *arrays; /* pointers a sequence, and merged batches' tables */
-    size_t arrays_size;
-    char *staging; /* rows gathered */
-    size_t staging_size;
-} dp_rank_scratch;
-
 typedef struct {
     dp_rank *rank;
     dp_rank_counters counters;
-    dp_rank_scratch scratch;
     char *device;
 } dp_engine_rank;
 
@@ -62,7 +54,11 @@ typedef enum {
     DP_STEP_ABORTED,
 } dp_step_state;
 
-/* One rank's part of the layer in flight. Owned by the step's owner, then by the rank, until it has arrived. */
+/*
+ * One rank's part of the layer in flight. Owned by the step's owner, then by the rank, until it has arrived. If the
+ * rank is lost meanwhile the part arrives without it (dp_job_kind.abandon): it and the step's memory are then the
+ * abandoned run's too, by a reference to the step, and nobody looks any more at what that run finds out.
+ */
 typedef struct {
     dp_job job; /* first: a job is its part */
     dp_step *step;
@@ -92,14 +88,17 @@ struct dp_step {
     dp_partition partition;
     /* Any thread. */
     atomic_int state;
-    atomic_uint references; /* the open step; each layer in flight; whoever cancels */
+    atomic_uint references; /* the open step; each layer in flight; whoever cancels; runs abandoned */
     atomic_int_fast64_t used_ns;
     atomic_bool cancelled; /* of the layer in flight, as are all below */
     atomic_bool failed;
+    atomic_bool detained; /* a part of it was abandoned: see dp_layer_call.detained */
     dp_gather gather;
     /* Owned by the caller; while a layer is in flight constant. */
     uint32_t next_layer;
     dp_layer_call *call;
+    dp_layer_call input; /* a copy of it: what ranks look at, also when the call has come back without them */
+    dp_keep keep;        /* until the last reference is gone */
     dp_result *result;
     dp_result *partials; /* memory of the spread sequences' partial results, or NULL */
     float scale;
@@ -169,13 +168,15 @@ attn_status dp_upload_write_anywhere(dp_upload *upload, dp_upload_chunk *chunk);
 /* ------------------------------------------------------------------------------------------- */
 
 struct dp_engine {
-    dp_config config; /* without its pointers */
+    dp_config config;       /* without its pointers */
+    atomic_uint references; /* until dp_engine_destroy; runs abandoned */
     char backend[32];
     char isa[32];
     size_t query_row_bytes, key_row_bytes, value_row_bytes, out_row_bytes;
     uint64_t small_bytes;  /* a layer that reads no more may run on the submitting thread */
     dp_engine_rank *ranks; /* [config.ranks] */
     dp_results *results;
+    dp_watchdog *watchdog;
     pthread_mutex_t lock;
     dp_sequences sequences; /* guarded by lock */
     dp_steps steps;         /* guarded by lock */
@@ -189,6 +190,13 @@ void dp_steps_fini(dp_steps *steps);
 /* Aborts the steps that have been idle since before `before`. */
 void dp_steps_reap(dp_engine *engine, int64_t before);
 
+/* An abandoned run keeps the engine's memory, also beyond dp_engine_destroy, until it lets go of it. */
+void dp_engine_hold(dp_engine *engine);
+void dp_engine_let_go(dp_engine *engine);
+
+/* Calls keep.release, if there is one, and forgets it. Without the lock. */
+void dp_keep_release(dp_keep *keep);
+
 /* Copies which ranks are lost, and which have no page free, into the table's loads. With the lock held. */
 void dp_engine_note_ranks(dp_engine *engine);
 
@@ -197,6 +205,10 @@ extern const dp_job_kind dp_layer_job_kind;
 
 /* Completes one part of a layer: the last one completes the layer. */
 void dp_layer_part_finish(dp_layer_part *part);
+
+/* dp_job_kind.abandon and .reclaim of a part. */
+void dp_layer_part_abandon(dp_layer_part *part, attn_status status);
+void dp_layer_part_reclaim(dp_layer_part *part);
 
 /* Marks a part as failed. */
 void dp_layer_part_fail(dp_layer_part *part, attn_status status);

@@ -196,6 +196,13 @@ void layer_drop_result(layer *layer) {
     layer->engine.result = NULL;
 }
 
+void layer_detain(layer *layer, dp_step *step, grpc_byte_buffer **buffer, float **sinks) {
+    if (!layer->engine.detained) return;
+    layer->engine.detained = false;
+    dp_step_keep(step, call_detain(layer->call, buffer, sinks != NULL ? *sinks : NULL));
+    if (sinks != NULL) *sinks = NULL;
+}
+
 grpc_slice layer_empty_response(uint64_t step) {
     Attnd__V1__DecodeResponse response = ATTND__V1__DECODE_RESPONSE__INIT;
     response.step = step;

@@ -65,6 +65,12 @@ size_t layer_response(layer *layer, uint64_t step, grpc_slice slices[LAYER_SLICE
 /* After CALL_DONE: drops the result, if there is one. */
 void layer_drop_result(layer *layer);
 
+/*
+ * After CALL_DONE, before the step is ended: if a lost rank may still use what the layer came with, the engine gets
+ * the message in `*buffer` and `*sinks` to keep, if they are not NULL; both become NULL.
+ */
+void layer_detain(layer *layer, dp_step *step, grpc_byte_buffer **buffer, float **sinks);
+
 /* A response without a layer: names the step, and nothing else. */
 grpc_slice layer_empty_response(uint64_t step);
 

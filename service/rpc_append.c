@@ -149,6 +149,7 @@ static void append_run(call *call, uint32_t events) {
     }
     if (events & CALL_DONE) {
         state->in_flight = false;
+        if (state->chunk.detained) dp_upload_keep(state->upload, call_detain(call, &state->current, NULL));
         drop(&state->current);
     }
     if (state->in_flight) {

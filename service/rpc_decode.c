@@ -154,6 +154,7 @@ static void decode_run(call *call, uint32_t events) {
     }
     if (!(events & CALL_DONE)) return;
     state->layer.in_flight = false;
+    layer_detain(&state->layer, state->step, &call->payload, NULL);
     call_drop_payload(call);
     if (state->layer.outcome.code == ATTN_OK) {
         layer_succeeded(call);

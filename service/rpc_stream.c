@@ -182,6 +182,8 @@ static void begin_again(call *call) {
 static void layer_done(call *call) {
     stream_state *state = call->state;
     state->layer.in_flight = false;
+    layer_detain(&state->layer, state->step, &state->current, &state->sinks);
+    if (state->sinks == NULL) state->sink_capacity = 0;
     drop_current(state);
     if (state->layer.outcome.code != ATTN_OK) {
         fail(state, attn_status_view(&state->layer.outcome));

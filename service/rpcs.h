@@ -6,7 +6,8 @@
 
 /* attnd.v1.Attention */
 extern const rpc rpc_get_server_info; /* rpc_info.c */
-extern const rpc rpc_open_sequences;  /* rpc_sequences.c */
+extern const rpc rpc_restart_rank;
+extern const rpc rpc_open_sequences; /* rpc_sequences.c */
 extern const rpc rpc_fork_sequence;
 extern const rpc rpc_truncate_sequence;
 extern const rpc rpc_close_sequences;

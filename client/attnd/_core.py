@@ -65,6 +65,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "ExportKv": (pb.ExportKvRequest, None),
     "Decode": (None, None),
     "DecodeStream": (None, None),
+    "RestartRank": (pb.RestartRankRequest, pb.RestartRankResponse),
 }
 
 #: Calls that only look: sending one again is harmless whatever became of the first.

@@ -36,8 +36,10 @@ from attnd.types import (
     Limits,
     Options,
     Placement,
+    RankInfo,
     SequenceInfo,
     ServerInfo,
+    rank_info_of,
     sequence_info_of,
     server_info_of,
 )
@@ -479,6 +481,22 @@ class AsyncClient:
         chosen = self._server(server or next(iter(self._servers)))
         response = await chosen.call_with_retry("GetServerInfo", pb.GetServerInfoRequest(), self._timeout)
         return self._learn(chosen, response)
+
+    async def restart_rank(self, rank: int, *, server: str | None = None) -> RankInfo:
+        """Begins to restart a lost rank; info() tells when it serves. For a client with the server's admin token.
+
+        Args:
+            rank: which one; its sequences stay lost until they are closed.
+            server: of which server; None: the first.
+
+        Raises:
+            FailedPrecondition: it is not lost.
+            InvalidArgument: there is no such rank.
+            PermissionDenied: the client's token is not the admin token, or the server has none.
+        """
+        chosen = self._server(server or next(iter(self._servers)))
+        response = await chosen.call("RestartRank", pb.RestartRankRequest(rank=rank), self._timeout)
+        return rank_info_of(response.rank)
 
     async def geometry(self) -> Geometry:
         """Layers, heads, dimensions and dtype; the same for all servers. Asked for once."""

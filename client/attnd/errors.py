@@ -75,7 +75,7 @@ class ResourceExhausted(AttndError):
 
 
 class Unavailable(AttndError, ConnectionError):
-    """The server cannot be reached or is draining, or the rank that holds the sequence is lost."""
+    """The server cannot be reached or is draining, or the rank that held the sequence was lost."""
 
     code = "UNAVAILABLE"
 

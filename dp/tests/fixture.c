@@ -186,8 +186,57 @@ void free_rows(layer_rows *rows) {
     memset(rows, 0, sizeof *rows);
 }
 
+/* Tensors that a lost rank may still use, and the engine keeps. */
+typedef struct {
+    tensor tensors[3];
+} detained_tensors;
+
+static uint32_t detained; /* guarded by calls_lock */
+
+static void free_detained(void *context) {
+    detained_tensors *kept = context;
+    for (int i = 0; i < 3; i++)
+        free_tensor(&kept->tensors[i]);
+    free(kept);
+    pthread_mutex_lock(&calls_lock);
+    detained--;
+    pthread_cond_broadcast(&calls_changed);
+    pthread_mutex_unlock(&calls_lock);
+}
+
+/* Takes the tensors from their owner. */
+static dp_keep detain(tensor *first, tensor *second, tensor *third) {
+    detained_tensors *kept = calloc(1, sizeof *kept);
+    assert_non_null(kept);
+    tensor *from[3] = {first, second, third};
+    for (int i = 0; i < 3; i++) {
+        if (from[i] == NULL) continue;
+        kept->tensors[i] = *from[i];
+        *from[i] = (tensor){0};
+    }
+    pthread_mutex_lock(&calls_lock);
+    detained++;
+    pthread_mutex_unlock(&calls_lock);
+    return (dp_keep){.release = free_detained, .context = kept};
+}
+
+uint32_t detained_now(void) {
+    pthread_mutex_lock(&calls_lock);
+    uint32_t now = detained;
+    pthread_mutex_unlock(&calls_lock);
+    return now;
+}
+
+void wait_until_none_is_detained(void) {
+    pthread_mutex_lock(&calls_lock);
+    while (detained > 0)
+        pthread_cond_wait(&calls_changed, &calls_lock);
+    pthread_mutex_unlock(&calls_lock);
+}
+
 static void call_done(dp_layer_call *call, attn_status status) {
     waiting_call *waiting = (waiting_call *)call;
+    if (call->detained) dp_step_keep(waiting->step, detain(&waiting->q, &waiting->k, &waiting->v));
     pthread_mutex_lock(&calls_lock);
     attn_status_save(&waiting->status, status);
     waiting->done = true;
@@ -212,6 +261,11 @@ void prepare_call(waiting_call *call, const attn_geometry *geometry, uint32_t la
     call->call.new_values = call->v.view;
     call->call.deadline_ns = INT64_MAX;
     call->call.done = call_done;
+}
+
+attn_status start_call(dp_step *step, waiting_call *call) {
+    call->step = step;
+    return dp_step_layer(step, &call->call);
 }
 
 attn_status wait_for_call(waiting_call *call) {
@@ -251,7 +305,7 @@ attn_status try_layer(dp_step *step, const attn_geometry *geometry, uint32_t lay
                       const dp_options *options, dice *cuts, void *out, float *lse) {
     waiting_call call;
     prepare_call(&call, geometry, layer, rows, options, cuts);
-    attn_status status = dp_step_layer(step, &call.call);
+    attn_status status = start_call(step, &call);
     if (!attn_failed(status)) {
         status = wait_for_call(&call);
         if (attn_failed(status)) {
@@ -284,12 +338,15 @@ void grow_by_step(dp_engine *engine, const attn_geometry *geometry, dice *dice, 
 
 typedef struct {
     dp_upload_chunk chunk; /* first */
+    dp_upload *upload;
+    tensor keys, values;
     bool done;
     attn_saved_status status;
 } waiting_chunk;
 
 static void chunk_done(dp_upload_chunk *chunk, attn_status status) {
     waiting_chunk *waiting = (waiting_chunk *)chunk;
+    if (chunk->detained) dp_upload_keep(waiting->upload, detain(&waiting->keys, &waiting->values, NULL));
     pthread_mutex_lock(&calls_lock);
     attn_status_save(&waiting->status, status);
     waiting->done = true;
@@ -307,7 +364,10 @@ attn_status try_chunk(dp_upload *upload, const attn_geometry *geometry, uint32_t
                                        .tokens = tokens,
                                        .keys = keys.view,
                                        .values = values.view,
-                                       .done = chunk_done}};
+                                       .done = chunk_done},
+                             .upload = upload,
+                             .keys = keys,
+                             .values = values};
     attn_status status = dp_upload_write(upload, &waiting.chunk);
     if (!attn_failed(status)) {
         pthread_mutex_lock(&calls_lock);
@@ -316,8 +376,8 @@ attn_status try_chunk(dp_upload *upload, const attn_geometry *geometry, uint32_t
         pthread_mutex_unlock(&calls_lock);
         if (waiting.status.code != ATTN_OK) status = attn_error(waiting.status.code, "%s", waiting.status.message);
     }
-    free_tensor(&keys);
-    free_tensor(&values);
+    free_tensor(&waiting.keys);
+    free_tensor(&waiting.values);
     return status;
 }
 

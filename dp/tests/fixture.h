@@ -85,8 +85,9 @@ void free_rows(layer_rows *rows);
 /* A layer call that can be waited for. */
 typedef struct {
     dp_layer_call call; /* first */
-    tensor q, k, v;
-    bool done; /* guarded by a lock of the fixture */
+    dp_step *step;      /* by start_call */
+    tensor q, k, v;     /* empty after `done` of a detained call: the engine has them */
+    bool done;          /* guarded by a lock of the fixture */
     attn_saved_status status;
 } waiting_call;
 
@@ -94,8 +95,15 @@ typedef struct {
 void prepare_call(waiting_call *call, const attn_geometry *geometry, uint32_t layer, const layer_rows *rows,
                   const dp_options *options, dice *cuts);
 
+/* Starts a call of the step. */
+attn_status start_call(dp_step *step, waiting_call *call);
+
 /* Waits for `done`: the call's status, valid as long as the call. */
 attn_status wait_for_call(waiting_call *call);
+
+/* Calls and chunks that ended detained, and whose tensors the engine has not given back yet. */
+uint32_t detained_now(void);
+void wait_until_none_is_detained(void);
 
 /* Releases the result and the tensors. */
 void free_call(waiting_call *call);

@@ -368,8 +368,8 @@ static void moves_that_make_no_sense_are_refused(void **state) {
     assert_ok(try_move(engine, whole, 0)); /* it is there */
     dp_engine_fail_rank(engine, 2);
     assert_error(ATTN_UNAVAILABLE, try_move(engine, whole, 2), "dp_rank: rank 2 is lost");
-    assert_error(ATTN_UNAVAILABLE, try_spread(engine, whole), "dp_rank: rank 2 is lost");
-    assert_error(ATTN_UNAVAILABLE, try_move(engine, lost, 1), "sequence: rank 2, which holds it, is lost");
+    assert_error(ATTN_UNAVAILABLE, try_spread(engine, whole), "spread: needs rank 2, which is lost");
+    assert_error(ATTN_UNAVAILABLE, try_move(engine, lost, 1), "sequence: rank 2, which held it, was lost");
     dp_engine_counts counts;
     dp_engine_count(engine, &counts);
     assert_int_equal(0, counts.moves);
@@ -529,7 +529,7 @@ static void move_to_a_rank_that_is_lost_meanwhile_fails(void **state) {
     dp_engine *engine = create_engine_with_move(&waiting, &handle);
     dp_engine_fail_rank(engine, 1);
     open_gate(ATTN_OK);
-    assert_error(ATTN_UNAVAILABLE, wait_for_move(&waiting), "rank 1 is lost");
+    assert_error(ATTN_UNAVAILABLE, wait_for_move(&waiting), "dp_rank: rank 1 was lost on the way");
     assert_still_at_home(engine, handle);
     fill(engine, handle, 1, 1);
     close_sequence(engine, handle);

@@ -78,7 +78,11 @@ static void without_flags_the_defaults_are_a_complete_loopback_server(void **sta
     assert_false(config.metrics);
     assert_int_equal(config.log_level, ATTN_LOG_INFO);
     assert_null(config.ready_file);
-    assert_int_equal(config.test_fail_rank, -1);
+    assert_false(config.test_faults);
+    assert_int_equal(config.rank_stall_ms, 10000);
+    assert_int_equal(config.rank_restart_backoff_ms, 1000);
+    assert_int_equal(config.min_serving_ranks, 1);
+    assert_null(config.admin_token);
     attn_config_fini(&config);
 }
 
@@ -231,7 +235,7 @@ static void unknown_keys_are_refused_with_their_path_and_the_known_ones(void **s
                    "t.yaml: geometry.hed_dim: unknown key; here are: layers, heads_q, heads_kv, head_dim, "
                    "head_dim_v, dtype, kv_dtype, k_scale, v_scale, kv_scales_file, page_size");
     assert_refused("sever: {}\n",
-                   "t.yaml: sever: unknown key; here are: server, geometry, ranks, limits, metrics, log, auth");
+                   "t.yaml: sever: unknown key; here are: server, geometry, ranks, limits, auth, metrics, log");
     assert_refused("auth: {tenants: [{name: a, token: 0123456789abcdef}, {nam: b}]}\n",
                    "t.yaml: auth.tenants[1].nam: unknown key; here are: name, token, token_file, max_pages, "
                    "max_sequences");
@@ -315,10 +319,10 @@ static void settings_that_contradict_each_other_are_refused(void **state) {
                    "geometry.v_scale: scales are for kv_dtype fp8_e4m3; this cache is bf16");
     assert_refused("geometry: {dtype: fp16, kv_scales_file: /no/such}",
                    "geometry.kv_scales_file: scales are for kv_dtype fp8_e4m3; this cache is fp16");
-#ifndef ATTN_RELEASE
-    assert_flags_refused((const char *const[]){"attnd", "--ranks", "2", "--test-fail-rank", "2", NULL},
-                         "--test-fail-rank: 2 is not below ranks.count (2)");
-#endif
+    assert_refused("ranks: {count: 2, min_serving_ranks: 0}",
+                   "t.yaml: ranks.min_serving_ranks: 0 is not within 1 .. 64");
+    assert_flags_refused((const char *const[]){"attnd", "--ranks", "2", "--min-serving-ranks", "3", NULL},
+                         "ranks.min_serving_ranks: 3 is above ranks.count (2)");
 }
 
 static void addresses_are_checked(void **state) {

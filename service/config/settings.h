@@ -13,7 +13,6 @@
 typedef enum {
     ATTN_SETTING_U32,
     ATTN_SETTING_U64,
-    ATTN_SETTING_I32,       /* within 0 .. INT32_MAX; -1 stands for "not given" */
     ATTN_SETTING_MEBIBYTES, /* a uint64_t of bytes */
     ATTN_SETTING_BOOL,
     ATTN_SETTING_CHOICE, /* a string, one of `choices` */

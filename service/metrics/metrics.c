@@ -63,6 +63,7 @@ static const char *const method_names[ATTN_METHOD_COUNT] = {
     [ATTN_METHOD_EXPORT_KV] = "ExportKv",
     [ATTN_METHOD_DECODE] = "Decode",
     [ATTN_METHOD_DECODE_STREAM] = "DecodeStream",
+    [ATTN_METHOD_RESTART_RANK] = "RestartRank",
     [ATTN_METHOD_OTHER] = "other",
 };
 
@@ -177,6 +178,7 @@ typedef struct {
 } rank_family;
 
 static const rank_family rank_families[] = {
+    {"attnd_rank_state", "gauge", "1: serving, 2: lost, 3: restarting.", offsetof(attn_metrics_rank, state)},
     {"attnd_rank_sequences", "gauge", "Sequences and parts of spread ones on the rank.",
      offsetof(attn_metrics_rank, sequences)},
     {"attnd_rank_tokens", "gauge", "KV cache tokens held, shared pages counted for every sequence.",
@@ -191,11 +193,26 @@ static const rank_family rank_families[] = {
      offsetof(attn_metrics_rank, launches)},
     {"attnd_plan_rejected_total", "counter", "Plans that did not fit their batch and were not used.",
      offsetof(attn_metrics_rank, plans_rejected)},
+    {"attnd_rank_lost_total", "counter", "Times the rank was lost.", offsetof(attn_metrics_rank, losses)},
+    {"attnd_rank_stalls_total", "counter", "Times it was lost because it had work and did not move.",
+     offsetof(attn_metrics_rank, stalls)},
+    {"attnd_rank_restarts_total", "counter", "Times it served again with a new backend.",
+     offsetof(attn_metrics_rank, restarts)},
 };
+
+static void write_degraded(FILE *text, const attn_metrics_rank *values, uint32_t ranks) {
+    bool degraded = false;
+    for (uint32_t rank = 0; rank < ranks; rank++) {
+        degraded |= !values[rank].serving;
+    }
+    write_family(text, "attnd_degraded", "gauge", "1 while a rank does not serve.");
+    fprintf(text, "attnd_degraded %d\n", degraded);
+}
 
 static void write_ranks(FILE *text, const attn_metrics *metrics, const attn_metrics_rank *values) {
     uint32_t ranks = metrics->source.ranks;
-    write_family(text, "attnd_rank_up", "gauge", "1 while the rank serves, 0 once it is lost.");
+    write_degraded(text, values, ranks);
+    write_family(text, "attnd_rank_up", "gauge", "1 while the rank serves, 0 while it is lost.");
     for (uint32_t rank = 0; rank < ranks; rank++) {
         fprintf(text, "attnd_rank_up{rank=\"%u\"} %d\n", rank, values[rank].serving);
     }

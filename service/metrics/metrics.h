@@ -39,6 +39,7 @@ typedef enum {
     ATTN_METHOD_EXPORT_KV,
     ATTN_METHOD_DECODE,
     ATTN_METHOD_DECODE_STREAM,
+    ATTN_METHOD_RESTART_RANK,
     ATTN_METHOD_OTHER,
     ATTN_METHOD_COUNT,
 } attn_method;
@@ -49,6 +50,7 @@ const char *attn_method_name(attn_method method);
 /* One rank's values at the time of a scrape. */
 typedef struct {
     bool serving;       /* false: lost */
+    uint64_t state;     /* a RankState of proto/attnd.proto */
     uint64_t sequences; /* gauges */
     uint64_t tokens;
     uint64_t tokens_in_flight;
@@ -58,6 +60,9 @@ typedef struct {
     uint64_t calls; /* counters since start */
     uint64_t launches;
     uint64_t plans_rejected;
+    uint64_t losses;
+    uint64_t stalls;
+    uint64_t restarts;
     int64_t busy_ns;
     uint64_t bytes_in_place; /* tensor bytes the rank read where they had arrived.. */
     uint64_t bytes_gathered; /* ..and those it had to copy together first */

@@ -24,6 +24,7 @@ static void fake_rank(void *context, uint32_t rank, attn_metrics_rank *values) {
     (void)context;
     *values = (attn_metrics_rank){
         .serving = rank != 1,
+        .state = rank + 1,
         .sequences = 10 + rank,
         .tokens = 20 + rank,
         .tokens_in_flight = 30 + rank,
@@ -33,6 +34,9 @@ static void fake_rank(void *context, uint32_t rank, attn_metrics_rank *values) {
         .calls = 70 + rank,
         .launches = 80 + rank,
         .plans_rejected = 90 + rank,
+        .losses = 120 + rank,
+        .stalls = 130 + rank,
+        .restarts = 140 + rank,
         .busy_ns = 1500000000,
         .bytes_in_place = 5000000000 + rank,
         .bytes_gathered = 110 + rank,
@@ -107,6 +111,12 @@ static void ranks_and_totals_come_from_the_source(void **state) {
     static const char *const lines[] = {
         "attnd_rank_up{rank=\"0\"} 1",
         "attnd_rank_up{rank=\"1\"} 0",
+        "attnd_degraded 1",
+        "attnd_rank_state{rank=\"0\"} 1",
+        "attnd_rank_state{rank=\"1\"} 2",
+        "attnd_rank_lost_total{rank=\"1\"} 121",
+        "attnd_rank_stalls_total{rank=\"1\"} 131",
+        "attnd_rank_restarts_total{rank=\"1\"} 141",
         "attnd_rank_sequences{rank=\"1\"} 11",
         "attnd_rank_tokens{rank=\"1\"} 21",
         "attnd_rank_tokens_in_flight{rank=\"1\"} 31",

@@ -136,7 +136,7 @@ static void start_server(void) {
                                   .instance = ""};
     parts = (server_parts){.config = &config, .backend = "cpu", .instance = "fuzz"};
     must(dp_engine_create(&engine_config, &engine));
-    must(attn_auth_create(NULL, 0, (attn_auth **)(uintptr_t)&parts.auth));
+    must(attn_auth_create(NULL, 0, NULL, (attn_auth **)(uintptr_t)&parts.auth));
     must(attn_metrics_create(&source, &parts.metrics));
     parts.engine = engine;
     grpc_init();
