@@ -29,6 +29,7 @@ struct dp_worker {
     dp_job *group[DP_MAX_MERGED];
     uint32_t group_count;
     bool sleeping;          /* its thread waits for `wake` */
+    bool calling_back;      /* its thread ran a group, and calls what that is for */
     atomic_bool retired;    /* the rank was lost; read by any thread */
     bool abandoned;         /* ..while it executed `group`, which does not change any more */
     atomic_uint unsettled;  /* abandoned: the run, until it comes back, and who abandons, until that is done */
@@ -44,7 +45,9 @@ struct dp_rank {
     pthread_mutex_t lock;   /* guards all below, and the workers */
     pthread_cond_t wake;    /* workers' threads: a job came, nobody executes any more, or one is retired or installed */
     pthread_cond_t started_or_not;
-    pthread_cond_t released; /* test aid: `releases` has grown */
+    pthread_cond_t called_back; /* no worker is calling back any more */
+    uint32_t calling_back;      /* workers, retired ones too */
+    pthread_cond_t released;    /* test aid: `releases` has grown */
     uint64_t releases;
     dp_job *head, *tail;
     dp_worker *worker;   /* in office; NULL while lost */
@@ -73,6 +76,7 @@ static void rank_unreference(dp_rank *rank) {
     pthread_cond_destroy(&rank->released);
     pthread_cond_destroy(&rank->wake);
     pthread_cond_destroy(&rank->started_or_not);
+    pthread_cond_destroy(&rank->called_back);
     pthread_mutex_destroy(&rank->lock);
     free(rank);
 }
@@ -241,6 +245,20 @@ static void begin_executing(dp_rank *rank, dp_worker *worker) {
     rank->moved_ns = attn_now_ns();
 }
 
+/* With the lock held. A submitter's callbacks are part of its call. */
+static void begin_calling_back(dp_worker *worker) {
+    if (!pthread_equal(pthread_self(), worker->thread)) return;
+    worker->calling_back = true;
+    worker->rank->calling_back++;
+}
+
+/* With the lock held, on the worker's thread. */
+static void end_calling_back(dp_worker *worker) {
+    if (!worker->calling_back) return;
+    worker->calling_back = false;
+    if (--worker->rank->calling_back == 0) pthread_cond_signal(&worker->rank->called_back);
+}
+
 /* False: the jobs were abandoned while they ran. */
 static bool end_executing(dp_worker *worker, attn_status outcome, fallout *left) {
     dp_rank *rank = worker->rank;
@@ -254,6 +272,7 @@ static bool end_executing(dp_worker *worker, attn_status outcome, fallout *left)
         wake = worker->sleeping && rank->head != NULL;
     }
     bool abandoned = worker->abandoned;
+    if (!abandoned) begin_calling_back(worker);
     pthread_mutex_unlock(&rank->lock);
     if (wake) pthread_cond_broadcast(&rank->wake);
     return !abandoned;
@@ -302,6 +321,7 @@ static uint32_t worker_next(dp_worker *worker, dp_job **jobs) {
     dp_rank *rank = worker->rank;
     uint32_t count = 0;
     pthread_mutex_lock(&rank->lock);
+    end_calling_back(worker);
     while (!atomic_load(&worker->retired) && !may_execute(rank, worker)) {
         worker->sleeping = true;
         pthread_cond_wait(&rank->wake, &rank->lock);
@@ -449,6 +469,7 @@ attn_status dp_rank_create(const dp_rank_config *config, dp_rank **rank) {
     pthread_mutex_init(&created->lock, NULL);
     pthread_cond_init(&created->wake, NULL);
     pthread_cond_init(&created->started_or_not, NULL);
+    pthread_cond_init(&created->called_back, NULL);
     pthread_cond_init(&created->released, NULL);
     attn_status status = copy_config(&created->config, config)
                              ? start_first_worker(created)
@@ -459,6 +480,13 @@ attn_status dp_rank_create(const dp_rank_config *config, dp_rank **rank) {
     }
     *rank = created;
     return attn_ok();
+}
+
+static void wait_for_callbacks(dp_rank *rank) {
+    pthread_mutex_lock(&rank->lock);
+    while (rank->calling_back > 0)
+        pthread_cond_wait(&rank->called_back, &rank->lock);
+    pthread_mutex_unlock(&rank->lock);
 }
 
 void dp_rank_stop(dp_rank *rank) {
@@ -480,6 +508,7 @@ void dp_rank_stop(dp_rank *rank) {
     pthread_cond_broadcast(&rank->wake);
     if (worker != NULL) pthread_join(thread, NULL);
     if (starting != NULL) worker_unreference(starting);
+    wait_for_callbacks(rank);
 }
 
 void dp_rank_destroy(dp_rank *rank) {

@@ -126,25 +126,10 @@ static dp_config faulty_config(uint32_t ranks) {
     return config;
 }
 
-static void wait_for_state(dp_engine *engine, uint32_t rank, dp_rank_state state) {
-    while (rank_info(engine, rank).state != state)
-        usleep(200);
-}
-
 /* Until nothing waits for the rank any more: what was submitted is being run. */
 static void wait_until_at_work(dp_engine *engine, uint32_t rank) {
     while (rank_info(engine, rank).queue_depth > 0)
         usleep(200);
-}
-
-static void restart(dp_engine *engine, uint32_t rank) {
-    assert_ok(dp_engine_restart_rank(engine, rank));
-    wait_for_state(engine, rank, DP_RANK_SERVING);
-}
-
-static void grow(dp_engine *engine, uint64_t handle, uint32_t tokens, uint64_t seed) {
-    dice contents = {seed}, cuts = {seed};
-    assert_ok(try_upload(engine, &engine->config.geometry, &contents, &cuts, handle, tokens));
 }
 
 /* A step of one sequence or more with a call in flight. */
@@ -179,19 +164,6 @@ static void expect_crash(flight *flight) {
     assert_null(flight->call.call.result);
 }
 
-/* The outputs of a read of all that a sequence holds in layer 0. */
-static void read_outputs(dp_engine *engine, uint64_t handle, char *out) {
-    dice dice = {3};
-    const attn_geometry *geometry = &engine->config.geometry;
-    dp_step *step = begin_step(engine, &handle, NULL, 1, true);
-    layer_rows rows = random_rows(&dice, geometry, 1, true);
-    assert_ok(try_layer(step, geometry, 0, &rows, NULL, NULL, out, NULL));
-    free_rows(&rows);
-    dp_step_end(step);
-}
-
-enum { OUT_BYTES = 4 * 40 * sizeof(float) };
-
 /* ------------------------------------------------------------------------------------------- */
 /* Stalls */
 
@@ -204,8 +176,8 @@ static void stalled_rank_ends_its_calls_and_may_come_back_late(void **state) {
     uint64_t stuck[3], other = open_sequence(engine, DP_EXPLICIT, 0);
     for (int i = 0; i < 3; i++)
         stuck[i] = open_sequence(engine, DP_EXPLICIT, 1);
-    grow(engine, stuck[0], 100, 1);
-    grow(engine, other, 100, 1);
+    fill(engine, stuck[0], 100, 1);
+    fill(engine, other, 100, 1);
     dp_engine_stall_rank(engine, 1);
     flight flights[3];
     take_off(&flights[0], engine, &stuck[0], 1, false, &options);
@@ -312,7 +284,7 @@ static void uploads_and_exports_of_a_stalled_rank_end(void **state) {
     dp_engine *engine = create_engine(&config);
     const attn_geometry *geometry = &config.geometry;
     uint64_t uploaded = open_sequence(engine, DP_EXPLICIT, 0), spread = open_sequence(engine, DP_SPREAD, 0);
-    grow(engine, spread, 700, 1);
+    fill(engine, spread, 700, 1);
     dice dice = {1};
     layer_rows rows = random_rows(&dice, geometry, 20, false);
     dp_upload *upload;
@@ -327,10 +299,10 @@ static void uploads_and_exports_of_a_stalled_rank_end(void **state) {
     dp_engine_release_rank(engine, 0);
     wait_until_none_is_detained();
     close_sequence(engine, spread);
-    restart(engine, 0);
+    restart_rank(engine, 0);
 
     spread = open_sequence(engine, DP_SPREAD, 0);
-    grow(engine, spread, 700, 1);
+    fill(engine, spread, 700, 1);
     atomic_store(&read_memory_released, false);
     waiting_read waiting = {.code = -1};
     size_t key_bytes = 700 * attn_key_row_bytes(geometry);
@@ -360,7 +332,7 @@ static void spread_sequence_fails_with_one_of_its_ranks_and_frees_the_others(voi
     dp_config config = faulty_config(3);
     dp_engine *engine = create_engine(&config);
     uint64_t spread = open_sequence(engine, DP_SPREAD, 0), alone = open_sequence(engine, DP_EXPLICIT, 0);
-    grow(engine, spread, 2000, 1);
+    fill(engine, spread, 2000, 1);
     char before[OUT_BYTES], after[OUT_BYTES];
     read_outputs(engine, spread, before);
     dp_engine_stall_rank(engine, 2);
@@ -371,12 +343,12 @@ static void spread_sequence_fails_with_one_of_its_ranks_and_frees_the_others(voi
     assert_false(describe(engine, alone).busy);
     dice dice = {1};
     grow_by_step(engine, &config.geometry, &dice, &alone, NULL, 1);
-    restart(engine, 2);
+    restart_rank(engine, 2);
     dp_step *step;
     assert_error(ATTN_UNAVAILABLE, try_begin_step(engine, &spread, NULL, 1, true, &step), "rank 2, which held it");
     close_sequence(engine, spread);
     spread = open_sequence(engine, DP_SPREAD, 0);
-    grow(engine, spread, 2000, 1);
+    fill(engine, spread, 2000, 1);
     dp_engine_release_rank(engine, 2);
     wait_until_none_is_detained();
     read_outputs(engine, spread, after);
@@ -428,6 +400,42 @@ static void engine_may_be_destroyed_while_a_backend_hangs(void **state) {
     wait_until_none_is_detained();
 }
 
+static atomic_int slow_callback; /* 1: it has been called, 2: and is over */
+
+static void call_back_slowly(dp_layer_call *call, attn_status status) {
+    (void)status;
+    dp_result_release(call->result);
+    atomic_store(&slow_callback, 1);
+    usleep(100000);
+    atomic_store(&slow_callback, 2);
+}
+
+/* Its worker is retired while it is in a callback: nobody abandons that, and the engine waits for it. */
+static void engine_waits_for_the_callbacks_of_a_lost_rank(void **state) {
+    (void)state;
+    dp_config config = faulty_config(2);
+    dp_engine *engine = create_engine(&config);
+    engine->small_bytes = 0;
+    uint64_t handle = open_sequence(engine, DP_EXPLICIT, 1);
+    dice dice = {7};
+    layer_rows rows = random_rows(&dice, &config.geometry, 1, false);
+    waiting_call call;
+    dp_step *step = begin_step(engine, &handle, NULL, 1, false);
+    prepare_call(&call, &config.geometry, 0, &rows, NULL, NULL);
+    call.call.done = call_back_slowly;
+    assert_ok(dp_step_layer(step, &call.call));
+    while (atomic_load(&slow_callback) == 0)
+        usleep(200);
+    dp_engine_fail_rank(engine, 1);
+    dp_step_end(step);
+    close_sequence(engine, handle);
+    destroy_engine(engine);
+    assert_int_equal(2, atomic_load(&slow_callback));
+    call.call.result = NULL;
+    free_call(&call);
+    free_rows(&rows);
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* Restarts */
 
@@ -438,8 +446,8 @@ static void device_that_fails_is_restarted_with_an_empty_pool(void **state) {
         dp_engine *engine = create_engine(&config);
         if (small == 0) engine->small_bytes = 0;
         uint64_t old = open_sequence(engine, DP_EXPLICIT, 1), other = open_sequence(engine, DP_EXPLICIT, 0), fresh;
-        grow(engine, old, 50, 1);
-        grow(engine, other, 50, 2);
+        fill(engine, old, 50, 1);
+        fill(engine, other, 50, 2);
         assert_error(ATTN_FAILED_PRECONDITION, dp_engine_restart_rank(engine, 1), "rank: 1 serves");
         assert_error(ATTN_INVALID_ARGUMENT, dp_engine_restart_rank(engine, 2), "ranks 0 .. 1");
         make_launches_fail(ATTN_UNAVAILABLE);
@@ -450,7 +458,7 @@ static void device_that_fails_is_restarted_with_an_empty_pool(void **state) {
         make_launches_fail(ATTN_OK);
         land(&flight);
         assert_string_equal("the device is on fire", rank_info(engine, 1).last_error);
-        restart(engine, 1);
+        restart_rank(engine, 1);
         dp_rank_info info = rank_info(engine, 1);
         assert_int_equal(1, info.losses);
         assert_int_equal(0, info.stalls);
@@ -460,7 +468,7 @@ static void device_that_fails_is_restarted_with_an_empty_pool(void **state) {
         fresh = open_sequence(engine, DP_LEAST_TOKENS, 0);
         assert_int_equal(1, describe(engine, fresh).rank);
         char out[2][OUT_BYTES];
-        grow(engine, fresh, 50, 2);
+        fill(engine, fresh, 50, 2);
         read_outputs(engine, other, out[0]);
         read_outputs(engine, fresh, out[1]);
         assert_memory_equal(out[0], out[1], OUT_BYTES);
@@ -483,10 +491,10 @@ static void sequences_from_before_stay_lost_until_they_are_closed(void **state) 
     dp_engine *engine = create_engine(&config);
     uint64_t old = open_sequence(engine, DP_EXPLICIT, 1), spread = open_sequence(engine, DP_SPREAD, 0), other;
     uint32_t rank;
-    grow(engine, old, 64, 1);
+    fill(engine, old, 64, 1);
     uint64_t fork = fork_sequence(engine, old, 40);
     dp_engine_fail_rank(engine, 1);
-    restart(engine, 1);
+    restart_rank(engine, 1);
     const char *text = "rank 1, which held it, was lost: close it";
     dp_step *step;
     dp_upload *upload;
@@ -518,9 +526,9 @@ static void lost_sequences_idle_out(void **state) {
     dp_config config = faulty_config(1);
     config.sequence_idle_ns = MS;
     dp_engine *engine = create_engine(&config);
-    grow(engine, open_sequence(engine, DP_LEAST_TOKENS, 0), 40, 1);
+    fill(engine, open_sequence(engine, DP_LEAST_TOKENS, 0), 40, 1);
     dp_engine_fail_rank(engine, 0);
-    restart(engine, 0);
+    restart_rank(engine, 0);
     usleep(3000);
     dp_engine_reap(engine);
     destroy_engine(engine);
@@ -534,7 +542,7 @@ static void what_was_open_over_a_restart_ends_without_touching_the_new_pool(void
     uint64_t handles[4];
     for (uint32_t i = 0; i < 4; i++) {
         handles[i] = open_sequence(engine, DP_LEAST_TOKENS, 0);
-        grow(engine, handles[i], 40, i);
+        fill(engine, handles[i], 40, i);
     }
     dice dice = {1};
     layer_rows row = random_rows(&dice, geometry, 1, false), read = random_rows(&dice, geometry, 1, true);
@@ -546,9 +554,9 @@ static void what_was_open_over_a_restart_ends_without_touching_the_new_pool(void
     assert_ok(dp_export_begin(engine, TENANT, handles[3], 0, 0, &export));
     assert_ok(try_layer(writing, geometry, 0, &row, NULL, NULL, NULL, NULL));
     dp_engine_fail_rank(engine, 0);
-    restart(engine, 0);
+    restart_rank(engine, 0);
     uint64_t fresh = open_sequence(engine, DP_LEAST_TOKENS, 0);
-    grow(engine, fresh, 200, 9);
+    fill(engine, fresh, 200, 9);
     char before[OUT_BYTES], after[OUT_BYTES];
     read_outputs(engine, fresh, before);
     uint64_t free = pages_free(engine);
@@ -576,17 +584,17 @@ static void rank_is_restarted_while_its_old_backend_still_hangs(void **state) {
     dp_config config = faulty_config(1);
     dp_engine *engine = create_engine(&config);
     uint64_t old = open_sequence(engine, DP_LEAST_TOKENS, 0);
-    grow(engine, old, 40, 1);
+    fill(engine, old, 40, 1);
     for (uint32_t loss = 1; loss <= 2; loss++) { /* two in a row, both hanging */
         dp_engine_stall_rank(engine, 0);
         flight flight;
         take_off(&flight, engine, &old, 1, false, NULL);
         expect_crash(&flight);
         land(&flight);
-        restart(engine, 0);
+        restart_rank(engine, 0);
         close_sequence(engine, old);
         old = open_sequence(engine, DP_LEAST_TOKENS, 0);
-        grow(engine, old, 40, 1);
+        fill(engine, old, 40, 1);
         assert_int_equal(loss, detained_now());
         assert_int_equal(loss, rank_info(engine, 0).stalls);
         assert_int_equal(loss, rank_info(engine, 0).restarts);
@@ -641,7 +649,7 @@ static void restart_that_fails_is_told_and_tried_again(void **state) {
     wait_for_state(engine, 0, DP_RANK_LOST);
     usleep(100000); /* nobody wants it restarted */
     assert_int_equal(DP_RANK_LOST, rank_info(engine, 0).state);
-    restart(engine, 0);
+    restart_rank(engine, 0);
     destroy_engine(engine);
 
     config.rank_restart_ns = 10 * MS;
@@ -778,7 +786,7 @@ static void crowd_lives_with_ranks_that_come_and_go(void **state) {
     }
     wait_until_none_is_detained();
     uint64_t handle = open_sequence(engine, DP_SPREAD, 0);
-    grow(engine, handle, 3000, 1);
+    fill(engine, handle, 3000, 1);
     close_sequence(engine, handle);
     destroy_engine(engine);
 }
@@ -792,6 +800,7 @@ int main(void) {
         cmocka_unit_test(spread_sequence_fails_with_one_of_its_ranks_and_frees_the_others),
         cmocka_unit_test(loss_does_not_wait_for_the_call_at_work),
         cmocka_unit_test(engine_may_be_destroyed_while_a_backend_hangs),
+        cmocka_unit_test(engine_waits_for_the_callbacks_of_a_lost_rank),
         cmocka_unit_test(device_that_fails_is_restarted_with_an_empty_pool),
         cmocka_unit_test(sequences_from_before_stay_lost_until_they_are_closed),
         cmocka_unit_test(lost_sequences_idle_out),

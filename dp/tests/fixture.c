@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "dp/state.h"
 
@@ -407,4 +408,89 @@ attn_status try_upload(dp_engine *engine, const attn_geometry *geometry, dice *c
     if (!attn_failed(status)) status = dp_upload_commit(upload, &length);
     dp_upload_end(upload);
     return status;
+}
+
+void fill(dp_engine *engine, uint64_t handle, uint32_t tokens, uint64_t seed) {
+    dice contents = {seed}, cuts = {seed};
+    assert_ok(try_upload(engine, &engine->config.geometry, &contents, &cuts, handle, tokens));
+}
+
+void read_outputs(dp_engine *engine, uint64_t handle, char out[OUT_BYTES]) {
+    dice dice = {3};
+    const attn_geometry *geometry = &engine->config.geometry;
+    dp_step *step = begin_step(engine, &handle, NULL, 1, true);
+    layer_rows rows = random_rows(&dice, geometry, 1, true);
+    assert_ok(try_layer(step, geometry, 0, &rows, NULL, NULL, out, NULL));
+    free_rows(&rows);
+    dp_step_end(step);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Moves */
+
+static void move_done(dp_move *move, attn_status status) {
+    waiting_move *waiting = (waiting_move *)move;
+    pthread_mutex_lock(&calls_lock);
+    attn_status_save(&waiting->status, status);
+    waiting->done = true;
+    pthread_cond_broadcast(&calls_changed);
+    pthread_mutex_unlock(&calls_lock);
+}
+
+attn_status start_move(dp_engine *engine, waiting_move *waiting, uint64_t handle, uint32_t rank,
+                       int64_t step_until_ns) {
+    *waiting =
+        (waiting_move){.move = {.sequence = handle, .rank = rank, .step_until_ns = step_until_ns, .done = move_done}};
+    return dp_sequence_move(engine, TENANT, &waiting->move);
+}
+
+attn_status start_spread(dp_engine *engine, waiting_move *waiting, uint64_t handle) {
+    *waiting = (waiting_move){.move = {.sequence = handle, .spread = true, .done = move_done}};
+    return dp_sequence_move(engine, TENANT, &waiting->move);
+}
+
+bool move_is_done(waiting_move *waiting) {
+    pthread_mutex_lock(&calls_lock);
+    bool done = waiting->done;
+    pthread_mutex_unlock(&calls_lock);
+    return done;
+}
+
+attn_status wait_for_move(waiting_move *waiting) {
+    pthread_mutex_lock(&calls_lock);
+    while (!waiting->done)
+        pthread_cond_wait(&calls_changed, &calls_lock);
+    pthread_mutex_unlock(&calls_lock);
+    return attn_status_view(&waiting->status);
+}
+
+/* wait_for_move for a move that does not outlive it. */
+static attn_status end_of_move(waiting_move *waiting) {
+    attn_status status = wait_for_move(waiting);
+    return attn_failed(status) ? attn_error(status.code, "%s", status.message) : status;
+}
+
+attn_status try_move(dp_engine *engine, uint64_t handle, uint32_t rank) {
+    waiting_move waiting;
+    ATTN_TRY(start_move(engine, &waiting, handle, rank, 0));
+    return end_of_move(&waiting);
+}
+
+attn_status try_spread(dp_engine *engine, uint64_t handle) {
+    waiting_move waiting;
+    ATTN_TRY(start_spread(engine, &waiting, handle));
+    return end_of_move(&waiting);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Loss */
+
+void wait_for_state(dp_engine *engine, uint32_t rank, dp_rank_state state) {
+    while (rank_info(engine, rank).state != state)
+        usleep(200);
+}
+
+void restart_rank(dp_engine *engine, uint32_t rank) {
+    assert_ok(dp_engine_restart_rank(engine, rank));
+    wait_for_state(engine, rank, DP_RANK_SERVING);
 }

@@ -86,61 +86,7 @@ static uint32_t reads_passed(void) {
 }
 
 /* ------------------------------------------------------------------------------------------- */
-/* Moves and waits that a test can wait for */
-
-static pthread_mutex_t ends_lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t ends_changed = PTHREAD_COND_INITIALIZER;
-
-typedef struct {
-    dp_move move; /* first */
-    bool done;    /* guarded by ends_lock */
-    attn_saved_status status;
-} waiting_move;
-
-static void move_done(dp_move *move, attn_status status) {
-    waiting_move *waiting = (waiting_move *)move;
-    pthread_mutex_lock(&ends_lock);
-    attn_status_save(&waiting->status, status);
-    waiting->done = true;
-    pthread_cond_broadcast(&ends_changed);
-    pthread_mutex_unlock(&ends_lock);
-}
-
-static attn_status wait_for_move(waiting_move *waiting) {
-    pthread_mutex_lock(&ends_lock);
-    while (!waiting->done)
-        pthread_cond_wait(&ends_changed, &ends_lock);
-    pthread_mutex_unlock(&ends_lock);
-    return attn_status_view(&waiting->status);
-}
-
-static bool is_done(waiting_move *waiting) {
-    pthread_mutex_lock(&ends_lock);
-    bool done = waiting->done;
-    pthread_mutex_unlock(&ends_lock);
-    return done;
-}
-
-static attn_status start_move(dp_engine *engine, waiting_move *waiting, uint64_t handle, uint32_t rank,
-                              int64_t step_until_ns) {
-    *waiting =
-        (waiting_move){.move = {.sequence = handle, .rank = rank, .step_until_ns = step_until_ns, .done = move_done}};
-    return dp_sequence_move(engine, TENANT, &waiting->move);
-}
-
-static attn_status try_move(dp_engine *engine, uint64_t handle, uint32_t rank) {
-    waiting_move waiting;
-    ATTN_TRY(start_move(engine, &waiting, handle, rank, 0));
-    attn_status status = wait_for_move(&waiting);
-    return attn_failed(status) ? attn_error(status.code, "%s", status.message) : status;
-}
-
-static attn_status try_spread(dp_engine *engine, uint64_t handle) {
-    waiting_move waiting = {.move = {.sequence = handle, .spread = true, .done = move_done}};
-    ATTN_TRY(dp_sequence_move(engine, TENANT, &waiting.move));
-    attn_status status = wait_for_move(&waiting);
-    return attn_failed(status) ? attn_error(status.code, "%s", status.message) : status;
-}
+/* Waits that are counted */
 
 typedef struct {
     dp_wait wait; /* first */
@@ -156,11 +102,6 @@ static attn_status begin_or_wait(dp_engine *engine, uint64_t handle, dp_wait *wa
 
 /* ------------------------------------------------------------------------------------------- */
 /* Sequences with the same tokens */
-
-static void fill(dp_engine *engine, uint64_t handle, uint32_t tokens, uint64_t seed) {
-    dice contents = {seed}, cuts = {seed};
-    assert_ok(try_upload(engine, &engine->config.geometry, &contents, &cuts, handle, tokens));
-}
 
 /* The outputs of all layers of one step with random rows. */
 static void step_once(dp_engine *engine, uint64_t handle, uint32_t rows, bool read_only, bool batch_invariant,
@@ -359,7 +300,7 @@ static void moves_that_make_no_sense_are_refused(void **state) {
     uint64_t whole = open_sequence(engine, DP_EXPLICIT, 0), spread = open_sequence(engine, DP_SPREAD, 0);
     uint64_t lost = open_sequence(engine, DP_EXPLICIT, 2);
     fill(engine, whole, 20, 1);
-    waiting_move foreign = {.move = {.sequence = whole, .rank = 1, .done = move_done}};
+    waiting_move foreign = {.move = {.sequence = whole, .rank = 1}};
     assert_error(ATTN_NOT_FOUND, try_move(engine, whole + 1, 1), "sequence: unknown");
     assert_error(ATTN_NOT_FOUND, dp_sequence_move(engine, OTHER_TENANT, &foreign.move), "sequence: unknown");
     assert_error(ATTN_INVALID_ARGUMENT, try_move(engine, whole, 3), "dp_rank: 3; this server has ranks 0 .. 2");
@@ -600,7 +541,7 @@ static void move_waits_for_a_step_upload_or_move_to_end(void **state) {
     dp_step *step = begin_step(engine, &handle, NULL, 1, false);
     assert_error(ATTN_ABORTED, start_move(engine, &waiting, handle, 1, 0), "sequence: in a step or upload right now");
     assert_ok(start_move(engine, &waiting, handle, 1, late));
-    assert_false(is_done(&waiting));
+    assert_false(move_is_done(&waiting));
     dp_step_end(step);
     assert_ok(wait_for_move(&waiting));
     assert_int_equal(1, describe(engine, handle).rank);
@@ -612,7 +553,7 @@ static void move_waits_for_a_step_upload_or_move_to_end(void **state) {
     dp_upload_end(upload);
     wait_until_held();
     assert_ok(start_move(engine, &behind, handle, 1, late));
-    assert_false(is_done(&waiting));
+    assert_false(move_is_done(&waiting));
     open_gate(ATTN_OK);
     assert_ok(wait_for_move(&waiting));
     assert_ok(wait_for_move(&behind));
@@ -647,15 +588,15 @@ static void move_gives_up_waiting(void **state) {
     usleep(10000);
     dp_engine_reap(engine);
     assert_error(ATTN_ABORTED, wait_for_move(&late_one), "sequence: in a step or upload right now");
-    assert_false(is_done(&cancelled));
+    assert_false(move_is_done(&cancelled));
     dp_move_cancel(engine, &cancelled.move);
-    assert_true(is_done(&cancelled)); /* at once */
+    assert_true(move_is_done(&cancelled)); /* at once */
     assert_code(ATTN_CANCELLED, wait_for_move(&cancelled));
     uint64_t other = open_sequence(engine, DP_EXPLICIT, 0);
     dp_step *others = begin_step(engine, &other, NULL, 1, false);
     assert_ok(start_move(engine, &closed, handle, 1, late));
     dp_step_end(others); /* not the one that is waited for */
-    assert_false(is_done(&closed));
+    assert_false(move_is_done(&closed));
     dp_step_end(step);
     assert_ok(wait_for_move(&closed)); /* an empty sequence moves, too */
     assert_ok(dp_sequences_close(engine, TENANT, (uint64_t[]){handle, other}, 2));
