@@ -70,7 +70,10 @@ typedef struct {
 /* Creates the ranks, their backends and pools, and starts their threads. ATTN_INVALID_ARGUMENT names the field. */
 attn_status dp_engine_create(const dp_config *config, dp_engine **engine);
 
-/* Stops the ranks and frees everything. No call may be in flight, every step, upload, export and move ended. */
+/*
+ * Stops the ranks and frees everything. No call may be in flight, every step, upload, export and move ended. Waits for
+ * callbacks to return, and for the engine's own move (see dp_engine_reap), where a rank hangs until that is lost.
+ */
 void dp_engine_destroy(dp_engine *engine);
 
 typedef enum {
@@ -122,7 +125,8 @@ void dp_engine_count(dp_engine *engine, dp_engine_counts *counts);
  * most loaded rank has more than rebalance_factor times the tokens (held and in flight) of the least loaded one, and
  * 1024 tokens more, the sequence that best evens the two is moved from the one to the other; and so on, until they
  * are even or there is none to move. That is no use of the sequence: it idles on. One sequence moves at a time, none
- * that is in a step or upload, and none whose move would leave the two ranks nearly as uneven the other way round.
+ * that is in a step or upload, none that is lost, and none whose move would leave the two ranks nearly as uneven the
+ * other way round. Ranks that are lost are left alone, and nothing is spread while one is.
  */
 void dp_engine_reap(dp_engine *engine);
 

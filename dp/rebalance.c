@@ -29,8 +29,10 @@ static uint64_t load_of(const dp_sequences *table, uint32_t rank) {
     return table->loads[rank].tokens + table->loads[rank].tokens_in_flight;
 }
 
-static bool may_move(const dp_sequence *sequence) {
-    return sequence->open && !sequence->busy && sequence->stripes == 1 && sequence->length > 0;
+static bool may_move(const dp_sequences *table, const dp_sequence *sequence) {
+    uint32_t lost;
+    return sequence->open && !sequence->busy && sequence->stripes == 1 && sequence->length > 0 &&
+           !dp_sequence_lost(table, sequence, &lost);
 }
 
 static bool any_lost(const dp_sequences *table) {
@@ -57,7 +59,7 @@ static const dp_sequence *choose_to_spread(const dp_sequences *table, uint64_t a
     if (table->ranks == 1 || any_lost(table)) return NULL;
     for (uint32_t i = 0; i < table->capacity; i++) {
         const dp_sequence *sequence = &table->slots[i];
-        if (!may_move(sequence) || sequence->length <= length || !fits_spread(table, sequence)) continue;
+        if (!may_move(table, sequence) || sequence->length <= length || !fits_spread(table, sequence)) continue;
         longest = sequence;
         length = sequence->length;
     }
@@ -87,7 +89,7 @@ static const dp_sequence *choose_between(const dp_sequences *table, uint32_t mos
     const dp_sequence *best = NULL;
     for (uint32_t i = 0; i < table->capacity; i++) {
         const dp_sequence *sequence = &table->slots[i];
-        if (!may_move(sequence) || sequence->home != most) continue;
+        if (!may_move(table, sequence) || sequence->home != most) continue;
         if (sequence->length > difference - difference / 4) continue;
         if (dp_pages_for(&table->geometry, sequence->length) > table->pools[least].free) continue;
         if (best == NULL ||

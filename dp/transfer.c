@@ -12,17 +12,34 @@
 /* Keys and values of a chunk, at most, if that is a token or more: short enough for other calls to wait for. */
 #define CHUNK_BYTES ((size_t)1 << 20)
 
+/* Rows on their way, and where they are: one piece of memory, for a rank that is lost may hold on to all of it. */
+struct dp_cargo {
+    dp_span keys, values; /* in `rows` */
+    char rows[];
+};
+
 static size_t row_bytes(const dp_transfer *transfer) {
     return transfer->engine->key_row_bytes + transfer->engine->value_row_bytes;
 }
 
+/* Frees the cargo, or leaves it to the one chunk that ended without its rank. */
+static void release_cargo(dp_transfer *transfer) {
+    dp_keep keep = {.release = free, .context = transfer->cargo};
+    if (transfer->read.detained)
+        dp_export_keep(transfer->export, keep);
+    else if (transfer->write.detained)
+        dp_upload_keep(transfer->upload, keep);
+    else
+        free(transfer->cargo);
+    transfer->cargo = NULL;
+}
+
 static void release(dp_transfer *transfer) {
+    release_cargo(transfer);
     if (transfer->export != NULL) dp_export_end(transfer->export);
     if (transfer->upload != NULL) dp_upload_end(transfer->upload);
-    free(transfer->buffer);
     transfer->export = NULL;
     transfer->upload = NULL;
-    transfer->buffer = NULL;
 }
 
 static void finish(dp_transfer *transfer, attn_status status) {
@@ -70,8 +87,8 @@ static attn_status start_read(dp_transfer *transfer, uint32_t tokens) {
         .layer = transfer->layer,
         .token_offset = transfer->position,
         .tokens = tokens,
-        .keys = transfer->buffer,
-        .values = transfer->buffer + tokens * transfer->engine->key_row_bytes,
+        .keys = transfer->cargo->rows,
+        .values = transfer->cargo->rows + tokens * transfer->engine->key_row_bytes,
         .done = read_done,
     };
     return dp_export_read(transfer->export, &transfer->read);
@@ -79,14 +96,15 @@ static attn_status start_read(dp_transfer *transfer, uint32_t tokens) {
 
 static attn_status start_write(dp_transfer *transfer) {
     const dp_export_chunk *read = &transfer->read;
-    transfer->keys = (dp_span){read->keys, read->tokens * transfer->engine->key_row_bytes};
-    transfer->values = (dp_span){read->values, read->tokens * transfer->engine->value_row_bytes};
+    dp_cargo *cargo = transfer->cargo;
+    cargo->keys = (dp_span){read->keys, read->tokens * transfer->engine->key_row_bytes};
+    cargo->values = (dp_span){read->values, read->tokens * transfer->engine->value_row_bytes};
     transfer->write = (dp_upload_chunk){
         .layer = read->layer,
         .token_offset = read->token_offset,
         .tokens = read->tokens,
-        .keys = {.spans = &transfer->keys, .count = 1, .size = transfer->keys.size},
-        .values = {.spans = &transfer->values, .count = 1, .size = transfer->values.size},
+        .keys = {.spans = &cargo->keys, .count = 1, .size = cargo->keys.size},
+        .values = {.spans = &cargo->values, .count = 1, .size = cargo->values.size},
         .done = write_done,
     };
     return dp_upload_write_anywhere(transfer->upload, &transfer->write);
@@ -126,9 +144,11 @@ attn_status dp_transfer_start(dp_transfer *transfer) {
     transfer->bytes = transfer->position = transfer->layer = 0;
     transfer->export = NULL;
     transfer->upload = NULL;
+    transfer->read = (dp_export_chunk){0};
+    transfer->write = (dp_upload_chunk){0};
     transfer->chunk_tokens = CHUNK_BYTES > row_bytes(transfer) ? (uint32_t)(CHUNK_BYTES / row_bytes(transfer)) : 1;
-    transfer->buffer = malloc(transfer->chunk_tokens * row_bytes(transfer));
-    if (transfer->buffer == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for rows on their way");
+    transfer->cargo = malloc(sizeof *transfer->cargo + transfer->chunk_tokens * row_bytes(transfer));
+    if (transfer->cargo == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for rows on their way");
     pthread_mutex_lock(&engine->lock);
     status = dp_export_hold(engine, transfer->from, 0, transfer->from->length, &transfer->export);
     pthread_mutex_unlock(&engine->lock);

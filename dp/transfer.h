@@ -19,6 +19,7 @@
 #include "dp/state.h"
 
 typedef struct dp_transfer dp_transfer;
+typedef struct dp_cargo dp_cargo;
 
 /* The caller's memory, untouched by the caller from dp_transfer_start to `done`. */
 struct dp_transfer {
@@ -36,8 +37,7 @@ struct dp_transfer {
     dp_upload *upload;
     dp_export_chunk read;
     dp_upload_chunk write;
-    dp_span keys, values; /* of the chunk, in.. */
-    char *buffer;         /* ..here */
+    dp_cargo *cargo; /* the chunk's rows */
     uint32_t chunk_tokens;
     uint32_t layer;    /* of the chunk.. */
     uint64_t position; /* ..and its first token */
@@ -45,7 +45,9 @@ struct dp_transfer {
 
 /*
  * Starts it. ATTN_RESOURCE_EXHAUSTED: no memory, and nothing was done. `done` comes with ATTN_CANCELLED, with
- * ATTN_RESOURCE_EXHAUSTED where a rank's queue is full, or with what the backends say.
+ * ATTN_RESOURCE_EXHAUSTED where a rank's queue is full, with ATTN_UNAVAILABLE where one is lost or was since the pages
+ * were taken, or with what the backends say. It does not wait for a backend that hangs: that may go on to use the rows
+ * on their way, which are then freed when it has come back.
  */
 attn_status dp_transfer_start(dp_transfer *transfer);
 
