@@ -696,7 +696,7 @@ static void restart_that_hangs_holds_up_nobody(void **state) {
 typedef struct {
     dp_engine *engine;
     uint64_t seed;
-    uint32_t served, lost;
+    uint32_t served, lost, moved;
     atomic_bool *stop;
 } client;
 
@@ -726,6 +726,25 @@ static void use_sequences(client *self, dice *dice, const uint64_t *handles, uin
     dp_step_end(step);
 }
 
+static void move_somewhere(client *self, dice *dice, uint64_t handle) {
+    waiting_move move;
+    uint32_t rank = dice_below(dice, self->engine->config.ranks);
+    int64_t until_ns = attn_now_ns() + 20 * MS; /* the engine may be moving it */
+    attn_status status = dice_below(dice, 4) == 0 ? start_spread(self->engine, &move, handle)
+                                                  : start_move(self->engine, &move, handle, rank, until_ns);
+    if (!attn_failed(status)) status = wait_for_move(&move);
+    if (status.code == ATTN_OK && move.move.tokens > 0) self->moved++;
+    if (status.code != ATTN_FAILED_PRECONDITION) check_code(self, status); /* it is spread */
+}
+
+/* The engine may be moving them: a close that is refused is tried again. */
+static void close_all(dp_engine *engine, const uint64_t *handles, uint32_t count) {
+    attn_status status;
+    while ((status = dp_sequences_close(engine, TENANT, handles, count)).code == ATTN_ABORTED)
+        usleep(200);
+    assert_ok(status);
+}
+
 static void *be_a_client(void *argument) {
     client *self = argument;
     dice dice = {self->seed};
@@ -736,9 +755,11 @@ static void *be_a_client(void *argument) {
         if (attn_failed(dp_sequences_open(self->engine, TENANT, 3, placement, 1, handles, ranks))) continue;
         uint32_t tokens = 1 + dice_below(&dice, 600);
         check_code(self, try_upload(self->engine, &self->engine->config.geometry, &dice, &dice, handles[0], tokens));
-        for (int i = 0; i < 4; i++)
+        for (int i = 0; i < 4; i++) {
             use_sequences(self, &dice, handles, 3);
-        assert_ok(dp_sequences_close(self->engine, TENANT, handles, 3));
+            if (dice_below(&dice, 2) == 0) move_somewhere(self, &dice, handles[0]);
+        }
+        close_all(self->engine, handles, 3);
     }
     return NULL;
 }
@@ -750,6 +771,8 @@ static void crowd_lives_with_ranks_that_come_and_go(void **state) {
     config.backend = "cpu";
     config.rank_stall_ns = 100 * MS;
     config.rank_restart_ns = 5 * MS;
+    config.rebalance_factor = 1.2;
+    config.spread_above_tokens = 550;
     dp_engine *engine = create_engine(&config);
     atomic_bool stop = false;
     client clients[CLIENTS];
@@ -771,13 +794,14 @@ static void crowd_lives_with_ranks_that_come_and_go(void **state) {
         dp_engine_reap(engine);
     }
     atomic_store(&stop, true);
-    uint32_t served = 0, lost = 0;
+    uint32_t served = 0, lost = 0, moved = 0;
     for (int i = 0; i < CLIENTS; i++) {
         pthread_join(threads[i], NULL);
         served += clients[i].served;
         lost += clients[i].lost;
+        moved += clients[i].moved;
     }
-    assert_true(served > 0 && lost > 0);
+    assert_true(served > 0 && lost > 0 && moved > 0);
     for (uint32_t r = 0; r < RANKS; r++) {
         dp_engine_release_rank(engine, r);
         dp_engine_restart_rank(engine, r);

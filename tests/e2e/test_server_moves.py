@@ -7,13 +7,14 @@ import attnd
 import grpc
 import pytest
 from attention_oracle import Model, options
-from attnd_harness import CODE, TIMEOUT_S, eventually, pb
+from attnd_harness import CODE, TIMEOUT_S, build_kind, eventually, pb
 from test_server_export import check_export
 from test_server_metrics import value
 
 EXPLICIT, SPREAD = pb.PLACEMENT_EXPLICIT, pb.PLACEMENT_SPREAD
 HOLD_S = 0.4  # seconds for which a rank is held
 HOLD_ROWS, HOLD_TOKENS = 64, 4000
+STALL_S = 0.5 if build_kind() == "plain" else 2.0
 
 
 def request(handle, dp_rank=0, spread=False):
@@ -173,16 +174,34 @@ def test_a_rank_without_pages_refuses_with_a_retry_hint(start_server):
 
 
 def test_a_lost_rank_takes_nothing_and_gives_nothing(start_server):
-    server = start_server(ranks=2, test_fail_rank=1)
+    server = start_server(ranks=2, test_faults="true", rank_restart_backoff_ms=0)
     model = Model(server.api())
     (here,) = model.open_filled([20], EXPLICIT, 0)
     (there,) = model.open_filled([20], EXPLICIT, 1)
-    server.leaks_expected = True
-    server.signal(10)  # SIGUSR1
+    server.fail_rank(1)
     eventually(lambda: model.api.info().ranks[1].state == pb.RANK_STATE_LOST, what="a lost rank")
     expect(model.api.error("MoveSequence", request(here, 1)), CODE.UNAVAILABLE, "rank 1 is lost")
-    expect(model.api.error("MoveSequence", request(there, 0)), CODE.UNAVAILABLE, "rank 1, which holds it, is lost")
+    expect(model.api.error("MoveSequence", request(there, 0)), CODE.UNAVAILABLE, "rank 1, which held it, was lost")
     model.step([here])
+
+
+def test_a_move_to_a_rank_that_hangs_ends_and_the_sequence_stays(start_server):
+    server = start_server(ranks=2, test_faults="true", rank_stall_ms=int(STALL_S * 1000), rank_restart_backoff_ms=50)
+    model = Model(server.api())
+    (handle,) = model.open_filled([700], EXPLICIT, 0)
+    server.stall_rank(1)
+    begin = time.monotonic()
+    moving = model.api.future("MoveSequence", request(handle, 1))
+    time.sleep(STALL_S / 5)  # until it is under way
+    model.step([handle])  # waits for it
+    expect(moving.exception(), CODE.UNAVAILABLE, "rank 1 was lost on the way; the sequence is where it was")
+    assert time.monotonic() - begin < STALL_S + 1 + HOLD_S
+    assert place(model, handle) == (0, False)
+    eventually(lambda: model.api.info().ranks[1].state == pb.RANK_STATE_SERVING, what="a rank that serves again")
+    assert move(model, handle, 1).tokens == 701
+    server.release_rank(1)
+    model.step([handle])
+    assert place(model, handle) == (1, False)
 
 
 # Meanwhile
