@@ -10,7 +10,7 @@
 enum { LEAST_SAVED = 6 };
 
 /* Keeping and merging a row's results takes about as long as it takes the row to attend to so many tokens. */
-enum { MERGE_TOKENS = 256 };
+enum { MERGE_TOKENS = 128 };
 
 /* Places of the arrays, for vector loads and against false sharing. */
 enum { ALIGNMENT = 64 };
