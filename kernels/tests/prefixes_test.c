@@ -299,7 +299,7 @@ static unsigned char *copy_outputs(size_t *bytes) {
     *bytes = 0;
     for (uint32_t i = 0; i < f.count; i++)
         *bytes += sequence_out_bytes(&f.sequences[i], &f.pool.geometry);
-    unsigned char *copy = malloc(*bytes), *end = copy;
+    unsigned char *copy = malloc(*bytes + 1), *end = copy;
     assert_non_null(copy);
     for (uint32_t i = 0; i < f.count; i++) {
         memcpy(end, f.sequences[i].out, sequence_out_bytes(&f.sequences[i], &f.pool.geometry));
