@@ -188,6 +188,7 @@ void dp_engine_rank_info(dp_engine *engine, uint32_t rank, dp_rank_info *info) {
         .busy_ns = (int64_t)counted(&of->counters.busy_ns),
         .bytes_in_place = counted(&of->counters.bytes_in_place),
         .bytes_gathered = counted(&of->counters.bytes_gathered),
+        .prefix_tokens_shared = counted(&of->counters.prefix_tokens_shared),
         .losses = record.losses,
         .stalls = record.stalls,
         .restarts = record.restarts,

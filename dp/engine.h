@@ -97,6 +97,11 @@ typedef struct {
     /* Tensor bytes since start that the rank used where they came in, and that it had to gather: see dp_tensor_view. */
     uint64_t bytes_in_place;
     uint64_t bytes_gathered;
+    /*
+     * Tokens since start, counted for every layer, that sequences of a launch had in common with others of it and that
+     * the backend was told it need read once only: forks of one prompt. Nothing with a window or batch_invariant.
+     */
+    uint64_t prefix_tokens_shared;
     uint64_t losses;                            /* since start */
     uint64_t stalls;                            /* of those, because it hung */
     uint64_t restarts;                          /* since start */

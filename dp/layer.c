@@ -4,7 +4,8 @@
  * The tables of a batch were made when its step began. What changes with every layer is where the rows
  * are: in place in the request if a sequence's rows lie in one span, else gathered to the rank's
  * staging memory. Outputs are written where the caller will read them. A launch of one part uses the
- * part's tables as they are; for more, they are laid end to end in the rank's scratch memory.
+ * part's tables as they are; for more, they are laid end to end in the rank's scratch memory. So are the prefixes that
+ * sequences of a part share; those of two parts share none.
  */
 #define _GNU_SOURCE
 #include <assert.h>
@@ -23,6 +24,8 @@ typedef struct {
     uint32_t size; /* sequences of all parts */
     uint32_t rows;
     uint32_t pages;
+    uint32_t prefix_count;
+    uint64_t tokens_shared;
     bool spread;
     bool wants_lse;
     bool device_time;
@@ -37,6 +40,8 @@ typedef struct {
     uint32_t *lengths, *query_lengths, *page_offsets, *page_table;
     attn_part *attn_parts;
     attn_partial *partials;
+    attn_prefix *prefixes;
+    uint32_t *members; /* of the prefixes, of several parts */
 } launch;
 
 void dp_layer_part_fail(dp_layer_part *part, attn_status status) {
@@ -75,11 +80,18 @@ static attn_status copy_shared_pages(dp_worker *worker, const dp_layer_part *par
     return attn_ok();
 }
 
+/* Whether backends make use of shared prefixes at all. */
+static bool may_share(const dp_options *options) { return options->window == 0 && !options->batch_invariant; }
+
 static void add_part(launch *launch, dp_layer_part *part) {
     launch->parts[launch->count++] = part;
     launch->size += part->batch->size;
     launch->rows += part->batch->rows;
     launch->pages += part->batch->page_offsets[part->batch->size];
+    if (may_share(&part->step->input.options)) {
+        launch->prefix_count += part->batch->prefix_count;
+        launch->tokens_shared += part->batch->tokens_shared;
+    }
     launch->spread |= part->batch->parts != NULL;
     launch->wants_lse |= part->step->input.options.return_lse;
     launch->device_time |= part->step->input.device_time;
@@ -144,6 +156,8 @@ static size_t carve_arrays(launch *launch, char *base) {
     launch->query_lengths = carve(base, &used, size, sizeof *launch->query_lengths);
     launch->page_offsets = carve(base, &used, size + 1, sizeof *launch->page_offsets);
     launch->page_table = carve(base, &used, launch->pages, sizeof *launch->page_table);
+    launch->prefixes = carve(base, &used, launch->prefix_count, sizeof *launch->prefixes);
+    launch->members = carve(base, &used, launch->prefix_count > 0 ? size : 0, sizeof *launch->members);
     if (!launch->spread) return used;
     launch->attn_parts = carve(base, &used, size, sizeof *launch->attn_parts);
     launch->partials = carve(base, &used, size, sizeof *launch->partials);
@@ -253,6 +267,21 @@ static void use_tables(launch *launch, const dp_batch *batch) {
     launch->page_table = batch->pages;
     launch->attn_parts = batch->parts;
     launch->partials = batch->partials;
+    launch->prefixes = batch->prefixes;
+}
+
+/* The prefixes of one of several parts, whose first sequence is sequence `first` of the launch. Returns their number.
+ */
+static uint32_t append_prefixes(launch *launch, const dp_batch *batch, uint32_t first, uint32_t prefix) {
+    uint32_t *members = launch->members + first; /* a part has no more members than sequences */
+    for (uint32_t p = 0; p < batch->prefix_count; p++) {
+        const attn_prefix *from = &batch->prefixes[p];
+        for (uint32_t m = 0; m < from->count; m++)
+            members[m] = first + from->members[m];
+        launch->prefixes[prefix + p] = (attn_prefix){.members = members, .count = from->count, .tokens = from->tokens};
+        members += from->count;
+    }
+    return batch->prefix_count;
 }
 
 /* One of several parts: its tables behind those of the parts before it. */
@@ -274,13 +303,15 @@ static void append_tables(launch *launch, const dp_batch *batch, uint32_t first)
 
 static attn_status assemble(launch *launch) {
     ATTN_TRY(reserve_arrays(launch));
-    uint32_t first = 0;
+    uint32_t first = 0, prefixes = 0;
     for (uint32_t p = 0; p < launch->count; p++) {
         const dp_layer_part *part = launch->parts[p];
         if (launch->count == 1)
             use_tables(launch, part->batch);
         else
             append_tables(launch, part->batch, first);
+        if (launch->count > 1 && launch->prefix_count > 0)
+            prefixes += append_prefixes(launch, part->batch, first, prefixes);
         ATTN_TRY(take_part(launch, part, first));
         first += part->batch->size;
     }
@@ -300,6 +331,8 @@ static attn_status assemble(launch *launch) {
         .lses = launch->wants_lse ? launch->lses : NULL,
         .parts = launch->spread ? launch->attn_parts : NULL,
         .partials = launch->spread ? launch->partials : NULL,
+        .prefixes = launch->prefix_count > 0 ? launch->prefixes : NULL,
+        .prefix_count = launch->prefix_count,
         .scale = step->scale,
         .softcap = options->softcap,
         .window = options->window,
@@ -334,6 +367,7 @@ static attn_status decode(launch *launch) {
     dp_count(&counters->calls, launch->count);
     dp_count(&counters->bytes_in_place, launch->bytes_in_place);
     dp_count(&counters->bytes_gathered, launch->bytes_gathered);
+    dp_count(&counters->prefix_tokens_shared, launch->tokens_shared);
     note_timing(launch, &timing);
     return status;
 }
@@ -344,7 +378,8 @@ static attn_status layer_run(dp_worker *worker, dp_job *const *jobs, uint32_t co
     launch.worker = worker;
     launch.owner = &engine->ranks[dp_worker_rank(worker)];
     launch.engine = engine;
-    launch.count = launch.size = launch.rows = launch.pages = 0;
+    launch.count = launch.size = launch.rows = launch.pages = launch.prefix_count = 0;
+    launch.tokens_shared = 0;
     launch.spread = launch.wants_lse = launch.device_time = false;
     launch.staged = launch.bytes_in_place = launch.bytes_gathered = 0;
     select_parts(&launch, jobs, count);

@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "dp/prefixes.h"
+
 /* What one rank's batch needs room for. */
 typedef struct {
     uint32_t size;
@@ -86,6 +88,8 @@ static void carve_batch(carver *from, dp_batch *batch, const rank_count *count) 
         .page_offsets = carve(from, count->size + 1, sizeof(uint32_t)),
         .pages = carve(from, count->pages, sizeof(uint32_t)),
         .copies = carve(from, count->copies, sizeof(dp_page_copy)),
+        .prefixes = carve(from, count->size / 2, sizeof(attn_prefix)),
+        .prefix_scratch = carve(from, dp_prefixes_scratch(count->size), sizeof(uint32_t)),
     };
     if (count->spread) {
         carved.parts = carve(from, count->size, sizeof(attn_part));
@@ -217,6 +221,8 @@ attn_status dp_partition_make(dp_partition *partition, const dp_partition_reques
         add_sequence(partition, request, by_rank, request->sequences[i], row, rows, &slots);
         row += rows;
     }
+    for (uint32_t b = 0; b < partition->batch_count; b++)
+        dp_prefixes_find(&partition->batches[b], &request->table->geometry, request->read_only);
     return attn_ok();
 }
 

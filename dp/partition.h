@@ -36,6 +36,11 @@ typedef struct {
     attn_partial *partials; /* [size]; NULL likewise; filled for every layer */
     dp_page_copy *copies;   /* [copy_count] */
     uint32_t copy_count;
+    /* What its sequences share (dp/prefixes.h). */
+    attn_prefix *prefixes; /* [prefix_count]; room for one in two sequences */
+    uint32_t prefix_count;
+    uint64_t tokens_shared;   /* that need not be read, if each prefix is read once */
+    uint32_t *prefix_scratch; /* [dp_prefixes_scratch(size)]: the prefixes' members, and what they were found with */
 } dp_batch;
 
 /* A spread sequence of a step, and where its partial results are found. */

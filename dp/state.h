@@ -30,6 +30,7 @@ typedef struct {
     atomic_uint_fast64_t busy_ns;
     atomic_uint_fast64_t bytes_in_place;
     atomic_uint_fast64_t bytes_gathered;
+    atomic_uint_fast64_t prefix_tokens_shared;
 } dp_rank_counters;
 
 typedef struct {

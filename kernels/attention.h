@@ -131,6 +131,24 @@ typedef struct {
 } attn_partial;
 
 /* ------------------------------------------------------------------------------------------- */
+/* Shared prefixes */
+
+/*
+ * Sequences of a batch that share their leading pages, so that a backend may read those once for all of them: it
+ * attends to the prefix with all their queries, to what each has besides on its own, and merges both by their LSE. A
+ * hint: a backend may attend to each sequence by itself, as it does in batch_invariant mode and with a window.
+ */
+typedef struct {
+    const uint32_t *members; /* [count] indices of whole sequences of the batch; each is in one prefix at most */
+    uint32_t count;          /* 2 and more */
+    /*
+     * The leading tokens that they share: a multiple of ATTN_CHUNK_TOKENS, no more than any member has without its new
+     * rows. In all members' page tables these are the same pages.
+     */
+    uint32_t tokens;
+} attn_prefix;
+
+/* ------------------------------------------------------------------------------------------- */
 /* A batch: one layer, some sequences */
 
 typedef struct {
@@ -161,6 +179,9 @@ typedef struct {
      * ([chunks, n, h, e] and [chunks, n, h]). NULL if parts is.
      */
     const attn_partial *partials;
+
+    const attn_prefix *prefixes; /* [prefix_count], or NULL */
+    uint32_t prefix_count;
 
     float scale;        /* > 0 */
     float softcap;      /* 0: off */

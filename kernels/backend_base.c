@@ -2,6 +2,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "kernels/backend.h"
 
@@ -100,6 +101,86 @@ static attn_status check_pages(const attn_backend *backend, const attn_batch *ba
     return attn_ok();
 }
 
+/* Member `m` of prefix `p`: a whole sequence that has the prefix's tokens, in the same pages as the first member. */
+static attn_status check_member(const attn_backend *backend, const attn_batch *batch, uint32_t p, uint32_t m) {
+    const attn_prefix *prefix = &batch->prefixes[p];
+    uint32_t i = prefix->members[m];
+    if (i >= batch->size) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "batch prefix %u: member %u is sequence %u of a batch of %u", p, m, i,
+                          batch->size);
+    }
+    if (attn_batch_part(batch, i)) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "batch prefix %u: member %u (sequence %u) is a part, not whole", p, m,
+                          i);
+    }
+    uint32_t stored = batch->lengths[i] - attn_batch_new_rows(batch, i);
+    if (prefix->tokens > stored) {
+        return attn_error(ATTN_INVALID_ARGUMENT,
+                          "batch prefix %u: member %u (sequence %u) has %u tokens without its new rows, not %u", p, m,
+                          i, stored, prefix->tokens);
+    }
+    const uint32_t *pages = batch->pages + batch->page_offsets[i];
+    const uint32_t *expected = batch->pages + batch->page_offsets[prefix->members[0]];
+    if (memcmp(pages, expected, prefix->tokens / backend->geometry.page_size * sizeof *pages) != 0) {
+        return attn_error(ATTN_INVALID_ARGUMENT,
+                          "batch prefix %u: member %u (sequence %u) has other pages than member 0 (sequence %u)", p, m,
+                          i, prefix->members[0]);
+    }
+    return attn_ok();
+}
+
+static attn_status check_prefix(const attn_backend *backend, const attn_batch *batch, uint32_t p) {
+    const attn_prefix *prefix = &batch->prefixes[p];
+    if (prefix->count < 2) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "batch prefix %u: shared by %u sequences; must be 2 and more", p,
+                          prefix->count);
+    }
+    if (prefix->tokens == 0 || prefix->tokens % ATTN_CHUNK_TOKENS != 0) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "batch prefix %u: %u tokens; must be a multiple of %d, and not 0", p,
+                          prefix->tokens, ATTN_CHUNK_TOKENS);
+    }
+    for (uint32_t m = 0; m < prefix->count; m++)
+        ATTN_TRY(check_member(backend, batch, p, m));
+    return attn_ok();
+}
+
+/* So many sequences are told apart at a time: this check has no memory but its stack. */
+enum { MARKED_SEQUENCES = 1 << 15 };
+
+/* Is none of the sequences first .. first + MARKED_SEQUENCES - 1 a member twice? All members are within the batch. */
+static attn_status check_distinct(const attn_batch *batch, uint32_t first) {
+    uint64_t marks[MARKED_SEQUENCES / 64];
+    uint32_t rest = batch->size - first, marked = rest < MARKED_SEQUENCES ? rest : MARKED_SEQUENCES;
+    memset(marks, 0, (marked + (size_t)63) / 64 * sizeof *marks);
+    for (uint32_t p = 0; p < batch->prefix_count; p++) {
+        for (uint32_t m = 0; m < batch->prefixes[p].count; m++) {
+            uint32_t i = batch->prefixes[p].members[m];
+            if (i < first || i - first >= marked) continue;
+            uint64_t bit = (uint64_t)1 << (i - first) % 64;
+            if (marks[(i - first) / 64] & bit) {
+                return attn_error(ATTN_INVALID_ARGUMENT,
+                                  "batch prefix %u: member %u (sequence %u) is a member already, of this prefix or "
+                                  "of one before it",
+                                  p, m, i);
+            }
+            marks[(i - first) / 64] |= bit;
+        }
+    }
+    return attn_ok();
+}
+
+static attn_status check_prefixes(const attn_backend *backend, const attn_batch *batch) {
+    if (batch->prefix_count == 0) return attn_ok();
+    if (!batch->prefixes) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "batch prefixes: none, where there are to be %u", batch->prefix_count);
+    }
+    for (uint32_t p = 0; p < batch->prefix_count; p++)
+        ATTN_TRY(check_prefix(backend, batch, p));
+    for (uint64_t first = 0; first < batch->size; first += MARKED_SEQUENCES)
+        ATTN_TRY(check_distinct(batch, (uint32_t)first));
+    return attn_ok();
+}
+
 attn_status attn_batch_check(const attn_backend *backend, const attn_batch *batch) {
     if (batch->size == 0) return attn_ok();
     if (batch->layer >= backend->geometry.layers) {
@@ -114,7 +195,7 @@ attn_status attn_batch_check(const attn_backend *backend, const attn_batch *batc
         ATTN_TRY(check_sequence(backend, batch, i));
         ATTN_TRY(check_pages(backend, batch, i));
     }
-    return attn_ok();
+    return check_prefixes(backend, batch);
 }
 
 /* ------------------------------------------------------------------------------------------- */

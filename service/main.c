@@ -194,6 +194,7 @@ static void rank_metrics(void *context, uint32_t rank, attn_metrics_rank *values
         .calls = info.calls,
         .launches = info.launches,
         .plans_rejected = info.plans_rejected,
+        .prefix_tokens_shared = info.prefix_tokens_shared,
         .losses = info.losses,
         .stalls = info.stalls,
         .restarts = info.restarts,

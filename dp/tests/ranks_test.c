@@ -29,6 +29,7 @@ static struct {
     attn_code fails;    /* what launches end with, unless ATTN_OK.. */
     uint32_t fail_rank; /* ..on the rank of this thread name only, unless UINT32_MAX */
     pthread_t last;     /* the thread of the last launch */
+    uint32_t prefixes;  /* of the last launch */
 } gate = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER, .fail_rank = UINT32_MAX};
 
 attn_status __real_attn_backend_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
@@ -47,6 +48,7 @@ attn_status __wrap_attn_backend_decode(attn_backend *backend, const attn_batch *
                                        attn_timing *timing) {
     pthread_mutex_lock(&gate.lock);
     gate.last = pthread_self();
+    gate.prefixes = batch->prefix_count;
     gate.held++;
     pthread_cond_broadcast(&gate.changed);
     while (gate.closed)
@@ -90,6 +92,13 @@ static pthread_t last_launch_thread(void) {
     pthread_t thread = gate.last;
     pthread_mutex_unlock(&gate.lock);
     return thread;
+}
+
+static uint32_t prefixes_of_last_launch(void) {
+    pthread_mutex_lock(&gate.lock);
+    uint32_t prefixes = gate.prefixes;
+    pthread_mutex_unlock(&gate.lock);
+    return prefixes;
 }
 
 /* An engine whose launches are always made by the rank's own thread. */
@@ -236,6 +245,55 @@ static void merged_calls_of_spread_sequences_do_too(void **state) {
     (void)state;
     check_merging("reference", true);
     check_merging("cpu", true);
+}
+
+/*
+ * Layer 0 of two steps, each of a sequence, two forks of a prompt of its own and their parent, merged or one by one.
+ * The backend refuses members that do not share pages, as those of the other step do not.
+ */
+static void run_steps_of_forks(bool merged, char *outs) {
+    enum { STEPS = 2, EACH = 4 };
+    dp_config config = small_config();
+    size_t out_bytes = EACH * attn_out_row_bytes(&config.geometry);
+    dp_engine *engine = create_queueing_engine(&config);
+    uint64_t handles[STEPS][EACH], held = open_sequence(engine, DP_LEAST_TOKENS, 0);
+    flight flights[STEPS], blocker;
+    for (uint32_t n = 0; n < STEPS; n++) {
+        handles[n][0] = open_sequence(engine, DP_LEAST_TOKENS, 0);
+        grow(engine, handles[n][0], 20 + n, 50 + n);
+        handles[n][2] = open_sequence(engine, DP_LEAST_TOKENS, 0);
+        grow(engine, handles[n][2], 600 + n, 60 + n);
+        handles[n][1] = fork_sequence(engine, handles[n][2], 520);
+        handles[n][3] = fork_sequence(engine, handles[n][2], 600);
+    }
+    if (merged) hold_rank(&blocker, engine, held);
+    for (uint32_t n = 0; n < STEPS; n++) {
+        board(&flights[n], engine, handles[n], EACH, false, 100 + n);
+        assert_ok(try_start(&flights[n], 0, NULL));
+        if (!merged) assert_ok(wait_for_call(&flights[n].call));
+    }
+    if (merged) release_rank(&blocker);
+    for (uint32_t n = 0; n < STEPS; n++) {
+        assert_ok(wait_for_call(&flights[n].call));
+        assert_int_equal(merged ? STEPS : 1, flights[n].call.call.timing[0].merged_calls);
+        memcpy(outs + n * out_bytes, flights[n].call.call.result->out, out_bytes);
+    }
+    assert_int_equal(merged ? STEPS : 1, prefixes_of_last_launch());
+    assert_int_equal(STEPS * 2 * ATTN_CHUNK_TOKENS, rank_info(engine, 0).prefix_tokens_shared);
+    for (uint32_t n = 0; n < STEPS; n++) {
+        land(&flights[n]);
+        assert_ok(dp_sequences_close(engine, TENANT, handles[n], EACH));
+    }
+    close_sequence(engine, held);
+    destroy_engine(engine);
+}
+
+static void merged_calls_keep_the_prefixes_of_each(void **state) {
+    (void)state;
+    char outs[2][2 * 4 * 4 * 40 * sizeof(float)];
+    for (int merged = 0; merged < 2; merged++)
+        run_steps_of_forks(merged, outs[merged]);
+    assert_memory_equal(outs[0], outs[1], sizeof outs[0]);
 }
 
 static void calls_that_differ_are_not_merged(void **state) {
@@ -828,6 +886,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(merged_calls_give_the_bits_of_single_ones),
         cmocka_unit_test(merged_calls_of_spread_sequences_do_too),
+        cmocka_unit_test(merged_calls_keep_the_prefixes_of_each),
         cmocka_unit_test(calls_that_differ_are_not_merged),
         cmocka_unit_test(launch_is_no_larger_than_the_largest_batch),
         cmocka_unit_test(full_queue_refuses_and_the_step_goes_on_later),

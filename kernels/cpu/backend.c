@@ -8,6 +8,10 @@
  * partial in its slot, or as the partial result of a spread sequence. Who finishes a cut unit last
  * merges its partials, in the same round.
  *
+ * SHARED PREFIXES. A batch with prefixes that are worth it is split in two (kernels/prefixes.h), each a line of its
+ * own: a tile of a prefix is attended to by many more query rows than one of a single sequence, so that even shares of
+ * one line of both would not be even. A last round merges the members' results, an even share of the members each.
+ *
  * FP8. The pool holds what a row is rounded to, e4m3(element / scale), in the geometry's dtype: bf16 and fp16 have
  * every such number, so the kernels are those of bf16 and fp16. A page thus takes twice attn_page_bytes. A
  * run is of one KV head: its key scale goes into the softmax scale of its scores, and its value scale into
@@ -27,6 +31,7 @@
 #include "kernels/cpu/pool.h"
 #include "kernels/cpu/workers.h"
 #include "kernels/dtype.h"
+#include "kernels/prefixes.h"
 
 #define MAX_HEAD_DIM 256
 
@@ -34,6 +39,11 @@
 #define ALONE_BYTES ((uint64_t)1 << 20)
 /* Appending fewer (token, head) rows than this likewise. */
 #define ALONE_ROWS 32
+
+/* So many query rows take as long to attend to a token as its read does (docs/cpu-kernel-notes.md, "Shared prefixes").
+ */
+#define READ_ROWS          6
+#define READ_ROWS_WITH_DOT 12 /* with products in bf16 */
 
 /* Address space for the partials of batch_invariant mode, at least; touched only as far as needed. */
 #define CHUNK_MEMORY_BYTES ((size_t)64 << 20)
@@ -67,6 +77,7 @@ typedef struct {
     partial_store slots;     /* [2 * workers] */
     partial_store chunks;    /* batch_invariant: of the current wave */
     size_t chunk_bytes;      /* reserved at chunks.memory */
+    attn_sharing sharing;
     uint32_t group;
     bool is_fp8;
     const attn_plan *plan; /* of the current decode: accepted, or NULL */
@@ -625,10 +636,50 @@ static attn_status collect(cpu_backend *self, attn_timing *timing) {
                   : attn_ok();
 }
 
+/* A worker's share of the members of shared prefixes. */
+static void merge_share(void *context, uint32_t worker) {
+    cpu_backend *self = context;
+    uint64_t members = self->sharing.member_count, workers = self->base.line.workers;
+    int64_t start = attn_now_ns();
+    attn_sharing_merge(&self->sharing, (uint32_t)(worker * members / workers),
+                       (uint32_t)((worker + 1) * members / workers));
+    self->memories[worker].combine_ns += attn_now_ns() - start;
+}
+
+static void merge_members(cpu_backend *self) {
+    const attn_geometry *geometry = &self->base.geometry;
+    uint64_t floats = (uint64_t)self->sharing.member_rows * geometry->heads_q * geometry->head_dim_v;
+    if (2 * floats * sizeof(float) < ALONE_BYTES) {
+        attn_cpu_workers_run_alone(self->workers, merge_share, self);
+    } else {
+        attn_cpu_workers_run(self->workers, merge_share, self);
+    }
+}
+
+/* Decodes the batch as it has been split: what is shared, then what is each sequence's own. */
+static attn_status decode_shared(cpu_backend *self, int64_t start, attn_timing *timing) {
+    attn_line *line = &self->base.line;
+    self->plan = NULL;
+    ATTN_TRY(attn_line_build(line, &self->sharing.shared));
+    int64_t planned = attn_now_ns();
+    attend_line(self);
+    ATTN_TRY(attn_line_build(line, &self->sharing.own));
+    append_batch(self, &self->sharing.own);
+    attend_line(self);
+    merge_members(self);
+    attn_status status = collect(self, timing);
+    timing->plan_ns = planned - start;
+    timing->attention_ns = attn_now_ns() - planned - timing->combine_ns;
+    return status;
+}
+
 static attn_status cpu_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
                               attn_timing *timing) {
     cpu_backend *self = of(backend);
     int64_t start = attn_now_ns();
+    bool shares;
+    ATTN_TRY(attn_sharing_split(&self->sharing, batch, &shares));
+    if (shares) return decode_shared(self, start, timing);
     ATTN_TRY(attn_line_build(&backend->line, batch));
     self->plan = attn_backend_accept_plan(backend, plan);
     int64_t planned = attn_now_ns();
@@ -692,6 +743,7 @@ static void cpu_destroy(attn_backend *backend) {
     free(self->tickets);
     free(self->slots.memory);
     if (self->chunks.memory != NULL) munmap(self->chunks.memory, self->chunk_bytes);
+    attn_sharing_fini(&self->sharing);
     attn_backend_fini(backend);
     free(self);
 }
@@ -708,6 +760,9 @@ static attn_status cpu_create(const attn_backend_config *config, attn_backend **
     self->is_fp8 = attn_kv_dtype(&config->geometry) == ATTN_FP8_E4M3;
     attn_backend_init(&self->base, &attn_cpu_backend_ops, config, ATTN_CPU_TILE_TOKENS, ATTN_CPU_MAX_ROWS / self->group,
                       workers);
+    bool has_dot = kernels->bf16_queries && config->geometry.dtype == ATTN_BF16;
+    attn_sharing_init(&self->sharing, &config->geometry, self->base.line.block_queries,
+                      has_dot ? READ_ROWS_WITH_DOT : READ_ROWS);
     uint64_t chunks = attn_line_min_chunk_slots(&config->geometry, config->pages);
     ATTN_TRY_GOTO(status, allocate_memories(self, workers, chunks > workers ? chunks : workers), cleanup);
     ATTN_TRY_GOTO(status, reserve_chunks(self, chunks), cleanup);

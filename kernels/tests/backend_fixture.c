@@ -248,7 +248,8 @@ size_t sequence_lse_bytes(const test_sequence *sequence, const attn_geometry *ge
     return (size_t)sequence->spec.query_length * geometry->heads_q * sizeof(float);
 }
 
-void sequence_init(test_sequence *sequence, test_pool *pool, sequence_spec spec) {
+/* All of a sequence but what is in the pool: rows, a page table, room for outputs. */
+static void prepare_sequence(test_sequence *sequence, test_pool *pool, sequence_spec spec) {
     memset(sequence, 0, sizeof *sequence);
     sequence->spec = spec;
     sequence->length = spec.stored + (spec.read ? 0 : spec.query_length);
@@ -257,9 +258,27 @@ void sequence_init(test_sequence *sequence, test_pool *pool, sequence_spec spec)
     make_queries(sequence, pool);
     make_keys_and_values(sequence, pool);
     take_pages(sequence, pool);
-    append_in_pieces(sequence, pool, 0, spec.stored, sequence->keys, sequence->values);
     sequence->out = allocate_rows(sequence_out_bytes(sequence, &pool->geometry));
     sequence->lse = allocate(sequence_lse_bytes(sequence, &pool->geometry), 1);
+}
+
+void sequence_init(test_sequence *sequence, test_pool *pool, sequence_spec spec) {
+    prepare_sequence(sequence, pool, spec);
+    append_in_pieces(sequence, pool, 0, spec.stored, sequence->keys, sequence->values);
+}
+
+void sequence_make_fork(test_sequence *fork, test_pool *pool, const test_sequence *parent, uint32_t shared,
+                        sequence_spec spec) {
+    assert_true(shared % pool->geometry.page_size == 0 && shared <= spec.stored && shared <= parent->spec.stored);
+    prepare_sequence(fork, pool, spec);
+    for (uint32_t p = 0; p < shared / pool->geometry.page_size; p++) {
+        pool->free_pages[pool->free_count++] = fork->pages[p];
+        fork->pages[p] = parent->pages[p];
+    }
+    memcpy(fork->keys, parent->keys, shared * fork->key_row_bytes);
+    memcpy(fork->values, parent->values, shared * fork->value_row_bytes);
+    append_in_pieces(fork, pool, shared, spec.stored - shared, fork->keys + shared * fork->key_row_bytes,
+                     fork->values + shared * fork->value_row_bytes);
 }
 
 void sequence_fini(test_sequence *sequence) {

@@ -148,6 +148,13 @@ void sequence_fini(test_sequence *sequence);
 void sequence_make_part(test_sequence *part, test_pool *pool, const test_sequence *whole, uint32_t index,
                         uint32_t count, bool chunked);
 
+/*
+ * Makes `fork` a sequence whose first `shared` tokens, whole pages that `parent` has stored, are the parent's: the same
+ * pages. Others of its spec are its own. The parent's pages must stay as long.
+ */
+void sequence_make_fork(test_sequence *fork, test_pool *pool, const test_sequence *parent, uint32_t shared,
+                        sequence_spec spec);
+
 size_t sequence_out_bytes(const test_sequence *sequence, const attn_geometry *geometry);
 size_t sequence_lse_bytes(const test_sequence *sequence, const attn_geometry *geometry);
 

@@ -60,6 +60,7 @@ typedef struct {
     uint64_t calls; /* counters since start */
     uint64_t launches;
     uint64_t plans_rejected;
+    uint64_t prefix_tokens_shared; /* counted for every layer */
     uint64_t losses;
     uint64_t stalls;
     uint64_t restarts;
