@@ -764,12 +764,23 @@ static void *be_a_client(void *argument) {
     return NULL;
 }
 
+static bool serves_on_all_ranks(dp_engine *engine) {
+    uint64_t handle;
+    uint32_t rank;
+    dice dice = {1};
+    if (attn_failed(dp_sequences_open(engine, TENANT, 1, DP_SPREAD, 0, &handle, &rank))) return false;
+    attn_status status = try_upload(engine, &engine->config.geometry, &dice, &dice, handle, 3000);
+    if (attn_failed(status)) assert_int_equal(ATTN_UNAVAILABLE, status.code);
+    close_sequence(engine, handle);
+    return !attn_failed(status);
+}
+
 static void crowd_lives_with_ranks_that_come_and_go(void **state) {
     (void)state;
     enum { CLIENTS = 5, RANKS = 4 };
     dp_config config = faulty_config(RANKS);
     config.backend = "cpu";
-    config.rank_stall_ns = 100 * MS;
+    config.rank_stall_ns = STALL_NS / 2;
     config.rank_restart_ns = 5 * MS;
     config.rebalance_factor = 1.2;
     config.spread_above_tokens = 550;
@@ -809,9 +820,11 @@ static void crowd_lives_with_ranks_that_come_and_go(void **state) {
         dp_engine_release_rank(engine, r);
     }
     wait_until_none_is_detained();
-    uint64_t handle = open_sequence(engine, DP_SPREAD, 0);
-    fill(engine, handle, 3000, 1);
-    close_sequence(engine, handle);
+    /* A machine that is slower than the stall's limit may cost a rank once more. */
+    int64_t end = attn_now_ns() + 20 * PROMISED_NS;
+    while (!serves_on_all_ranks(engine))
+        assert_true(attn_now_ns() < end);
+    wait_until_none_is_detained();
     destroy_engine(engine);
 }
 
