@@ -32,6 +32,12 @@ static attn_status check_config(const dp_config *config) {
     if (config->sequence_idle_ns < 0) {
         return attn_error(ATTN_INVALID_ARGUMENT, "sequence_idle_ns: must not be negative");
     }
+    if (config->rebalance_factor != 0 && !(config->rebalance_factor > 1)) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "rebalance_factor: %g; must be 0 or above 1",
+                          config->rebalance_factor);
+    }
+    if (config->rank_stall_ns < 0) return attn_error(ATTN_INVALID_ARGUMENT, "rank_stall_ns: must not be negative");
+    if (config->rank_restart_ns < 0) return attn_error(ATTN_INVALID_ARGUMENT, "rank_restart_ns: must not be negative");
     return attn_ok();
 }
 
@@ -82,7 +88,7 @@ static attn_status start_rank(dp_engine *engine, uint32_t index) {
     attn_status status = dp_rank_create(&rank, &engine->ranks[index].rank);
     free(cpus);
     if (attn_failed(status)) return status;
-    engine->ranks[index].device = strdup(attn_backend_describe(dp_rank_backend(engine->ranks[index].rank)));
+    engine->ranks[index].device = strdup(dp_rank_device(engine->ranks[index].rank));
     if (engine->ranks[index].device == NULL) {
         return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for rank %u", index);
     }
@@ -95,6 +101,8 @@ attn_status dp_engine_create(const dp_config *config, dp_engine **engine) {
     if (created == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an engine");
     attn_status status;
     pthread_mutex_init(&created->lock, NULL);
+    dp_moves_init(&created->moves);
+    atomic_init(&created->references, 1);
     copy_config(created, config);
     created->ranks = calloc(config->ranks, sizeof *created->ranks);
     created->results = dp_results_create();
@@ -106,10 +114,11 @@ attn_status dp_engine_create(const dp_config *config, dp_engine **engine) {
     ATTN_TRY_GOTO(status, dp_sequences_init(&created->sequences, config), fail);
     for (uint32_t r = 0; r < config->ranks; r++)
         ATTN_TRY_GOTO(status, start_rank(created, r), fail);
-    created->config.k_scales = NULL; /* the backends have their own */
+    ATTN_TRY_GOTO(status, dp_watchdog_create(created, &created->watchdog), fail);
+    created->config.k_scales = NULL; /* the ranks have their own */
     created->config.v_scales = NULL;
     /* A pinned rank works on its own cores, not on the submitter's. */
-    if (!config->pin_cpus) created->small_bytes = attn_backend_small_bytes(dp_rank_backend(created->ranks[0].rank));
+    if (!config->pin_cpus) created->small_bytes = dp_rank_small_bytes(created->ranks[0].rank);
     *engine = created;
     return attn_ok();
 fail:
@@ -117,20 +126,39 @@ fail:
     return status;
 }
 
-void dp_engine_destroy(dp_engine *engine) {
-    if (engine == NULL) return;
-    for (uint32_t r = 0; engine->ranks != NULL && r < engine->config.ranks; r++) {
-        dp_rank_destroy(engine->ranks[r].rank);
+static void engine_free(dp_engine *engine) {
+    for (uint32_t r = 0; engine->ranks != NULL && r < engine->config.ranks; r++)
         free(engine->ranks[r].device);
-        free(engine->ranks[r].scratch.arrays);
-        free(engine->ranks[r].scratch.staging);
-    }
     free(engine->ranks);
     dp_sequences_fini(&engine->sequences);
     dp_steps_fini(&engine->steps);
     dp_results_close(engine->results);
     pthread_mutex_destroy(&engine->lock);
     free(engine);
+}
+
+void dp_engine_hold(dp_engine *engine) { atomic_fetch_add_explicit(&engine->references, 1, memory_order_relaxed); }
+
+void dp_engine_let_go(dp_engine *engine) {
+    if (atomic_fetch_sub_explicit(&engine->references, 1, memory_order_acq_rel) == 1) engine_free(engine);
+}
+
+void dp_engine_destroy(dp_engine *engine) {
+    if (engine == NULL) return;
+    dp_moves_fini(engine); /* a rank that hangs in a move is given up by the watchdog */
+    dp_watchdog_destroy(engine->watchdog);
+    for (uint32_t r = 0; engine->ranks != NULL && r < engine->config.ranks; r++) {
+        if (engine->ranks[r].rank != NULL) dp_rank_stop(engine->ranks[r].rank);
+    }
+    for (uint32_t r = 0; engine->ranks != NULL && r < engine->config.ranks; r++)
+        dp_rank_destroy(engine->ranks[r].rank);
+    dp_engine_let_go(engine);
+}
+
+void dp_keep_release(dp_keep *keep) {
+    dp_keep kept = *keep;
+    *keep = (dp_keep){0};
+    if (kept.release != NULL) kept.release(kept.context);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -142,20 +170,31 @@ static uint64_t counted(const atomic_uint_fast64_t *counter) {
     return atomic_load_explicit(counter, memory_order_relaxed);
 }
 
+static dp_rank_state state_of(const dp_rank_record *record) {
+    if (!record->lost) return DP_RANK_SERVING;
+    return record->starting ? DP_RANK_RESTARTING : DP_RANK_LOST;
+}
+
 void dp_engine_rank_info(dp_engine *engine, uint32_t rank, dp_rank_info *info) {
     dp_engine_rank *of = &engine->ranks[rank];
+    dp_rank_record record;
+    dp_rank_read_record(of->rank, &record);
     *info = (dp_rank_info){
-        .state = dp_rank_lost(of->rank) ? DP_RANK_LOST : DP_RANK_SERVING,
+        .state = state_of(&record),
         .queue_depth = dp_rank_queue_depth(of->rank),
         .calls = counted(&of->counters.calls),
         .launches = counted(&of->counters.launches),
-        .plans_rejected = attn_backend_plans_rejected(dp_rank_backend(of->rank)),
+        .plans_rejected = record.plans_rejected,
         .busy_ns = (int64_t)counted(&of->counters.busy_ns),
         .bytes_in_place = counted(&of->counters.bytes_in_place),
         .bytes_gathered = counted(&of->counters.bytes_gathered),
         .prefix_tokens_shared = counted(&of->counters.prefix_tokens_shared),
+        .losses = record.losses,
+        .stalls = record.stalls,
+        .restarts = record.restarts,
         .device = of->device,
     };
+    snprintf(info->last_error, sizeof info->last_error, "%s", record.last_error.message);
     pthread_mutex_lock(&engine->lock);
     info->sequences = engine->sequences.loads[rank].sequences;
     info->tokens = engine->sequences.loads[rank].tokens;
@@ -172,13 +211,18 @@ void dp_engine_count(dp_engine *engine, dp_engine_counts *counts) {
         .steps = engine->steps.open,
         .steps_committed = engine->steps.committed,
         .steps_aborted = engine->steps.aborted,
+        .moves = engine->moves.succeeded,
+        .moves_failed = engine->moves.failed,
+        .moved_tokens = engine->moves.tokens,
+        .moved_bytes = engine->moves.bytes,
     };
     pthread_mutex_unlock(&engine->lock);
 }
 
-void dp_engine_note_lost(dp_engine *engine) {
+void dp_engine_note_ranks(dp_engine *engine) {
     for (uint32_t r = 0; r < engine->config.ranks; r++) {
         engine->sequences.loads[r].lost = dp_rank_lost(engine->ranks[r].rank);
+        engine->sequences.loads[r].full = engine->sequences.pools[r].free == 0;
     }
 }
 
@@ -196,10 +240,30 @@ void dp_engine_reap(dp_engine *engine) {
     int64_t now = attn_now_ns();
     if (engine->config.step_idle_ns > 0) dp_steps_reap(engine, now - engine->config.step_idle_ns);
     if (engine->config.sequence_idle_ns > 0) close_idle_sequences(engine, now - engine->config.sequence_idle_ns);
+    dp_moves_resume(engine);
+    dp_engine_balance(engine);
+}
+
+attn_status dp_engine_restart_rank(dp_engine *engine, uint32_t rank) {
+    if (rank >= engine->config.ranks) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "rank: %u; this server has ranks 0 .. %u", rank,
+                          engine->config.ranks - 1);
+    }
+    if (!dp_rank_lost(engine->ranks[rank].rank)) {
+        return attn_error(ATTN_FAILED_PRECONDITION, "rank: %u serves; only a lost rank is restarted", rank);
+    }
+    dp_watchdog_restart(engine->watchdog, rank);
+    return attn_ok();
 }
 
 #ifndef ATTN_RELEASE
-void dp_engine_fail_rank(dp_engine *engine, uint32_t rank) { dp_rank_fail(engine->ranks[rank].rank); }
+void dp_engine_fail_rank(dp_engine *engine, uint32_t rank) {
+    dp_rank_fence(engine->ranks[rank].rank, attn_error(ATTN_UNAVAILABLE, "failed for a test"));
+}
+
+void dp_engine_stall_rank(dp_engine *engine, uint32_t rank) { dp_rank_stall(engine->ranks[rank].rank); }
+
+void dp_engine_release_rank(dp_engine *engine, uint32_t rank) { dp_rank_release(engine->ranks[rank].rank); }
 #endif
 
 /* ------------------------------------------------------------------------------------------- */
@@ -217,7 +281,7 @@ static attn_status open_locked(dp_engine *engine, uint32_t tenant, uint32_t coun
                                uint32_t rank, uint64_t *handles, uint32_t *ranks) {
     dp_sequences *table = &engine->sequences;
     ATTN_TRY(dp_sequences_room(table, tenant, count));
-    dp_engine_note_lost(engine);
+    dp_engine_note_ranks(engine);
     for (uint32_t i = 0; i < count; i++) {
         dp_sequence *sequence;
         attn_status status = open_one(engine, tenant, placement, rank, &sequence);
@@ -245,7 +309,7 @@ attn_status dp_sequences_open(dp_engine *engine, uint32_t tenant, uint32_t count
 static attn_status find_one(dp_engine *engine, uint32_t tenant, uint64_t handle, dp_sequence **sequence) {
     *sequence = dp_sequences_find(&engine->sequences, tenant, handle);
     if (*sequence == NULL) return attn_error(ATTN_NOT_FOUND, "sequence: unknown, closed or not yours");
-    dp_engine_note_lost(engine);
+    dp_engine_note_ranks(engine);
     return dp_sequence_holds(&engine->sequences, *sequence);
 }
 
@@ -278,7 +342,7 @@ attn_status dp_sequence_fork(dp_engine *engine, uint32_t tenant, uint64_t parent
 static attn_status truncate_locked(dp_engine *engine, uint32_t tenant, uint64_t handle, uint64_t length) {
     dp_sequence *sequence;
     ATTN_TRY(find_one(engine, tenant, handle, &sequence));
-    if (sequence->busy) return attn_error(ATTN_ABORTED, "sequence: in a step or upload right now");
+    if (sequence->busy) return attn_error(ATTN_ABORTED, "sequence: %s right now", dp_sequence_busy_with(sequence));
     ATTN_TRY(check_length(sequence, length));
     dp_sequences_cut(&engine->sequences, sequence, length);
     sequence->used_ns = attn_now_ns();
@@ -297,7 +361,8 @@ static attn_status close_locked(dp_engine *engine, uint32_t tenant, const uint64
     dp_sequences *table = &engine->sequences;
     ATTN_TRY(dp_sequences_find_all(table, tenant, handles, count, sequences));
     for (uint32_t i = 0; i < count; i++) {
-        if (sequences[i]->busy) return attn_error(ATTN_ABORTED, "sequences[%u]: in a step or upload right now", i);
+        if (!sequences[i]->busy) continue;
+        return attn_error(ATTN_ABORTED, "sequences[%u]: %s right now", i, dp_sequence_busy_with(sequences[i]));
     }
     for (uint32_t i = 0; i < count; i++)
         dp_sequences_remove(table, sequences[i]);

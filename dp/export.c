@@ -28,11 +28,15 @@ struct dp_export {
     uint64_t tokens;
     uint32_t stripes;
     export_part *parts;     /* [stripes] */
-    atomic_uint references; /* the open export, the chunk in flight */
+    atomic_uint references; /* to its pages: the open export, the chunk in flight */
+    atomic_uint users;      /* of its memory: all of these together, runs abandoned */
     atomic_bool running;    /* a chunk is in flight */
     atomic_bool failed;     /* it has failed */
+    atomic_bool detained;   /* a part of it was abandoned */
     dp_gather gather;
     dp_export_chunk *chunk;
+    dp_export_chunk input;     /* a copy of it: what ranks look at, also when the chunk has come back without them */
+    dp_keep keep;              /* until the last user is gone */
     attn_saved_status failure; /* written by the first to set `failed` */
 };
 
@@ -51,9 +55,16 @@ static void for_pages_held(dp_export *export, void (*change)(dp_pages *, uint32_
     for (uint32_t j = 0; j < export->stripes; j++) {
         const export_part *part = &export->parts[j];
         dp_pages *pool = &export->engine->sequences.pools[part->rank];
+        if (pool->epoch != part->job.epoch) continue; /* the pages are gone with their rank */
         for (uint32_t p = part->first_page; p < part->page_count; p++)
             change(pool, part->pages[p]);
     }
+}
+
+static void let_go(dp_export *export) {
+    if (atomic_fetch_sub_explicit(&export->users, 1, memory_order_acq_rel) > 1) return;
+    dp_keep_release(&export->keep);
+    export_free(export);
 }
 
 static void unreference(dp_export *export) {
@@ -61,7 +72,7 @@ static void unreference(dp_export *export) {
     pthread_mutex_lock(&export->engine->lock);
     for_pages_held(export, dp_pages_drop);
     pthread_mutex_unlock(&export->engine->lock);
-    export_free(export);
+    let_go(export);
 }
 
 extern const dp_job_kind dp_export_job_kind;
@@ -74,6 +85,7 @@ static bool make_part(dp_export *export, const dp_sequence *sequence, uint32_t s
     uint64_t end = dp_part_length(export->first + export->tokens, stripe, export->stripes);
     part->job.kind = &dp_export_job_kind;
     part->job.weight = 1;
+    part->job.epoch = sequence->parts[stripe].epoch;
     part->export = export;
     part->stripe = stripe;
     part->rank = dp_sequence_rank(table, sequence, stripe);
@@ -103,15 +115,26 @@ static dp_export *make_export(dp_engine *engine, const dp_sequence *sequence, ui
         return NULL;
     }
     atomic_init(&made->references, 1);
+    atomic_init(&made->users, 1);
     atomic_init(&made->running, false);
     atomic_init(&made->failed, false);
+    atomic_init(&made->detained, false);
     return made;
+}
+
+attn_status dp_export_hold(dp_engine *engine, const dp_sequence *sequence, uint64_t position, uint64_t tokens,
+                           dp_export **export) {
+    dp_export *made = make_export(engine, sequence, position, tokens);
+    if (made == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an export");
+    for_pages_held(made, dp_pages_share);
+    *export = made;
+    return attn_ok();
 }
 
 /* With the lock held. */
 static attn_status begin_locked(dp_engine *engine, dp_sequence *sequence, uint64_t position, uint64_t tokens,
                                 dp_export **export) {
-    dp_engine_note_lost(engine);
+    dp_engine_note_ranks(engine);
     ATTN_TRY(dp_sequence_holds(&engine->sequences, sequence));
     uint64_t length = sequence->length;
     if (position > length) {
@@ -123,11 +146,8 @@ static attn_status begin_locked(dp_engine *engine, dp_sequence *sequence, uint64
                           "tokens: %" PRIu64 " from position %" PRIu64 " on; the sequence has %" PRIu64, tokens,
                           position, length);
     }
-    dp_export *made = make_export(engine, sequence, position, tokens == 0 ? length - position : tokens);
-    if (made == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an export");
-    for_pages_held(made, dp_pages_share);
+    ATTN_TRY(dp_export_hold(engine, sequence, position, tokens == 0 ? length - position : tokens, export));
     sequence->used_ns = attn_now_ns();
-    *export = made;
     return attn_ok();
 }
 
@@ -145,12 +165,14 @@ uint64_t dp_export_tokens(const dp_export *export) { return export->tokens; }
 
 void dp_export_end(dp_export *export) { unreference(export); }
 
+void dp_export_keep(dp_export *export, dp_keep keep) { export->keep = keep; }
+
 /* ------------------------------------------------------------------------------------------- */
 /* What a rank does with a chunk */
 
-static attn_status read_rows(attn_backend *backend, const export_part *part) {
+static attn_status read_rows(dp_worker *worker, const export_part *part) {
     const dp_export *export = part->export;
-    const dp_export_chunk *chunk = export->chunk;
+    const dp_export_chunk *chunk = &export->input;
     size_t key_bytes = export->engine->key_row_bytes, value_bytes = export->engine->value_row_bytes;
     uint64_t first = export->first + chunk->token_offset, end = first + chunk->tokens, run;
     for (uint64_t position = first; position < end; position += run) {
@@ -158,8 +180,9 @@ static attn_status read_rows(attn_backend *backend, const export_part *part) {
         if (run > end - position) run = end - position;
         if (dp_part_of(position, export->stripes) != part->stripe) continue;
         uint64_t local = dp_part_length(position, part->stripe, export->stripes), row = position - first;
-        ATTN_TRY(attn_backend_export(backend, chunk->layer, part->pages, part->page_count, local, (uint32_t)run,
-                                     (char *)chunk->keys + row * key_bytes, (char *)chunk->values + row * value_bytes));
+        ATTN_TRY(attn_backend_export(dp_worker_backend(worker), chunk->layer, part->pages, part->page_count, local,
+                                     (uint32_t)run, (char *)chunk->keys + row * key_bytes,
+                                     (char *)chunk->values + row * value_bytes));
     }
     return attn_ok();
 }
@@ -169,17 +192,15 @@ static void part_fail(export_part *part, attn_status status) {
     attn_status_save(&part->failure, status);
 }
 
-static void export_run(dp_rank *rank, dp_job *const *jobs, uint32_t count) {
-    for (uint32_t i = 0; i < count; i++) {
-        export_part *part = (export_part *)jobs[i];
-        int64_t start = attn_now_ns();
-        attn_status status = dp_rank_lost(rank) ? attn_error(ATTN_UNAVAILABLE, "rank %u is lost", part->rank)
-                                                : read_rows(dp_rank_backend(rank), part);
-        dp_count(&part->export->engine->ranks[part->rank].counters.busy_ns, (uint64_t)(attn_now_ns() - start));
-        if (!attn_failed(status)) continue;
-        part_fail(part, status);
-        if (status.code == ATTN_UNAVAILABLE) dp_rank_fail(rank);
-    }
+/* Nothing joins an export's job: it runs alone. */
+static attn_status export_run(dp_worker *worker, dp_job *const *jobs, uint32_t count) {
+    (void)count;
+    export_part *part = (export_part *)jobs[0];
+    int64_t start = attn_now_ns();
+    attn_status status = dp_worker_retired(worker) ? dp_rank_lost_status(part->rank) : read_rows(worker, part);
+    dp_count(&part->export->engine->ranks[part->rank].counters.busy_ns, (uint64_t)(attn_now_ns() - start));
+    if (attn_failed(status)) part_fail(part, status);
+    return status;
 }
 
 /* Lets go of the export before it says so: who ends it in `done` or later gives its pages back at once. */
@@ -188,16 +209,23 @@ static void chunk_complete(dp_export *export) {
     bool has_failed = atomic_load(&export->failed);
     attn_saved_status failure = {0};
     if (has_failed) failure = export->failure;
+    atomic_fetch_add(&export->users, 1); /* until `done` has returned */
+    chunk->detained = atomic_load(&export->detained);
     atomic_store(&export->running, false);
     unreference(export);
     chunk->done(chunk, has_failed ? attn_status_view(&failure) : attn_ok());
+    let_go(export);
+}
+
+static void part_arrives(dp_export *export) {
+    if (dp_gather_arrive(&export->gather)) chunk_complete(export);
 }
 
 static void export_finish(dp_job *job) {
     export_part *part = (export_part *)job;
     dp_export *export = part->export;
     if (part->failed && !atomic_exchange(&export->failed, true)) export->failure = part->failure;
-    if (dp_gather_arrive(&export->gather)) chunk_complete(export);
+    part_arrives(export);
 }
 
 static void export_drop(dp_job *job, attn_status status) {
@@ -205,7 +233,29 @@ static void export_drop(dp_job *job, attn_status status) {
     export_finish(job);
 }
 
-const dp_job_kind dp_export_job_kind = {.run = export_run, .finish = export_finish, .drop = export_drop};
+static void export_abandon(dp_job *job, attn_status status) {
+    dp_export *export = ((export_part *)job)->export;
+    dp_engine_hold(export->engine);
+    atomic_fetch_add(&export->users, 1);
+    atomic_store(&export->detained, true);
+    if (!atomic_exchange(&export->failed, true)) attn_status_save(&export->failure, status);
+    part_arrives(export);
+}
+
+static void export_reclaim(dp_job *job) {
+    dp_export *export = ((export_part *)job)->export;
+    dp_engine *engine = export->engine;
+    let_go(export);
+    dp_engine_let_go(engine);
+}
+
+const dp_job_kind dp_export_job_kind = {
+    .run = export_run,
+    .finish = export_finish,
+    .drop = export_drop,
+    .abandon = export_abandon,
+    .reclaim = export_reclaim,
+};
 
 /* ------------------------------------------------------------------------------------------- */
 /* Chunks */
@@ -231,13 +281,15 @@ attn_status dp_export_read(dp_export *export, dp_export_chunk *chunk) {
     uint32_t stripes[DP_MAX_RANKS];
     uint32_t count = dp_parts_holding(export->first + chunk->token_offset, chunk->tokens, export->stripes, stripes);
     for (uint32_t s = 0; s < count; s++) {
-        attn_status status = dp_rank_reserve(ranks[export->parts[stripes[s]].rank].rank);
+        attn_status status =
+            dp_rank_reserve(ranks[export->parts[stripes[s]].rank].rank, export->parts[stripes[s]].job.epoch);
         if (!attn_failed(status)) continue;
         while (s-- > 0)
             dp_rank_unreserve(ranks[export->parts[stripes[s]].rank].rank);
         return status;
     }
     export->chunk = chunk;
+    export->input = *chunk;
     atomic_store(&export->running, true);
     atomic_fetch_add(&export->references, 1);
     dp_gather_init(&export->gather, count);

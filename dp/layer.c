@@ -16,7 +16,7 @@
 #include "dp/tensors.h"
 
 typedef struct {
-    dp_rank *rank;
+    dp_worker *worker;
     dp_engine_rank *owner;
     const dp_engine *engine;
     dp_layer_part *parts[DP_MAX_MERGED];
@@ -58,12 +58,12 @@ static float microseconds(int64_t nanoseconds) { return (float)nanoseconds / 100
 /* ------------------------------------------------------------------------------------------- */
 /* Which parts run */
 
-static attn_status may_start(const dp_rank *rank, const dp_step *step, int64_t now) {
-    if (dp_rank_lost(rank)) return attn_error(ATTN_UNAVAILABLE, "rank %u is lost", dp_rank_index(rank));
+static attn_status may_start(const dp_worker *worker, const dp_step *step, int64_t now) {
+    if (dp_worker_retired(worker)) return dp_rank_lost_status(dp_worker_rank(worker));
     if (atomic_load_explicit(&step->cancelled, memory_order_relaxed)) {
         return attn_error(ATTN_CANCELLED, "the call was cancelled");
     }
-    if (now > step->call->deadline_ns) return attn_error(ATTN_DEADLINE_EXCEEDED, "the deadline passed in the queue");
+    if (now > step->input.deadline_ns) return attn_error(ATTN_DEADLINE_EXCEEDED, "the deadline passed in the queue");
     if (atomic_load_explicit(&step->failed, memory_order_relaxed)) {
         return attn_error(ATTN_CANCELLED, "another rank failed");
     }
@@ -71,11 +71,11 @@ static attn_status may_start(const dp_rank *rank, const dp_step *step, int64_t n
 }
 
 /* Copy on write. The first layer is the first to write, and it runs once. */
-static attn_status copy_shared_pages(dp_rank *rank, const dp_layer_part *part) {
-    if (part->step->read_only || part->step->call->layer != 0) return attn_ok();
+static attn_status copy_shared_pages(dp_worker *worker, const dp_layer_part *part) {
+    if (part->step->read_only || part->step->input.layer != 0) return attn_ok();
     for (uint32_t i = 0; i < part->batch->copy_count; i++) {
         const dp_page_copy *copy = &part->batch->copies[i];
-        ATTN_TRY(attn_backend_copy_page(dp_rank_backend(rank), copy->from, copy->to));
+        ATTN_TRY(attn_backend_copy_page(dp_worker_backend(worker), copy->from, copy->to));
     }
     return attn_ok();
 }
@@ -88,21 +88,21 @@ static void add_part(launch *launch, dp_layer_part *part) {
     launch->size += part->batch->size;
     launch->rows += part->batch->rows;
     launch->pages += part->batch->page_offsets[part->batch->size];
-    if (may_share(&part->step->call->options)) {
+    if (may_share(&part->step->input.options)) {
         launch->prefix_count += part->batch->prefix_count;
         launch->tokens_shared += part->batch->tokens_shared;
     }
     launch->spread |= part->batch->parts != NULL;
-    launch->wants_lse |= part->step->call->options.return_lse;
-    launch->device_time |= part->step->call->device_time;
+    launch->wants_lse |= part->step->input.options.return_lse;
+    launch->device_time |= part->step->input.device_time;
 }
 
 static void select_parts(launch *launch, dp_job *const *jobs, uint32_t count) {
     int64_t now = attn_now_ns();
     for (uint32_t i = 0; i < count; i++) {
         dp_layer_part *part = part_of(jobs[i]);
-        attn_status status = may_start(launch->rank, part->step, now);
-        if (!attn_failed(status)) status = copy_shared_pages(launch->rank, part);
+        attn_status status = may_start(launch->worker, part->step, now);
+        if (!attn_failed(status)) status = copy_shared_pages(launch->worker, part);
         if (attn_failed(status)) {
             dp_layer_part_fail(part, status);
             continue;
@@ -165,7 +165,7 @@ static size_t carve_arrays(launch *launch, char *base) {
 }
 
 static attn_status reserve_arrays(launch *launch) {
-    dp_rank_scratch *scratch = &launch->owner->scratch;
+    dp_scratch *scratch = dp_worker_scratch(launch->worker);
     size_t size = carve_arrays(launch, NULL);
     if (!dp_scratch_reserve(&scratch->arrays, &scratch->arrays_size, size)) {
         return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a launch of %u sequences", launch->size);
@@ -185,17 +185,14 @@ static const void *take_rows(launch *launch, dp_tensor_reader *reader, size_t of
         launch->bytes_in_place += size;
         return rows;
     }
-    dp_rank_scratch *scratch = &launch->owner->scratch;
+    dp_scratch *scratch = dp_worker_scratch(launch->worker);
     if (launch->staged == 0) {
         /* Once, for the worst case: pointers into it must stay. Memory not needed is not touched. */
         const dp_engine *engine = launch->engine;
         size_t worst = launch->rows * (engine->query_row_bytes + engine->key_row_bytes + engine->value_row_bytes);
-        void *staging = scratch->staging;
-        bool reserved = dp_scratch_reserve(&staging, &scratch->staging_size, worst);
-        scratch->staging = staging;
-        if (!reserved) return NULL;
+        if (!dp_scratch_reserve(&scratch->staging, &scratch->staging_size, worst)) return NULL;
     }
-    char *gathered = scratch->staging + launch->staged;
+    char *gathered = (char *)scratch->staging + launch->staged;
     dp_tensor_reader_copy(reader, offset, size, gathered);
     launch->staged += size;
     launch->bytes_gathered += size;
@@ -245,7 +242,7 @@ static bool take_sequence(launch *launch, const dp_layer_part *part, uint32_t i,
 
 static attn_status take_part(launch *launch, const dp_layer_part *part, uint32_t first) {
     int64_t start = attn_now_ns();
-    const dp_layer_call *call = part->step->call;
+    const dp_layer_call *call = &part->step->input;
     row_readers readers;
     dp_tensor_reader_init(&readers.queries, &call->queries);
     dp_tensor_reader_init(&readers.keys, &call->new_keys);
@@ -319,9 +316,9 @@ static attn_status assemble(launch *launch) {
         first += part->batch->size;
     }
     const dp_step *step = launch->parts[0]->step;
-    const dp_options *options = &step->call->options;
+    const dp_options *options = &step->input.options;
     launch->batch = (attn_batch){
-        .layer = step->call->layer,
+        .layer = step->input.layer,
         .size = launch->size,
         .lengths = launch->lengths,
         .query_lengths = launch->query_lengths,
@@ -363,7 +360,7 @@ static void note_timing(const launch *launch, const attn_timing *timing) {
 static attn_status decode(launch *launch) {
     attn_timing timing = {0};
     int64_t start = attn_now_ns();
-    attn_status status = attn_backend_decode(dp_rank_backend(launch->rank), &launch->batch, NULL, &timing);
+    attn_status status = attn_backend_decode(dp_worker_backend(launch->worker), &launch->batch, NULL, &timing);
     dp_rank_counters *counters = &launch->owner->counters;
     dp_count(&counters->busy_ns, (uint64_t)(attn_now_ns() - start));
     dp_count(&counters->launches, 1);
@@ -375,23 +372,22 @@ static attn_status decode(launch *launch) {
     return status;
 }
 
-static void layer_run(dp_rank *rank, dp_job *const *jobs, uint32_t count) {
+static attn_status layer_run(dp_worker *worker, dp_job *const *jobs, uint32_t count) {
     const dp_engine *engine = part_of(jobs[0])->step->engine;
     launch launch;
-    launch.rank = rank;
-    launch.owner = &engine->ranks[dp_rank_index(rank)];
+    launch.worker = worker;
+    launch.owner = &engine->ranks[dp_worker_rank(worker)];
     launch.engine = engine;
     launch.count = launch.size = launch.rows = launch.pages = launch.prefix_count = 0;
     launch.tokens_shared = 0;
     launch.spread = launch.wants_lse = launch.device_time = false;
     launch.staged = launch.bytes_in_place = launch.bytes_gathered = 0;
     select_parts(&launch, jobs, count);
-    if (launch.count == 0) return;
+    if (launch.count == 0) return attn_ok();
     attn_status status = assemble(&launch);
     if (!attn_failed(status)) status = decode(&launch);
-    if (!attn_failed(status)) return;
-    fail_parts(&launch, status);
-    if (status.code == ATTN_UNAVAILABLE) dp_rank_fail(rank);
+    if (attn_failed(status)) fail_parts(&launch, status);
+    return status;
 }
 
 static void layer_finish(dp_job *job) { dp_layer_part_finish(part_of(job)); }
@@ -401,6 +397,10 @@ static void layer_drop(dp_job *job, attn_status status) {
     dp_layer_part_finish(part_of(job));
 }
 
+static void layer_abandon(dp_job *job, attn_status status) { dp_layer_part_abandon(part_of(job), status); }
+
+static void layer_reclaim(dp_job *job) { dp_layer_part_reclaim(part_of(job)); }
+
 static bool same_sinks(const dp_options *left, const dp_options *right) {
     if (left->sink_count != right->sink_count) return false;
     return left->sink_count == 0 || memcmp(left->sinks, right->sinks, left->sink_count * sizeof *left->sinks) == 0;
@@ -409,9 +409,9 @@ static bool same_sinks(const dp_options *left, const dp_options *right) {
 static bool layer_joins(const dp_job *first_job, const dp_job *job) {
     const dp_step *first = ((const dp_layer_part *)first_job)->step;
     const dp_step *other = ((const dp_layer_part *)job)->step;
-    const dp_options *left = &first->call->options;
-    const dp_options *right = &other->call->options;
-    return first->call->layer == other->call->layer && first->read_only == other->read_only &&
+    const dp_options *left = &first->input.options;
+    const dp_options *right = &other->input.options;
+    return first->input.layer == other->input.layer && first->read_only == other->read_only &&
            first->scale == other->scale && left->softcap == right->softcap && left->window == right->window &&
            left->batch_invariant == right->batch_invariant && same_sinks(left, right);
 }
@@ -420,5 +420,7 @@ const dp_job_kind dp_layer_job_kind = {
     .run = layer_run,
     .finish = layer_finish,
     .drop = layer_drop,
+    .abandon = layer_abandon,
+    .reclaim = layer_reclaim,
     .joins = layer_joins,
 };

@@ -2,18 +2,26 @@
 
 #include <assert.h>
 #include <stdlib.h>
+#include <string.h>
 
 attn_status dp_pages_init(dp_pages *pages, uint32_t total) {
-    *pages = (dp_pages){.total = total, .free = total};
+    *pages = (dp_pages){.total = total};
     pages->references = calloc(total, sizeof *pages->references);
     pages->free_stack = malloc(total * sizeof *pages->free_stack);
     if (pages->references == NULL || pages->free_stack == NULL) {
         dp_pages_fini(pages);
         return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory to count %u pages", total);
     }
-    for (uint32_t i = 0; i < total; i++)
-        pages->free_stack[i] = total - 1 - i;
+    dp_pages_renew(pages);
     return attn_ok();
+}
+
+void dp_pages_renew(dp_pages *pages) {
+    pages->epoch++;
+    pages->free = pages->total;
+    memset(pages->references, 0, pages->total * sizeof *pages->references);
+    for (uint32_t i = 0; i < pages->total; i++)
+        pages->free_stack[i] = pages->total - 1 - i;
 }
 
 void dp_pages_fini(dp_pages *pages) {

@@ -18,6 +18,7 @@
 #define DP_NO_PAGE UINT32_MAX
 
 typedef struct {
+    uint32_t epoch; /* from 1; counts up when the pool is emptied under its holders: pages of an earlier one are gone */
     uint32_t total;
     uint32_t free;
     uint32_t *references; /* [total] */
@@ -35,6 +36,9 @@ void dp_pages_share(dp_pages *pages, uint32_t page);
 
 /* One holder less; the last one frees the page. */
 void dp_pages_drop(dp_pages *pages, uint32_t page);
+
+/* A new epoch: all pages are free. Who holds pages of an earlier one does not drop them any more. */
+void dp_pages_renew(dp_pages *pages);
 
 bool dp_pages_shared(const dp_pages *pages, uint32_t page);
 

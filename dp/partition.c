@@ -161,6 +161,7 @@ static void add_part(const dp_partition_request *request, dp_batch *batch, const
                      uint32_t rows) {
     uint32_t i = batch->size;
     const dp_sequence *sequence = view->sequence;
+    batch->epoch = view->part->epoch;
     batch->first_rows[i] = row;
     batch->lengths[i] = (uint32_t)view->length;
     batch->query_lengths[i] = rows;

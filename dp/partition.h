@@ -23,6 +23,7 @@ typedef struct {
 /* One rank's part of a step. The arrays from `lengths` to `partials` have attn_batch's meaning. */
 typedef struct {
     uint32_t rank;
+    uint32_t epoch; /* of its pages: see dp_pages */
     uint32_t size;
     uint32_t rows;           /* query rows of all its sequences */
     uint64_t tokens;         /* attended to: the sum of lengths */

@@ -1,6 +1,8 @@
 #include "dp/placement.h"
 
-static bool carries_less(const dp_rank_load *left, const dp_rank_load *right) {
+/* Whether `left` is the better place for a new sequence. */
+static bool is_better(const dp_rank_load *left, const dp_rank_load *right) {
+    if (left->full != right->full) return right->full;
     uint64_t left_tokens = left->tokens + left->tokens_in_flight;
     uint64_t right_tokens = right->tokens + right->tokens_in_flight;
     if (left_tokens != right_tokens) return left_tokens < right_tokens;
@@ -11,9 +13,9 @@ static attn_status choose_least_tokens(const dp_rank_load *loads, uint32_t ranks
     uint32_t best = ranks;
     for (uint32_t r = 0; r < ranks; r++) {
         if (loads[r].lost) continue;
-        if (best == ranks || carries_less(&loads[r], &loads[best])) best = r;
+        if (best == ranks || is_better(&loads[r], &loads[best])) best = r;
     }
-    if (best == ranks) return attn_error(ATTN_UNAVAILABLE, "every rank is lost");
+    if (best == ranks) return attn_error(ATTN_UNAVAILABLE, "every rank is lost; try again when one serves");
     *rank = best;
     return attn_ok();
 }
@@ -26,14 +28,16 @@ static attn_status choose_next(const dp_rank_load *loads, uint32_t ranks, uint32
         *rank = r;
         return attn_ok();
     }
-    return attn_error(ATTN_UNAVAILABLE, "every rank is lost");
+    return attn_error(ATTN_UNAVAILABLE, "every rank is lost; try again when one serves");
 }
 
 static attn_status choose_explicit(const dp_rank_load *loads, uint32_t ranks, uint32_t wanted, uint32_t *rank) {
     if (wanted >= ranks) {
         return attn_error(ATTN_INVALID_ARGUMENT, "dp_rank: %u; this server has ranks 0 .. %u", wanted, ranks - 1);
     }
-    if (loads[wanted].lost) return attn_error(ATTN_UNAVAILABLE, "dp_rank: rank %u is lost", wanted);
+    if (loads[wanted].lost)
+        return attn_error(ATTN_UNAVAILABLE, "dp_rank: rank %u is lost; choose another, or wait until it serves again",
+                          wanted);
     *rank = wanted;
     return attn_ok();
 }
@@ -45,7 +49,10 @@ attn_status dp_placement_choose(const dp_rank_load *loads, uint32_t ranks, dp_pl
     case DP_EXPLICIT: return choose_explicit(loads, ranks, wanted, rank);
     case DP_SPREAD:
         for (uint32_t r = 0; r < ranks; r++) {
-            if (loads[r].lost) return attn_error(ATTN_UNAVAILABLE, "placement: spread needs rank %u, which is lost", r);
+            if (loads[r].lost)
+                return attn_error(
+                    ATTN_UNAVAILABLE,
+                    "placement: spread needs rank %u, which is lost; choose another, or wait until it serves again", r);
         }
         return choose_least_tokens(loads, ranks, rank);
     case DP_LEAST_TOKENS: return choose_least_tokens(loads, ranks, rank);

@@ -14,11 +14,13 @@ typedef struct {
     uint64_t tokens_in_flight; /* of steps and uploads in progress */
     uint64_t sequences;
     bool lost; /* takes no new sequences */
+    bool full; /* has no page free */
 } dp_rank_load;
 
 /*
  * Chooses the rank of one new sequence: the home rank, if it is spread.
- *   DP_LEAST_TOKENS, DP_SPREAD  fewest tokens held and in flight, then fewest sequences, then lowest number
+ *   DP_LEAST_TOKENS, DP_SPREAD  fewest tokens held and in flight, then fewest sequences, then lowest number; of the
+ *                               ranks that have a page free, if there is one
  *   DP_ROUND_ROBIN              the first serving rank from `*turn` on; moves `*turn` past it
  *   DP_EXPLICIT                 `wanted`, or an error: ATTN_INVALID_ARGUMENT out of range, ATTN_UNAVAILABLE lost
  * ATTN_UNAVAILABLE: no rank serves; for DP_SPREAD: one does not.

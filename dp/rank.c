@@ -6,6 +6,7 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "base/clock.h"
@@ -13,27 +14,82 @@
 /* How long the worker looks for a next job before it sleeps: less than a wake-up costs. */
 #define SPIN_NS 20000
 
+#define NOT_SERVING 0 /* no epoch has this number */
+
+/* Guarded by the rank's lock unless it says otherwise. Freed with the last reference. */
+struct dp_worker {
+    dp_rank *rank;           /* referenced; constant */
+    pthread_t thread;        /* joined by dp_rank_destroy, or detached before */
+    atomic_uint references;  /* its thread; the rank while it is starting; a submitter that executes; who abandons */
+    attn_backend *backend;   /* the executing thread's, once started */
+    dp_scratch scratch;      /* the executing thread's */
+    bool started;            /* with.. */
+    attn_saved_status start; /* ..this outcome */
+    bool executing;          /* some thread drives the backend, for.. */
+    dp_job *group[DP_MAX_MERGED];
+    uint32_t group_count;
+    bool sleeping;          /* its thread waits for `wake` */
+    bool calling_back;      /* its thread ran a group, and calls what that is for */
+    atomic_bool retired;    /* the rank was lost; read by any thread */
+    bool abandoned;         /* ..while it executed `group`, which does not change any more */
+    atomic_uint unsettled;  /* abandoned: the run, until it comes back, and who abandons, until that is done */
+    uint64_t stalled_until; /* test aid: hangs before calls of the backend until the rank's `releases` are as many */
+};
+
 struct dp_rank {
-    dp_rank_config config;
-    attn_backend *backend;        /* the executing thread's */
-    dp_job *group[DP_MAX_MERGED]; /* the worker's: jobs of the launch that it executes */
-    bool spins;                   /* constant: there is another CPU to submit from meanwhile */
-    pthread_t thread;
-    attn_saved_status start_status; /* of the backend's creation; guarded by lock, as is all up to `stopping` */
-    pthread_mutex_t lock;
-    pthread_cond_t wake; /* the worker: a job came, the rank got free, or it is to stop */
+    dp_rank_config config;  /* with its own copies; constant, as is.. */
+    bool spins;             /* ..this: there is another CPU to submit from meanwhile */
+    atomic_uint references; /* until dp_rank_destroy; of every worker */
+    atomic_uint serving;    /* the epoch; NOT_SERVING while lost */
+    atomic_uint depth;      /* places reserved, and jobs waiting */
+    pthread_mutex_t lock;   /* guards all below, and the workers */
+    pthread_cond_t wake;    /* workers' threads: a job came, nobody executes any more, or one is retired or installed */
     pthread_cond_t started_or_not;
+    pthread_cond_t called_back; /* no worker is calling back any more */
+    uint32_t calling_back;      /* workers, retired ones too */
+    pthread_cond_t released;    /* test aid: `releases` has grown */
+    uint64_t releases;
     dp_job *head, *tail;
-    bool executing; /* some thread drives the backend */
-    bool sleeping;  /* the worker waits for `wake` */
-    bool started;
-    bool stopping;
-    atomic_bool lost;
-    atomic_uint depth; /* places reserved, and jobs waiting */
+    dp_worker *worker;   /* in office; NULL while lost */
+    dp_worker *starting; /* NULL: none */
+    int64_t moved_ns;    /* when a job was last begun or ended, or came to an idle rank */
+    dp_rank_record record;
 };
 
 /* Set where a job must not run on the submitting thread: in workers, and inside such a run. */
 static _Thread_local bool executes_already;
+
+/* ------------------------------------------------------------------------------------------- */
+/* References */
+
+static void config_free(dp_rank_config *config) {
+    free((void *)(uintptr_t)config->backend.kind);
+    free((void *)(uintptr_t)config->backend.isa);
+    free((void *)(uintptr_t)config->backend.cpus);
+    free((void *)(uintptr_t)config->backend.k_scales);
+    free((void *)(uintptr_t)config->backend.v_scales);
+}
+
+static void rank_unreference(dp_rank *rank) {
+    if (atomic_fetch_sub_explicit(&rank->references, 1, memory_order_acq_rel) != 1) return;
+    config_free(&rank->config);
+    pthread_cond_destroy(&rank->released);
+    pthread_cond_destroy(&rank->wake);
+    pthread_cond_destroy(&rank->started_or_not);
+    pthread_cond_destroy(&rank->called_back);
+    pthread_mutex_destroy(&rank->lock);
+    free(rank);
+}
+
+/* The last one is a thread that has driven the backend: nobody else does any more. */
+static void worker_unreference(dp_worker *worker) {
+    if (atomic_fetch_sub_explicit(&worker->references, 1, memory_order_acq_rel) != 1) return;
+    attn_backend_destroy(worker->backend);
+    free(worker->scratch.arrays);
+    free(worker->scratch.staging);
+    rank_unreference(worker->rank);
+    free(worker);
+}
 
 /* ------------------------------------------------------------------------------------------- */
 /* The queue: with the lock held */
@@ -61,25 +117,178 @@ static dp_job *queue_unlink(dp_rank *rank, dp_job *before) {
     return job;
 }
 
-/* Takes the head, and all that may join it. */
-static uint32_t queue_take_group(dp_rank *rank) {
+/* Takes the head, and all that may join it, for the worker to execute. */
+static void queue_take_group(dp_rank *rank, dp_worker *worker) {
     dp_job *first = queue_unlink(rank, NULL);
     uint32_t count = 0;
     uint32_t weight = first->weight;
-    rank->group[count++] = first;
-    if (first->kind->joins == NULL) return count;
-    for (dp_job *before = NULL, *each = rank->head; each != NULL && count < DP_MAX_MERGED;) {
+    worker->group[count++] = first;
+    for (dp_job *before = NULL, *each = rank->head;
+         first->kind->joins != NULL && each != NULL && count < DP_MAX_MERGED;) {
         dp_job *next = each->next;
         if (each->kind == first->kind && weight + each->weight <= rank->config.max_weight &&
             first->kind->joins(first, each)) {
             weight += each->weight;
-            rank->group[count++] = queue_unlink(rank, before);
+            worker->group[count++] = queue_unlink(rank, before);
         } else {
             before = each;
         }
         each = next;
     }
-    return count;
+    worker->group_count = count;
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Loss */
+
+attn_status dp_rank_lost_status(uint32_t index) {
+    return attn_error(
+        ATTN_UNAVAILABLE,
+        "rank %u is lost, with the sequences on it: close them, open others and append their tokens again", index);
+}
+
+/* What is left to do for a loss once the lock is released. */
+typedef struct {
+    dp_worker *abandoned; /* referenced; NULL: nobody executed */
+    dp_job *dropped;
+} fallout;
+
+/* With the lock held and a worker in office, which is retired. */
+static fallout lose(dp_rank *rank, attn_status why) {
+    dp_worker *worker = rank->worker;
+    fallout left = {0};
+    attn_status_save(&rank->record.last_error, why);
+    rank->record.losses++;
+    rank->record.plans_rejected += attn_backend_plans_rejected(worker->backend);
+    rank->worker = NULL;
+    atomic_store(&rank->serving, NOT_SERVING);
+    atomic_store(&worker->retired, true);
+    if (worker->executing) {
+        worker->abandoned = true;
+        atomic_store(&worker->unsettled, 2);
+        atomic_fetch_add(&worker->references, 1);
+        left.abandoned = worker;
+    }
+    while (rank->head != NULL) {
+        dp_job *job = queue_unlink(rank, NULL);
+        job->next = left.dropped;
+        left.dropped = job;
+    }
+    pthread_detach(worker->thread);
+    pthread_cond_broadcast(&rank->wake);
+    return left;
+}
+
+/* Of the two who have to do with abandoned jobs, the one that is done last reclaims them. */
+static void settle_abandoned(dp_worker *worker) {
+    if (atomic_fetch_sub(&worker->unsettled, 1) != 1) return;
+    for (uint32_t i = 0; i < worker->group_count; i++)
+        worker->group[i]->kind->reclaim(worker->group[i]);
+}
+
+/* The callbacks of a loss start no job on this thread: it may be the one that watches the ranks. */
+static void clear_up(dp_rank *rank, fallout left) {
+    uint32_t index = rank->config.index;
+    bool executed_already = executes_already;
+    executes_already = true;
+    if (left.abandoned != NULL) {
+        for (uint32_t i = 0; i < left.abandoned->group_count; i++) {
+            dp_job *job = left.abandoned->group[i];
+            job->kind->abandon(job, dp_rank_lost_status(index));
+        }
+        settle_abandoned(left.abandoned);
+        worker_unreference(left.abandoned);
+    }
+    while (left.dropped != NULL) {
+        dp_job *job = left.dropped;
+        left.dropped = job->next;
+        job->kind->drop(job, dp_rank_lost_status(index));
+    }
+    executes_already = executed_already;
+}
+
+void dp_rank_fence(dp_rank *rank, attn_status why) {
+    fallout left = {0};
+    pthread_mutex_lock(&rank->lock);
+    if (rank->worker != NULL) left = lose(rank, why);
+    pthread_mutex_unlock(&rank->lock);
+    clear_up(rank, left);
+}
+
+/* With the lock held: for how long there has been work and nothing has moved. */
+static int64_t stalled_for(const dp_rank *rank, int64_t now) {
+    bool has_work = rank->worker != NULL && (rank->worker->executing || rank->head != NULL);
+    return has_work ? now - rank->moved_ns : 0;
+}
+
+bool dp_rank_fence_stalled(dp_rank *rank, int64_t now, int64_t stall_ns) {
+    fallout left = {0};
+    pthread_mutex_lock(&rank->lock);
+    int64_t stalled_ns = stalled_for(rank, now);
+    bool stalled = stalled_ns > stall_ns;
+    if (stalled) {
+        rank->record.stalls++;
+        left = lose(rank, attn_error(ATTN_UNAVAILABLE, "stalled: it has had work, and nothing has moved for %lld ms",
+                                     (long long)(stalled_ns / 1000000)));
+    }
+    pthread_mutex_unlock(&rank->lock);
+    clear_up(rank, left);
+    return stalled;
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Executing */
+
+/* With the lock held, for a group that has been set. */
+static void begin_executing(dp_rank *rank, dp_worker *worker) {
+    worker->executing = true;
+    rank->moved_ns = attn_now_ns();
+}
+
+/* With the lock held. A submitter's callbacks are part of its call. */
+static void begin_calling_back(dp_worker *worker) {
+    if (!pthread_equal(pthread_self(), worker->thread)) return;
+    worker->calling_back = true;
+    worker->rank->calling_back++;
+}
+
+/* With the lock held, on the worker's thread. */
+static void end_calling_back(dp_worker *worker) {
+    if (!worker->calling_back) return;
+    worker->calling_back = false;
+    if (--worker->rank->calling_back == 0) pthread_cond_signal(&worker->rank->called_back);
+}
+
+/* False: the jobs were abandoned while they ran. */
+static bool end_executing(dp_worker *worker, attn_status outcome, fallout *left) {
+    dp_rank *rank = worker->rank;
+    pthread_mutex_lock(&rank->lock);
+    worker->executing = false;
+    bool in_office = rank->worker == worker;
+    bool wake = false;
+    if (in_office) {
+        rank->moved_ns = attn_now_ns();
+        if (outcome.code == ATTN_UNAVAILABLE) *left = lose(rank, outcome);
+        wake = worker->sleeping && rank->head != NULL;
+    }
+    bool abandoned = worker->abandoned;
+    if (!abandoned) begin_calling_back(worker);
+    pthread_mutex_unlock(&rank->lock);
+    if (wake) pthread_cond_broadcast(&rank->wake);
+    return !abandoned;
+}
+
+/* Runs jobs[count], a copy of the worker's group. */
+static void execute(dp_worker *worker, dp_job *const *jobs, uint32_t count) {
+    fallout left = {0};
+    attn_status outcome = jobs[0]->kind->run(worker, jobs, count);
+    if (end_executing(worker, outcome, &left)) {
+        for (uint32_t i = 0; i < count; i++)
+            jobs[i]->kind->finish(jobs[i]);
+    } else {
+        settle_abandoned(worker);
+    }
+    clear_up(worker->rank, left);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -103,123 +312,218 @@ static void spin_for_work(dp_rank *rank) {
     } while (attn_now_ns() < end);
 }
 
-/* Waits for a group to execute; 0: stop. */
-static uint32_t worker_next(dp_rank *rank) {
-    pthread_mutex_lock(&rank->lock);
-    while (!rank->stopping && (rank->head == NULL || rank->executing)) {
-        rank->sleeping = true;
-        pthread_cond_wait(&rank->wake, &rank->lock);
-        rank->sleeping = false;
-    }
+static bool may_execute(const dp_rank *rank, const dp_worker *worker) {
+    return rank->worker == worker && rank->head != NULL && !worker->executing;
+}
+
+/* Waits for a group to execute: jobs[count]; 0: retired. */
+static uint32_t worker_next(dp_worker *worker, dp_job **jobs) {
+    dp_rank *rank = worker->rank;
     uint32_t count = 0;
-    if (rank->head != NULL) {
-        count = queue_take_group(rank);
-        rank->executing = true;
+    pthread_mutex_lock(&rank->lock);
+    end_calling_back(worker);
+    while (!atomic_load(&worker->retired) && !may_execute(rank, worker)) {
+        worker->sleeping = true;
+        pthread_cond_wait(&rank->wake, &rank->lock);
+        worker->sleeping = false;
+    }
+    if (!atomic_load(&worker->retired)) {
+        queue_take_group(rank, worker);
+        begin_executing(rank, worker);
+        count = worker->group_count;
+        memcpy(jobs, worker->group, count * sizeof(dp_job *));
     }
     pthread_mutex_unlock(&rank->lock);
     return count;
 }
 
-static void stop_executing(dp_rank *rank) {
+static bool worker_creates_backend(dp_worker *worker) {
+    dp_rank *rank = worker->rank;
+    attn_status status = attn_backend_create(&rank->config.backend, &worker->backend);
     pthread_mutex_lock(&rank->lock);
-    rank->executing = false;
-    bool wake = rank->sleeping && rank->head != NULL;
-    pthread_mutex_unlock(&rank->lock);
-    if (wake) pthread_cond_signal(&rank->wake);
-}
-
-static attn_status worker_start(dp_rank *rank) {
-    char name[16];
-    snprintf(name, sizeof name, "rank %u", rank->config.index);
-    pthread_setname_np(pthread_self(), name);
-    executes_already = true;
-    attn_status status = attn_backend_create(&rank->config.backend, &rank->backend);
-    pthread_mutex_lock(&rank->lock);
-    attn_status_save(&rank->start_status, status);
-    rank->started = true;
+    attn_status_save(&worker->start, status);
+    worker->started = true;
     pthread_mutex_unlock(&rank->lock);
     pthread_cond_signal(&rank->started_or_not);
-    return status;
+    return !attn_failed(status);
 }
 
 static void *worker_main(void *argument) {
-    dp_rank *rank = argument;
-    if (attn_failed(worker_start(rank))) return NULL;
-    uint32_t count;
-    while ((count = worker_next(rank)) > 0) {
-        rank->group[0]->kind->run(rank, rank->group, count);
-        stop_executing(rank);
-        for (uint32_t i = 0; i < count; i++)
-            rank->group[i]->kind->finish(rank->group[i]);
-        spin_for_work(rank);
+    dp_worker *worker = argument;
+    char name[16];
+    snprintf(name, sizeof name, "rank %u", worker->rank->config.index);
+    pthread_setname_np(pthread_self(), name);
+    executes_already = true;
+    if (worker_creates_backend(worker)) {
+        dp_job *jobs[DP_MAX_MERGED];
+        uint32_t count;
+        while ((count = worker_next(worker, jobs)) > 0) {
+            execute(worker, jobs, count);
+            spin_for_work(worker->rank);
+        }
     }
-    attn_backend_destroy(rank->backend);
+    worker_unreference(worker);
     return NULL;
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Starting */
+
+attn_status dp_rank_start(dp_rank *rank) {
+    uint32_t index = rank->config.index;
+    dp_worker *made = calloc(1, sizeof *made);
+    if (made == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for rank %u", index);
+    made->rank = rank;
+    atomic_fetch_add(&rank->references, 1);
+    atomic_init(&made->references, 2); /* its thread's, the rank's */
+    pthread_mutex_lock(&rank->lock);
+    bool has_thread = pthread_create(&made->thread, NULL, worker_main, made) == 0;
+    if (has_thread) rank->starting = made;
+    pthread_mutex_unlock(&rank->lock);
+    if (has_thread) return attn_ok();
+    atomic_store(&made->references, 1);
+    worker_unreference(made);
+    return attn_error(ATTN_RESOURCE_EXHAUSTED, "no thread for rank %u", index);
+}
+
+dp_start_state dp_rank_look_at_start(dp_rank *rank) {
+    dp_start_state state = DP_START_NONE;
+    pthread_mutex_lock(&rank->lock);
+    dp_worker *worker = rank->starting;
+    if (worker != NULL) {
+        state = !worker->started ? DP_START_RUNNING : worker->start.code == ATTN_OK ? DP_START_READY : DP_START_FAILED;
+    }
+    if (state == DP_START_FAILED) {
+        rank->record.last_error = worker->start;
+        rank->starting = NULL;
+    }
+    pthread_mutex_unlock(&rank->lock);
+    if (state == DP_START_FAILED) {
+        pthread_detach(worker->thread);
+        worker_unreference(worker);
+    }
+    return state;
+}
+
+void dp_rank_install(dp_rank *rank, uint32_t epoch) {
+    pthread_mutex_lock(&rank->lock);
+    dp_worker *worker = rank->starting;
+    assert(rank->worker == NULL && worker != NULL && worker->started);
+    rank->starting = NULL;
+    rank->worker = worker;
+    rank->moved_ns = attn_now_ns();
+    if (rank->record.losses > 0) rank->record.restarts++;
+    atomic_store(&rank->serving, epoch);
+    pthread_mutex_unlock(&rank->lock);
+    worker_unreference(worker);
 }
 
 /* ------------------------------------------------------------------------------------------- */
 /* Life */
 
-static attn_status wait_until_started(dp_rank *rank) {
-    pthread_mutex_lock(&rank->lock);
-    while (!rank->started)
-        pthread_cond_wait(&rank->started_or_not, &rank->lock);
-    pthread_mutex_unlock(&rank->lock);
-    if (rank->start_status.code == ATTN_OK) return attn_ok();
-    return attn_error(rank->start_status.code, "%s", rank->start_status.message);
+/* A copy of `size` bytes; NULL of NULL. *missing: there is no memory for one. */
+static void *copy_bytes(const void *bytes, size_t size, bool *missing) {
+    if (bytes == NULL) return NULL;
+    void *copy = malloc(size);
+    if (copy == NULL)
+        *missing = true;
+    else
+        memcpy(copy, bytes, size);
+    return copy;
 }
 
-static void rank_free(dp_rank *rank) {
-    pthread_cond_destroy(&rank->started_or_not);
-    pthread_cond_destroy(&rank->wake);
-    pthread_mutex_destroy(&rank->lock);
-    free(rank);
+static bool copy_config(dp_rank_config *copy, const dp_rank_config *config) {
+    const attn_backend_config *from = &config->backend;
+    size_t scales = (size_t)from->geometry.layers * from->geometry.heads_kv * sizeof(float);
+    bool missing = false;
+    *copy = *config;
+    copy->backend.kind = copy_bytes(from->kind, strlen(from->kind) + 1, &missing);
+    copy->backend.isa = copy_bytes(from->isa, from->isa == NULL ? 0 : strlen(from->isa) + 1, &missing);
+    copy->backend.cpus = copy_bytes(from->cpus, from->workers * sizeof *from->cpus, &missing);
+    copy->backend.k_scales = copy_bytes(from->k_scales, scales, &missing);
+    copy->backend.v_scales = copy_bytes(from->v_scales, scales, &missing);
+    return !missing;
+}
+
+static attn_status start_first_worker(dp_rank *rank) {
+    ATTN_TRY(dp_rank_start(rank));
+    pthread_mutex_lock(&rank->lock);
+    while (!rank->starting->started)
+        pthread_cond_wait(&rank->started_or_not, &rank->lock);
+    pthread_mutex_unlock(&rank->lock);
+    if (dp_rank_look_at_start(rank) == DP_START_FAILED) {
+        const attn_saved_status *error = &rank->record.last_error;
+        return attn_error(error->code, "%s", error->message);
+    }
+    dp_rank_install(rank, 1);
+    return attn_ok();
 }
 
 attn_status dp_rank_create(const dp_rank_config *config, dp_rank **rank) {
     dp_rank *created = calloc(1, sizeof *created);
     if (created == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for rank %u", config->index);
-    created->config = *config;
     created->spins = sysconf(_SC_NPROCESSORS_ONLN) > 1;
-    atomic_init(&created->lost, false);
+    atomic_init(&created->references, 1);
+    atomic_init(&created->serving, NOT_SERVING);
     atomic_init(&created->depth, 0);
     pthread_mutex_init(&created->lock, NULL);
     pthread_cond_init(&created->wake, NULL);
     pthread_cond_init(&created->started_or_not, NULL);
-    if (pthread_create(&created->thread, NULL, worker_main, created) != 0) {
-        rank_free(created);
-        return attn_error(ATTN_RESOURCE_EXHAUSTED, "no thread for rank %u", config->index);
-    }
-    attn_status status = wait_until_started(created);
+    pthread_cond_init(&created->called_back, NULL);
+    pthread_cond_init(&created->released, NULL);
+    attn_status status = copy_config(&created->config, config)
+                             ? start_first_worker(created)
+                             : attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for rank %u", config->index);
     if (attn_failed(status)) {
-        pthread_join(created->thread, NULL);
-        rank_free(created);
+        rank_unreference(created);
         return status;
     }
     *rank = created;
     return attn_ok();
 }
 
-void dp_rank_destroy(dp_rank *rank) {
-    if (rank == NULL) return;
+static void wait_for_callbacks(dp_rank *rank) {
+    pthread_mutex_lock(&rank->lock);
+    while (rank->calling_back > 0)
+        pthread_cond_wait(&rank->called_back, &rank->lock);
+    pthread_mutex_unlock(&rank->lock);
+}
+
+void dp_rank_stop(dp_rank *rank) {
+    pthread_t thread;
     pthread_mutex_lock(&rank->lock);
     assert(rank->head == NULL);
-    rank->stopping = true;
+    dp_worker *worker = rank->worker;
+    dp_worker *starting = rank->starting;
+    rank->worker = rank->starting = NULL;
+    if (worker != NULL) {
+        thread = worker->thread;
+        atomic_store(&worker->retired, true);
+    }
+    if (starting != NULL) {
+        atomic_store(&starting->retired, true);
+        pthread_detach(starting->thread);
+    }
     pthread_mutex_unlock(&rank->lock);
-    pthread_cond_signal(&rank->wake);
-    pthread_join(rank->thread, NULL);
-    rank_free(rank);
+    pthread_cond_broadcast(&rank->wake);
+    if (worker != NULL) pthread_join(thread, NULL);
+    if (starting != NULL) worker_unreference(starting);
+    wait_for_callbacks(rank);
+}
+
+void dp_rank_destroy(dp_rank *rank) {
+    if (rank == NULL) return;
+    dp_rank_stop(rank);
+    rank_unreference(rank);
 }
 
 /* ------------------------------------------------------------------------------------------- */
 /* Jobs */
 
-static attn_status lost_status(const dp_rank *rank) {
-    return attn_error(ATTN_UNAVAILABLE, "rank %u is lost", rank->config.index);
-}
-
-attn_status dp_rank_reserve(dp_rank *rank) {
-    if (dp_rank_lost(rank)) return lost_status(rank);
+attn_status dp_rank_reserve(dp_rank *rank, uint32_t epoch) {
+    if (atomic_load_explicit(&rank->serving, memory_order_relaxed) != epoch) {
+        return dp_rank_lost_status(rank->config.index);
+    }
     uint32_t depth = atomic_fetch_add_explicit(&rank->depth, 1, memory_order_relaxed);
     if (depth < rank->config.max_queue) return attn_ok();
     dp_rank_unreserve(rank);
@@ -229,35 +533,55 @@ attn_status dp_rank_reserve(dp_rank *rank) {
 
 void dp_rank_unreserve(dp_rank *rank) { atomic_fetch_sub_explicit(&rank->depth, 1, memory_order_relaxed); }
 
-static void run_here(dp_rank *rank, dp_job *job) {
+/* With the lock held: a worker that hangs for a test must not take the submitting thread along. */
+static bool hangs(const dp_rank *rank, const dp_worker *worker) { return worker->stalled_until > rank->releases; }
+
+static bool may_run_here(const dp_rank *rank, const dp_job *job) {
+    return job->small && !executes_already && rank->head == NULL && !rank->worker->executing &&
+           !hangs(rank, rank->worker);
+}
+
+static void run_here(dp_worker *worker, dp_job *job) {
     executes_already = true;
-    job->kind->run(rank, &job, 1);
-    stop_executing(rank);
+    execute(worker, &job, 1);
     executes_already = false;
-    job->kind->finish(job);
+    worker_unreference(worker);
+}
+
+/* With the lock held. The worker that is to run the job on this thread, referenced; or NULL. *wake: its own thread is.
+ */
+static dp_worker *enqueue(dp_rank *rank, dp_job *job, bool *wake) {
+    dp_worker *worker = rank->worker;
+    if (may_run_here(rank, job)) {
+        dp_rank_unreserve(rank);
+        worker->group[0] = job;
+        worker->group_count = 1;
+        begin_executing(rank, worker);
+        atomic_fetch_add(&worker->references, 1);
+        return worker;
+    }
+    if (rank->head == NULL && !worker->executing) rank->moved_ns = attn_now_ns();
+    queue_push(rank, job);
+    *wake = worker->sleeping && !worker->executing;
+    return NULL;
 }
 
 void dp_rank_submit(dp_rank *rank, dp_job *job) {
+    dp_worker *here = NULL;
     bool wake = false;
-    bool here = false;
     pthread_mutex_lock(&rank->lock);
-    bool lost = dp_rank_lost(rank);
-    if (lost) {
+    bool refused = atomic_load(&rank->serving) != job->epoch;
+    if (refused) {
         dp_rank_unreserve(rank);
-    } else if (job->small && !executes_already && rank->head == NULL && !rank->executing) {
-        dp_rank_unreserve(rank);
-        rank->executing = true;
-        here = true;
     } else {
-        queue_push(rank, job);
-        wake = rank->sleeping && !rank->executing;
+        here = enqueue(rank, job, &wake);
     }
     pthread_mutex_unlock(&rank->lock);
-    if (wake) pthread_cond_signal(&rank->wake);
-    if (lost)
-        job->kind->drop(job, lost_status(rank));
-    else if (here)
-        run_here(rank, job);
+    if (wake) pthread_cond_broadcast(&rank->wake);
+    if (refused)
+        job->kind->drop(job, dp_rank_lost_status(rank->config.index));
+    else if (here != NULL)
+        run_here(here, job);
 }
 
 bool dp_rank_withdraw(dp_rank *rank, dp_job *job) {
@@ -273,27 +597,63 @@ bool dp_rank_withdraw(dp_rank *rank, dp_job *job) {
     return waiting;
 }
 
-void dp_rank_fail(dp_rank *rank) {
-    dp_job *dropped = NULL;
-    pthread_mutex_lock(&rank->lock);
-    atomic_store(&rank->lost, true);
-    while (rank->head != NULL) {
-        dp_job *job = queue_unlink(rank, NULL);
-        job->next = dropped;
-        dropped = job;
-    }
-    pthread_mutex_unlock(&rank->lock);
-    while (dropped != NULL) {
-        dp_job *job = dropped;
-        dropped = job->next;
-        job->kind->drop(job, lost_status(rank));
-    }
-}
+/* ------------------------------------------------------------------------------------------- */
+/* Looking at it */
 
-bool dp_rank_lost(const dp_rank *rank) { return atomic_load_explicit(&rank->lost, memory_order_relaxed); }
+bool dp_rank_lost(const dp_rank *rank) {
+    return atomic_load_explicit(&rank->serving, memory_order_relaxed) == NOT_SERVING;
+}
 
 uint32_t dp_rank_queue_depth(const dp_rank *rank) { return atomic_load_explicit(&rank->depth, memory_order_relaxed); }
 
-uint32_t dp_rank_index(const dp_rank *rank) { return rank->config.index; }
+void dp_rank_read_record(dp_rank *rank, dp_rank_record *record) {
+    pthread_mutex_lock(&rank->lock);
+    *record = rank->record;
+    record->lost = rank->worker == NULL;
+    record->starting = rank->starting != NULL;
+    if (rank->worker != NULL) record->plans_rejected += attn_backend_plans_rejected(rank->worker->backend);
+    pthread_mutex_unlock(&rank->lock);
+}
 
-attn_backend *dp_rank_backend(dp_rank *rank) { return rank->backend; }
+const char *dp_rank_device(const dp_rank *rank) { return attn_backend_describe(rank->worker->backend); }
+
+uint64_t dp_rank_small_bytes(const dp_rank *rank) { return attn_backend_small_bytes(rank->worker->backend); }
+
+/* ------------------------------------------------------------------------------------------- */
+/* For `run` */
+
+uint32_t dp_worker_rank(const dp_worker *worker) { return worker->rank->config.index; }
+
+dp_scratch *dp_worker_scratch(dp_worker *worker) { return &worker->scratch; }
+
+bool dp_worker_retired(const dp_worker *worker) { return atomic_load_explicit(&worker->retired, memory_order_relaxed); }
+
+#ifndef ATTN_RELEASE
+void dp_rank_stall(dp_rank *rank) {
+    pthread_mutex_lock(&rank->lock);
+    if (rank->worker != NULL) rank->worker->stalled_until = rank->releases + 1;
+    pthread_mutex_unlock(&rank->lock);
+}
+
+void dp_rank_release(dp_rank *rank) {
+    pthread_mutex_lock(&rank->lock);
+    rank->releases++;
+    pthread_mutex_unlock(&rank->lock);
+    pthread_cond_broadcast(&rank->released);
+}
+
+static void hang_if_stalled(dp_worker *worker) {
+    dp_rank *rank = worker->rank;
+    pthread_mutex_lock(&rank->lock);
+    while (hangs(rank, worker))
+        pthread_cond_wait(&rank->released, &rank->lock);
+    pthread_mutex_unlock(&rank->lock);
+}
+#endif
+
+attn_backend *dp_worker_backend(dp_worker *worker) {
+#ifndef ATTN_RELEASE
+    hang_if_stalled(worker);
+#endif
+    return worker->backend;
+}

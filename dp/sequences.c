@@ -40,18 +40,40 @@ uint32_t dp_pages_for(const attn_geometry *geometry, uint64_t tokens) {
     return (uint32_t)((tokens + geometry->page_size - 1) / geometry->page_size);
 }
 
-bool dp_sequence_lost(const dp_sequences *table, const dp_sequence *sequence, uint32_t *rank) {
-    for (uint32_t j = 0; j < sequence->stripes; j++) {
-        *rank = dp_sequence_rank(table, sequence, j);
-        if (table->loads[*rank].lost) return true;
+/* Whether a part's pages are those of the rank's pool: it was not renewed since. */
+static bool has_its_pages(const dp_sequences *table, const dp_part *part, uint32_t rank) {
+    return part->epoch == table->pools[rank].epoch;
+}
+
+static bool is_there(const dp_sequences *table, const dp_sequence *sequence, uint32_t stripe) {
+    return has_its_pages(table, &sequence->parts[stripe], dp_sequence_rank(table, sequence, stripe));
+}
+
+bool dp_place_lost(const dp_sequences *table, const dp_place *place, uint32_t *rank) {
+    for (uint32_t j = 0; j < place->stripes; j++) {
+        *rank = dp_place_rank(table, place, j);
+        if (table->loads[*rank].lost || !has_its_pages(table, &place->parts[j], *rank)) return true;
     }
     return false;
+}
+
+bool dp_sequence_lost(const dp_sequences *table, const dp_sequence *sequence, uint32_t *rank) {
+    dp_place place = {.home = sequence->home, .stripes = sequence->stripes, .parts = sequence->parts};
+    return dp_place_lost(table, &place, rank);
+}
+
+uint32_t dp_sequences_renew_rank(dp_sequences *table, uint32_t rank) {
+    dp_pages_renew(&table->pools[rank]);
+    table->loads[rank] = (dp_rank_load){.lost = true}; /* until dp_engine_note_ranks sees it serve */
+    return table->pools[rank].epoch;
 }
 
 attn_status dp_sequence_holds(const dp_sequences *table, const dp_sequence *sequence) {
     uint32_t rank;
     if (!dp_sequence_lost(table, sequence, &rank)) return attn_ok();
-    return attn_error(ATTN_UNAVAILABLE, "sequence: rank %u, which holds it, is lost", rank);
+    return attn_error(ATTN_UNAVAILABLE,
+                      "sequence: rank %u, which held it, was lost: close it, open another and append its tokens again",
+                      rank);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -90,18 +112,17 @@ fail:
     return status;
 }
 
+/* Of a spread sequence. */
 static void free_parts(dp_sequence *sequence) {
     for (uint32_t j = 0; j < sequence->stripes; j++)
         free(sequence->parts[j].pages);
-    if (sequence->parts != &sequence->first_part) free(sequence->parts);
+    free(sequence->parts);
 }
 
 void dp_sequences_fini(dp_sequences *table) {
     for (uint32_t i = 0; table->slots != NULL && i < table->capacity; i++) {
-        if (table->slots[i].open)
-            free_parts(&table->slots[i]);
-        else
-            free(table->slots[i].first_part.pages);
+        if (table->slots[i].open && table->slots[i].stripes > 1) free_parts(&table->slots[i]);
+        free(table->slots[i].first_part.pages); /* a whole sequence's, or kept for the next one */
     }
     for (uint32_t r = 0; table->pools != NULL && r < table->ranks; r++)
         dp_pages_fini(&table->pools[r]);
@@ -194,8 +215,11 @@ attn_status dp_sequences_add(dp_sequences *table, uint32_t tenant, uint32_t home
     added->used_ns = now;
     table->open++;
     table->tenants[tenant].sequences++;
-    for (uint32_t j = 0; j < added->stripes; j++)
-        table->loads[dp_sequence_rank(table, added, j)].sequences++;
+    for (uint32_t j = 0; j < added->stripes; j++) {
+        uint32_t rank = dp_sequence_rank(table, added, j);
+        added->parts[j].epoch = table->pools[rank].epoch;
+        table->loads[rank].sequences++;
+    }
     *sequence = added;
     return attn_ok();
 }
@@ -204,7 +228,7 @@ attn_status dp_sequences_add(dp_sequences *table, uint32_t tenant, uint32_t home
 static void drop_pages(dp_sequences *table, dp_sequence *sequence, uint32_t stripe, uint32_t keep) {
     dp_part *part = &sequence->parts[stripe];
     dp_pages *pool = &table->pools[dp_sequence_rank(table, sequence, stripe)];
-    for (uint32_t p = keep; p < part->count; p++)
+    for (uint32_t p = keep; p < part->count && is_there(table, sequence, stripe); p++)
         dp_pages_drop(pool, part->pages[p]);
     table->tenants[sequence->tenant].pages -= part->count - keep;
     part->count = keep;
@@ -216,22 +240,27 @@ void dp_sequences_cut(dp_sequences *table, dp_sequence *sequence, uint64_t lengt
         uint64_t before = dp_part_length(sequence->length, j, sequence->stripes);
         uint64_t after = dp_part_length(length, j, sequence->stripes);
         drop_pages(table, sequence, j, dp_pages_for(&table->geometry, after));
-        table->loads[dp_sequence_rank(table, sequence, j)].tokens -= before - after;
+        if (is_there(table, sequence, j)) {
+            table->loads[dp_sequence_rank(table, sequence, j)].tokens -= before - after;
+        }
     }
     sequence->length = length;
 }
 
+static void trim_first_part(dp_sequence *sequence) {
+    if (sequence->first_part.capacity <= KEPT_TABLE_ENTRIES) return;
+    free(sequence->first_part.pages);
+    sequence->first_part.pages = NULL;
+    sequence->first_part.capacity = 0;
+}
+
 void dp_sequences_remove(dp_sequences *table, dp_sequence *sequence) {
     dp_sequences_cut(table, sequence, 0);
-    for (uint32_t j = 0; j < sequence->stripes; j++)
-        table->loads[dp_sequence_rank(table, sequence, j)].sequences--;
-    if (sequence->stripes > 1) {
-        free_parts(sequence);
-    } else if (sequence->first_part.capacity > KEPT_TABLE_ENTRIES) {
-        free(sequence->first_part.pages);
-        sequence->first_part.pages = NULL;
-        sequence->first_part.capacity = 0;
+    for (uint32_t j = 0; j < sequence->stripes; j++) {
+        if (is_there(table, sequence, j)) table->loads[dp_sequence_rank(table, sequence, j)].sequences--;
     }
+    if (sequence->stripes > 1) free_parts(sequence);
+    trim_first_part(sequence);
     sequence->open = false;
     sequence->next_free = table->first_free;
     table->first_free = sequence->slot;
@@ -380,11 +409,13 @@ void dp_sequence_commit(dp_sequences *table, dp_sequence *sequence, int64_t now)
     for (uint32_t j = 0; j < sequence->stripes; j++) {
         uint32_t rank = dp_sequence_rank(table, sequence, j);
         dp_part *part = &sequence->parts[j];
+        bool there = is_there(table, sequence, j);
         if (part->replacement != DP_NO_PAGE) {
-            dp_pages_drop(&table->pools[rank], part->pages[part->count - 1]);
+            if (there) dp_pages_drop(&table->pools[rank], part->pages[part->count - 1]);
             part->pages[part->count - 1] = part->replacement;
         }
         part->count += part->taken;
+        if (!there) continue;
         uint64_t tokens =
             dp_part_length(length, j, sequence->stripes) - dp_part_length(sequence->length, j, sequence->stripes);
         table->loads[rank].tokens_in_flight -= tokens;
@@ -399,13 +430,140 @@ void dp_sequence_cancel(dp_sequences *table, dp_sequence *sequence, int64_t now)
     for (uint32_t j = 0; j < sequence->stripes; j++) {
         uint32_t rank = dp_sequence_rank(table, sequence, j);
         dp_part *part = &sequence->parts[j];
+        table->tenants[sequence->tenant].pages -= part->taken;
+        if (!is_there(table, sequence, j)) continue;
         if (part->replacement != DP_NO_PAGE) dp_pages_drop(&table->pools[rank], part->replacement);
         for (uint32_t p = 0; p < part->taken; p++)
             dp_pages_drop(&table->pools[rank], part->pages[part->count + p]);
-        table->tenants[sequence->tenant].pages -= part->taken;
         table->loads[rank].tokens_in_flight -=
             dp_part_length(sequence->length + sequence->growing, j, sequence->stripes) -
             dp_part_length(sequence->length, j, sequence->stripes);
     }
     end_growth(sequence, now);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Moving */
+
+const char *dp_sequence_busy_with(const dp_sequence *sequence) {
+    return sequence->moving ? "on its way to another rank" : "in a step or upload";
+}
+
+uint32_t dp_place_rank(const dp_sequences *table, const dp_place *place, uint32_t stripe) {
+    return (place->home + stripe) % table->ranks;
+}
+
+static void free_place(dp_place *place) {
+    for (uint32_t j = 0; place->parts != NULL && j < place->stripes; j++)
+        free(place->parts[j].pages);
+    free(place->parts);
+    *place = (dp_place){0};
+}
+
+/* Parts with room for the sequence's pages. ATTN_RESOURCE_EXHAUSTED: no memory. */
+static attn_status make_place(const dp_sequences *table, const dp_sequence *sequence, dp_place *place) {
+    assert(place->stripes > 0);
+    place->parts = calloc(place->stripes, sizeof *place->parts);
+    if (place->parts == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a sequence on its way");
+    attn_status status = attn_ok();
+    for (uint32_t j = 0; !attn_failed(status) && j < place->stripes; j++) {
+        place->parts[j].replacement = DP_NO_PAGE;
+        uint64_t tokens = dp_part_length(sequence->length, j, place->stripes);
+        status = reserve_part(&place->parts[j], dp_pages_for(&table->geometry, tokens));
+    }
+    if (attn_failed(status)) free_place(place);
+    return status;
+}
+
+/* The page of a whole sequence that has the tokens of page `page` of part `stripe` of `stripes`. */
+static uint32_t page_of_whole(const attn_geometry *geometry, uint32_t page, uint32_t stripe, uint32_t stripes) {
+    uint32_t chunk_pages = ATTN_CHUNK_TOKENS / geometry->page_size;
+    return (page / chunk_pages * stripes + stripe) * chunk_pages + page % chunk_pages;
+}
+
+static void fill_place(dp_sequences *table, const dp_sequence *sequence, dp_place *place) {
+    for (uint32_t j = 0; j < place->stripes; j++) {
+        uint32_t rank = dp_place_rank(table, place, j);
+        uint64_t tokens = dp_part_length(sequence->length, j, place->stripes);
+        dp_part *part = &place->parts[j];
+        part->epoch = table->pools[rank].epoch;
+        part->count = dp_pages_for(&table->geometry, tokens);
+        assert(part->count == 0 || part->pages != NULL);
+        for (uint32_t p = 0; p < part->count; p++) {
+            if (rank == sequence->home) {
+                part->pages[p] = sequence->parts[0].pages[page_of_whole(&table->geometry, p, j, place->stripes)];
+                dp_pages_share(&table->pools[rank], part->pages[p]);
+            } else {
+                part->pages[p] = dp_pages_take(&table->pools[rank]);
+            }
+        }
+        if (rank != sequence->home) table->loads[rank].tokens_in_flight += tokens;
+    }
+}
+
+attn_status dp_sequence_move_begin(dp_sequences *table, dp_sequence *sequence, uint32_t home, bool spread,
+                                   dp_place *place) {
+    assert(!sequence->busy && sequence->stripes == 1 && spread == (home == sequence->home));
+    *place = (dp_place){.home = home, .stripes = spread ? table->ranks : 1};
+    uint64_t needs[DP_MAX_RANKS] = {0};
+    for (uint32_t j = 0; j < place->stripes; j++) {
+        uint32_t rank = dp_place_rank(table, place, j);
+        uint64_t tokens = dp_part_length(sequence->length, j, place->stripes);
+        if (rank != sequence->home) needs[rank] = dp_pages_for(&table->geometry, tokens);
+    }
+    ATTN_TRY(dp_sequences_afford(table, sequence->tenant, needs, 0));
+    ATTN_TRY(make_place(table, sequence, place));
+    fill_place(table, sequence, place);
+    sequence->busy = sequence->moving = true;
+    return attn_ok();
+}
+
+/* Counts the sequence's tokens where it now is, instead of on their way there. */
+static void count_arrival(dp_sequences *table, const dp_sequence *sequence, const dp_place *place) {
+    table->loads[sequence->home].tokens -= sequence->length;
+    table->loads[sequence->home].sequences--;
+    for (uint32_t j = 0; j < place->stripes; j++) {
+        uint32_t rank = dp_place_rank(table, place, j);
+        uint64_t tokens = dp_part_length(sequence->length, j, place->stripes);
+        if (rank != sequence->home) table->loads[rank].tokens_in_flight -= tokens;
+        table->loads[rank].tokens += tokens;
+        table->loads[rank].sequences++;
+        table->tenants[sequence->tenant].pages += place->parts[j].count;
+    }
+}
+
+void dp_sequence_move_commit(dp_sequences *table, dp_sequence *sequence, dp_place *place) {
+    uint32_t lost;
+    assert(sequence->moving && sequence->stripes == 1);
+    assert(!dp_sequence_lost(table, sequence, &lost) && !dp_place_lost(table, place, &lost));
+    (void)lost;
+    count_arrival(table, sequence, place);
+    drop_pages(table, sequence, 0, 0);
+    sequence->home = place->home;
+    sequence->stripes = place->stripes;
+    if (place->stripes > 1) {
+        trim_first_part(sequence);
+        sequence->parts = place->parts;
+    } else {
+        free(sequence->first_part.pages);
+        sequence->first_part = place->parts[0];
+        free(place->parts);
+    }
+    *place = (dp_place){0};
+    sequence->busy = sequence->moving = false;
+}
+
+void dp_sequence_move_cancel(dp_sequences *table, dp_sequence *sequence, dp_place *place) {
+    assert(sequence->moving);
+    for (uint32_t j = 0; j < place->stripes; j++) {
+        uint32_t rank = dp_place_rank(table, place, j);
+        if (!has_its_pages(table, &place->parts[j], rank)) continue;
+        for (uint32_t p = 0; p < place->parts[j].count; p++)
+            dp_pages_drop(&table->pools[rank], place->parts[j].pages[p]);
+        if (rank != sequence->home) {
+            table->loads[rank].tokens_in_flight -= dp_part_length(sequence->length, j, place->stripes);
+        }
+    }
+    free_place(place);
+    sequence->busy = sequence->moving = false;
 }

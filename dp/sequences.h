@@ -20,6 +20,15 @@
  * If the first new token falls on the tail page and that page is shared, `replacement` is a page to
  * copy the tail to; at commit it takes the tail's place.
  *
+ * Moves. A whole sequence moves to another rank, or is spread over all: dp_sequence_move_begin takes pages
+ * where it is to live, whoever moves it copies its rows there, and dp_sequence_move_commit makes them its own
+ * and drops the old ones, or dp_sequence_move_cancel gives them back. Meanwhile it is busy and stays readable
+ * where it was. The new pages have an epoch of their own, and a move arrives only where none of its ranks was lost.
+ *
+ * Loss. When a lost rank gets a new, empty pool (dp_sequences_renew_rank), parts that were on it keep the old pool's
+ * epoch, and their sequence stays lost. What becomes of such parts touches neither the new pool nor the rank's
+ * load; the tenant's quota counts them until they are closed.
+ *
  * Threads: guarded by the engine's lock. Whoever made a sequence busy may read its pages without the
  * lock, for nobody else changes them until it ends that.
  */
@@ -31,6 +40,7 @@
 #include "dp/placement.h"
 
 typedef struct {
+    uint32_t epoch;  /* of the pool that the pages are of; another than the pool's own: they are gone */
     uint32_t *pages; /* [capacity] */
     uint32_t count;  /* committed: just enough for the part's tokens */
     uint32_t taken;  /* of the growth in progress */
@@ -42,7 +52,8 @@ typedef struct {
     uint32_t slot;
     uint32_t generation; /* of the handle */
     bool open;
-    bool busy; /* in a step that writes, or in an upload */
+    bool busy;   /* in a step that writes, in an upload, or.. */
+    bool moving; /* ..on its way to other pages */
     uint32_t tenant;
     uint32_t home;
     uint32_t stripes;    /* parts: 1, or the number of ranks */
@@ -138,6 +149,38 @@ void dp_sequence_commit(dp_sequences *table, dp_sequence *sequence, int64_t now)
 void dp_sequence_cancel(dp_sequences *table, dp_sequence *sequence, int64_t now);
 
 /* ------------------------------------------------------------------------------------------- */
+/* Moving */
+
+/* The place that a sequence moves to. Its pages lie in `parts` as a sequence's committed ones do. */
+typedef struct {
+    uint32_t home;
+    uint32_t stripes;
+    dp_part *parts; /* [stripes] */
+} dp_place;
+
+/*
+ * Takes pages for all committed tokens of a whole sequence that is not busy, and makes it busy. It moves to rank
+ * `home`, which is another than its own; or, if `spread`, over all ranks with the same home: the chunks that stay
+ * there stay in their pages, which then have one holder more. Moves do not count for quotas: at the end as many pages
+ * are held as before. Success is to be followed by dp_sequence_move_commit, unless a rank of the sequence or the place
+ * was lost, or by _cancel; both also end *place.
+ * ATTN_RESOURCE_EXHAUSTED: a rank has too few pages free; or no memory.
+ */
+attn_status dp_sequence_move_begin(dp_sequences *table, dp_sequence *sequence, uint32_t home, bool spread,
+                                   dp_place *place);
+void dp_sequence_move_commit(dp_sequences *table, dp_sequence *sequence, dp_place *place);
+void dp_sequence_move_cancel(dp_sequences *table, dp_sequence *sequence, dp_place *place);
+
+/* The rank of part `stripe` of a place. */
+uint32_t dp_place_rank(const dp_sequences *table, const dp_place *place, uint32_t stripe);
+
+/* Whether a rank of a place is lost, or was since its pages were taken, and which. */
+bool dp_place_lost(const dp_sequences *table, const dp_place *place, uint32_t *rank);
+
+/* What keeps a busy sequence: "in a step or upload" or "on its way to another rank". A literal. */
+const char *dp_sequence_busy_with(const dp_sequence *sequence);
+
+/* ------------------------------------------------------------------------------------------- */
 /* Where tokens are */
 
 /* Tokens of the first `length` of a sequence that are in part `stripe` of `stripes`. */
@@ -158,10 +201,13 @@ uint32_t dp_sequence_rank(const dp_sequences *table, const dp_sequence *sequence
 /* Pages that hold `tokens` tokens. */
 uint32_t dp_pages_for(const attn_geometry *geometry, uint64_t tokens);
 
-/* Whether a rank that holds a part is lost, and which. */
+/* Whether a rank that holds a part is lost, or was since it has held it, and which. */
 bool dp_sequence_lost(const dp_sequences *table, const dp_sequence *sequence, uint32_t *rank);
 
-/* The same as a status, of a call that names one sequence. */
+/* Empties the pool and the load of a lost rank that is about to serve again. Returns the pool's new epoch. */
+uint32_t dp_sequences_renew_rank(dp_sequences *table, uint32_t rank);
+
+/* Whether a sequence is lost, as a status, of a call that names one sequence. */
 attn_status dp_sequence_holds(const dp_sequences *table, const dp_sequence *sequence);
 
 #endif

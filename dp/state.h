@@ -18,6 +18,7 @@
 #include "dp/rank.h"
 #include "dp/results.h"
 #include "dp/sequences.h"
+#include "dp/watchdog.h"
 
 /* ------------------------------------------------------------------------------------------- */
 /* Ranks */
@@ -32,18 +33,9 @@ typedef struct {
     atomic_uint_fast64_t prefix_tokens_shared;
 } dp_rank_counters;
 
-/* Memory that a rank's launches use again and again. Owned by the rank's executing thread. */
-typedef struct {
-    void *arrays; /* pointers a sequence, and merged batches' tables */
-    size_t arrays_size;
-    char *staging; /* rows gathered */
-    size_t staging_size;
-} dp_rank_scratch;
-
 typedef struct {
     dp_rank *rank;
     dp_rank_counters counters;
-    dp_rank_scratch scratch;
     char *device;
 } dp_engine_rank;
 
@@ -63,7 +55,11 @@ typedef enum {
     DP_STEP_ABORTED,
 } dp_step_state;
 
-/* One rank's part of the layer in flight. Owned by the step's owner, then by the rank, until it has arrived. */
+/*
+ * One rank's part of the layer in flight. Owned by the step's owner, then by the rank, until it has arrived. If the
+ * rank is lost meanwhile the part arrives without it (dp_job_kind.abandon): it and the step's memory are then the
+ * abandoned run's too, by a reference to the step, and nobody looks any more at what that run finds out.
+ */
 typedef struct {
     dp_job job; /* first: a job is its part */
     dp_step *step;
@@ -93,14 +89,17 @@ struct dp_step {
     dp_partition partition;
     /* Any thread. */
     atomic_int state;
-    atomic_uint references; /* the open step; each layer in flight; whoever cancels */
+    atomic_uint references; /* the open step; each layer in flight; whoever cancels; runs abandoned */
     atomic_int_fast64_t used_ns;
     atomic_bool cancelled; /* of the layer in flight, as are all below */
     atomic_bool failed;
+    atomic_bool detained; /* a part of it was abandoned: see dp_layer_call.detained */
     dp_gather gather;
     /* Owned by the caller; while a layer is in flight constant. */
     uint32_t next_layer;
     dp_layer_call *call;
+    dp_layer_call input; /* a copy of it: what ranks look at, also when the call has come back without them */
+    dp_keep keep;        /* until the last reference is gone */
     dp_result *result;
     dp_result *partials; /* memory of the spread sequences' partial results, or NULL */
     float scale;
@@ -123,18 +122,66 @@ typedef struct {
 } dp_steps;
 
 /* ------------------------------------------------------------------------------------------- */
+/* Moves */
+
+typedef struct dp_travel dp_travel; /* a move under way: move.c */
+
+/* Guarded by the engine's lock, but for the hint, and for the engine's own move while that is under way. */
+typedef struct {
+    dp_travel *waiting;      /* for their sequence to be busy no more; first come, first moved */
+    atomic_bool any_waiting; /* a hint: is worth taking the lock for */
+    dp_wait *waits;          /* calls that wait for a move to end */
+    uint64_t succeeded, failed;
+    uint64_t tokens, bytes; /* of those that succeeded */
+    bool balancing;         /* `balance` is under way */
+    bool closing;           /* no more balancing */
+    pthread_cond_t balanced;
+    dp_move balance; /* the engine's own move */
+} dp_moves;
+
+void dp_moves_init(dp_moves *moves);
+
+/* Cancels the engine's own move, and waits for its end. */
+void dp_moves_fini(dp_engine *engine);
+
+/*
+ * Starts the waiting moves whose sequence is busy no more, and ends those that have waited for long enough. Without the
+ * lock, after sequences have ceased to be busy, and now and then.
+ */
+void dp_moves_resume(dp_engine *engine);
+
+/* Lets a call wait for a move to end. With the lock held, while one is under way. */
+void dp_wait_begin(dp_engine *engine, dp_wait *wait);
+
+/* Starts the move that is most worth it, if one is, unless one of the engine's own is under way: rebalance.c. */
+void dp_engine_balance(dp_engine *engine);
+
+/* An export of `tokens` of a sequence from `first` on. With the lock held. ATTN_RESOURCE_EXHAUSTED: no memory. */
+attn_status dp_export_hold(dp_engine *engine, const dp_sequence *sequence, uint64_t first, uint64_t tokens,
+                           dp_export **export);
+
+/* An upload of `tokens` from position 0 on into pages that nobody else writes to and that the caller keeps. */
+attn_status dp_upload_into(dp_engine *engine, const dp_place *place, uint64_t tokens, dp_upload **upload);
+
+/* As dp_upload_write, unchecked: chunks in any order, with gaps. */
+attn_status dp_upload_write_anywhere(dp_upload *upload, dp_upload_chunk *chunk);
+
+/* ------------------------------------------------------------------------------------------- */
 
 struct dp_engine {
-    dp_config config; /* without its pointers */
+    dp_config config;       /* without its pointers */
+    atomic_uint references; /* until dp_engine_destroy; runs abandoned */
     char backend[32];
     char isa[32];
     size_t query_row_bytes, key_row_bytes, value_row_bytes, out_row_bytes;
     uint64_t small_bytes;  /* a layer that reads no more may run on the submitting thread */
     dp_engine_rank *ranks; /* [config.ranks] */
     dp_results *results;
+    dp_watchdog *watchdog;
     pthread_mutex_t lock;
     dp_sequences sequences; /* guarded by lock */
     dp_steps steps;         /* guarded by lock */
+    dp_moves moves;         /* guarded by lock */
     uint32_t turn;          /* of round-robin placement; guarded by lock */
 };
 
@@ -144,14 +191,25 @@ void dp_steps_fini(dp_steps *steps);
 /* Aborts the steps that have been idle since before `before`. */
 void dp_steps_reap(dp_engine *engine, int64_t before);
 
-/* Copies which ranks are lost into the table's loads. With the lock held. */
-void dp_engine_note_lost(dp_engine *engine);
+/* An abandoned run keeps the engine's memory, also beyond dp_engine_destroy, until it lets go of it. */
+void dp_engine_hold(dp_engine *engine);
+void dp_engine_let_go(dp_engine *engine);
+
+/* Calls keep.release, if there is one, and forgets it. Without the lock. */
+void dp_keep_release(dp_keep *keep);
+
+/* Copies which ranks are lost, and which have no page free, into the table's loads. With the lock held. */
+void dp_engine_note_ranks(dp_engine *engine);
 
 /* The kind of a layer part's job; see layer.c. */
 extern const dp_job_kind dp_layer_job_kind;
 
 /* Completes one part of a layer: the last one completes the layer. */
 void dp_layer_part_finish(dp_layer_part *part);
+
+/* dp_job_kind.abandon and .reclaim of a part. */
+void dp_layer_part_abandon(dp_layer_part *part, attn_status status);
+void dp_layer_part_reclaim(dp_layer_part *part);
 
 /* Marks a part as failed. */
 void dp_layer_part_fail(dp_layer_part *part, attn_status status);

@@ -88,15 +88,19 @@ static void steps_return(dp_steps *steps, dp_step *step) {
     steps->first_free = step->slot;
 }
 
-static void unreference_locked(dp_step *step) {
-    if (atomic_fetch_sub_explicit(&step->references, 1, memory_order_acq_rel) == 1) {
-        steps_return(&step->engine->steps, step);
-    }
+static void release_buffers(dp_step *step) {
+    dp_result_release(step->result);
+    dp_result_release(step->partials);
+    step->result = NULL;
+    step->partials = NULL;
 }
 
+/* Without the lock: the caller's memory may go with the step. */
 static void unreference(dp_step *step) {
     dp_engine *engine = step->engine;
     if (atomic_fetch_sub_explicit(&step->references, 1, memory_order_acq_rel) != 1) return;
+    release_buffers(step);
+    dp_keep_release(&step->keep);
     pthread_mutex_lock(&engine->lock);
     steps_return(&engine->steps, step);
     pthread_mutex_unlock(&engine->lock);
@@ -180,16 +184,26 @@ static attn_status check_sequence(const dp_sequences *table, const dp_step *step
     const dp_sequence *sequence = step->sequences[i];
     uint32_t rank;
     if (dp_sequence_lost(table, sequence, &rank)) {
-        return attn_error(ATTN_UNAVAILABLE, "sequences[%u]: rank %u, which holds it, is lost", i, rank);
+        return attn_error(ATTN_UNAVAILABLE,
+                          "sequences[%u]: rank %u, which held it, was lost: close it, open another and append its "
+                          "tokens again",
+                          i, rank);
     }
     if (step->read_only) return attn_ok();
-    if (sequence->busy) return attn_error(ATTN_ABORTED, "sequences[%u]: in another step or upload right now", i);
+    if (sequence->busy) {
+        return attn_error(ATTN_ABORTED, "sequences[%u]: %s right now", i, dp_sequence_busy_with(sequence));
+    }
     if (sequence->length + step->query_lengths[i] > table->max_length) {
         return attn_error(ATTN_RESOURCE_EXHAUSTED,
                           "sequences[%u]: %" PRIu64 " tokens and %u new ones; a sequence holds %" PRIu64 " at most", i,
                           sequence->length, step->query_lengths[i], table->max_length);
     }
     return attn_ok();
+}
+
+/* Whether the step could begin once a sequence is there where it is on its way to. */
+static bool waits_for_move(const dp_step *step, const dp_step_request *request, uint32_t i) {
+    return request->wait != NULL && !step->read_only && step->sequences[i]->moving;
 }
 
 /* Takes the pages for the new rows of all sequences, or of none. */
@@ -225,18 +239,23 @@ static void for_pages_read(dp_step *step, void (*change)(dp_pages *, uint32_t)) 
     for (uint32_t b = 0; b < step->partition.batch_count; b++) {
         const dp_batch *batch = &step->partition.batches[b];
         dp_pages *pool = &step->engine->sequences.pools[batch->rank];
+        if (pool->epoch != batch->epoch) continue; /* the pages are gone with their rank */
         for (uint32_t p = 0; p < batch->page_offsets[batch->size]; p++)
             change(pool, batch->pages[p]);
     }
 }
 
-static attn_status begin_locked(dp_step *step, const dp_step_request *request, uint32_t tokens) {
+static attn_status begin_locked(dp_step *step, const dp_step_request *request, uint32_t tokens, bool *waits) {
     dp_sequences *table = &step->engine->sequences;
     ATTN_TRY(step_describe(step, request, tokens));
     ATTN_TRY(dp_sequences_find_all(table, request->tenant, request->sequences, request->count, step->sequences));
-    dp_engine_note_lost(step->engine);
-    for (uint32_t i = 0; i < step->count; i++)
-        ATTN_TRY(check_sequence(table, step, i));
+    dp_engine_note_ranks(step->engine);
+    for (uint32_t i = 0; i < step->count; i++) {
+        attn_status status = check_sequence(table, step, i);
+        *waits = status.code == ATTN_ABORTED && waits_for_move(step, request, i);
+        if (*waits) dp_wait_begin(step->engine, request->wait);
+        if (attn_failed(status)) return status;
+    }
     if (!step->read_only) {
         ATTN_TRY(grow_sequences(table, step));
     } else {
@@ -248,6 +267,7 @@ static attn_status begin_locked(dp_step *step, const dp_step_request *request, u
     }
     atomic_store(&step->state, DP_STEP_RUNNING); /* not open, hence not reaped, before it is complete */
     atomic_store(&step->references, 1);
+    atomic_store(&step->detained, false);
     atomic_store(&step->used_ns, attn_now_ns());
     step_register(step);
     return attn_ok();
@@ -268,6 +288,7 @@ static void make_parts(dp_step *step) {
         part->batch = &step->partition.batches[b];
         part->job.kind = &dp_layer_job_kind;
         part->job.weight = part->batch->size;
+        part->job.epoch = part->batch->epoch;
         part->job.small = is_small(step->engine, &step->partition);
     }
 }
@@ -276,13 +297,16 @@ attn_status dp_step_begin(dp_engine *engine, const dp_step_request *request, dp_
     uint32_t tokens = 0;
     ATTN_TRY(check_request(engine, request, &tokens));
     attn_status status = attn_ok();
+    bool waits = false;
+    *step = NULL;
     pthread_mutex_lock(&engine->lock);
     dp_step *begun = steps_acquire(engine, &status);
     if (begun != NULL) {
-        status = begin_locked(begun, request, tokens);
+        status = begin_locked(begun, request, tokens, &waits);
         if (attn_failed(status)) steps_return(&engine->steps, begun);
     }
     pthread_mutex_unlock(&engine->lock);
+    if (waits) return attn_ok();
     if (begun == NULL || attn_failed(status)) return status;
     /* Page tables may be long: those of sequences that are now busy with this step are copied without the lock. */
     if (!request->read_only) status = make_partition(begun);
@@ -348,6 +372,7 @@ static void settle(dp_step *step, bool commit) {
     pthread_mutex_lock(&step->engine->lock);
     settle_locked(step, commit);
     pthread_mutex_unlock(&step->engine->lock);
+    dp_moves_resume(step->engine);
 }
 
 static bool move_state(dp_step *step, dp_step_state from, dp_step_state to) {
@@ -365,9 +390,12 @@ void dp_step_end(dp_step *step) {
     pthread_mutex_lock(&engine->lock);
     if (settles) settle_locked(step, false);
     step->registered = false;
-    unreference_locked(step);
     pthread_mutex_unlock(&engine->lock);
+    unreference(step);
+    if (settles) dp_moves_resume(engine);
 }
+
+void dp_step_keep(dp_step *step, dp_keep keep) { step->keep = keep; }
 
 attn_status dp_step_take(dp_engine *engine, uint32_t tenant, uint64_t id, dp_step **step) {
     attn_status status = attn_ok();
@@ -398,6 +426,12 @@ void dp_step_put(dp_step *step) {
     if (!open) dp_step_end(step);
 }
 
+/* An open step that nobody owns has no layer in flight, and was never detained: the reference is its only one. */
+static void unreference_unowned_locked(dp_step *step) {
+    if (atomic_fetch_sub_explicit(&step->references, 1, memory_order_acq_rel) != 1) return;
+    steps_return(&step->engine->steps, step);
+}
+
 void dp_steps_reap(dp_engine *engine, int64_t before) {
     pthread_mutex_lock(&engine->lock);
     for (uint32_t i = 0; i < engine->steps.count; i++) {
@@ -407,7 +441,7 @@ void dp_steps_reap(dp_engine *engine, int64_t before) {
         settle_locked(step, false);
         if (step->owned) continue; /* the owner finds it aborted, and ends it */
         step->registered = false;
-        unreference_locked(step);
+        unreference_unowned_locked(step);
     }
     pthread_mutex_unlock(&engine->lock);
 }
@@ -474,20 +508,13 @@ static attn_status check_layer(const dp_step *step, const dp_layer_call *call) {
 static attn_status reserve_ranks(const dp_step *step) {
     const dp_engine_rank *ranks = step->engine->ranks;
     for (uint32_t b = 0; b < step->partition.batch_count; b++) {
-        attn_status status = dp_rank_reserve(ranks[step->parts[b].batch->rank].rank);
+        attn_status status = dp_rank_reserve(ranks[step->parts[b].batch->rank].rank, step->parts[b].job.epoch);
         if (!attn_failed(status)) continue;
         while (b-- > 0)
             dp_rank_unreserve(ranks[step->parts[b].batch->rank].rank);
         return status;
     }
     return attn_ok();
-}
-
-static void release_buffers(dp_step *step) {
-    dp_result_release(step->result);
-    dp_result_release(step->partials);
-    step->result = NULL;
-    step->partials = NULL;
 }
 
 static attn_status take_buffers(dp_step *step, const dp_options *options) {
@@ -514,9 +541,11 @@ static void start_layer(dp_step *step, dp_layer_call *call) {
     step->scale = call->options.scale > 0 ? call->options.scale : 1.0f / sqrtf((float)geometry->head_dim);
     step->admitted_ns = attn_now_ns();
     call->result = NULL;
+    call->detained = false;
     call->committed = false;
     call->timing_count = 0;
     call->timing = step->timing;
+    step->input = *call;
     atomic_store_explicit(&step->failed, false, memory_order_relaxed);
     atomic_store_explicit(&step->used_ns, step->admitted_ns, memory_order_relaxed);
     atomic_fetch_add(&step->references, 1);
@@ -554,7 +583,7 @@ attn_status dp_step_layer(dp_step *step, dp_layer_call *call) {
 static void merge_spread_sequences(dp_step *step) {
     if (step->partials == NULL) return;
     int64_t start = attn_now_ns();
-    const dp_options *options = &step->call->options;
+    const dp_options *options = &step->input.options;
     dp_gather_merge_request request = {
         .geometry = &step->engine->config.geometry,
         .batch_invariant = options->batch_invariant,
@@ -586,14 +615,22 @@ static attn_status layer_advances(dp_step *step, bool *committed) {
     return attn_ok();
 }
 
+/* What the layer's ranks wrote to goes back to the pool, or stays the step's while a lost rank may still write to it.
+ */
+static dp_result *take_result(dp_step *step) {
+    if (atomic_load(&step->detained)) return NULL;
+    dp_result *result = step->result;
+    step->result = NULL;
+    release_buffers(step);
+    return result;
+}
+
 static void layer_complete(dp_step *step) {
     dp_layer_call *call = step->call;
     bool failed = atomic_load(&step->failed);
     if (!failed) merge_spread_sequences(step);
-    dp_result *result = step->result;
-    step->result = NULL;
-    dp_result_release(step->partials);
-    step->partials = NULL;
+    call->detained = atomic_load(&step->detained);
+    dp_result *result = take_result(step);
     uint32_t ranks = step->partition.batch_count;
     bool committed = false;
     attn_status status =
@@ -609,10 +646,29 @@ static void layer_complete(dp_step *step) {
     unreference(step);
 }
 
+static void part_arrives(dp_step *step) {
+    if (dp_gather_arrive(&step->gather)) layer_complete(step);
+}
+
 void dp_layer_part_finish(dp_layer_part *part) {
     dp_step *step = part->step;
     if (part->failed && !atomic_exchange(&step->failed, true)) step->failure = part->failure;
-    if (dp_gather_arrive(&step->gather)) layer_complete(step);
+    part_arrives(step);
+}
+
+void dp_layer_part_abandon(dp_layer_part *part, attn_status status) {
+    dp_step *step = part->step;
+    dp_engine_hold(step->engine);
+    atomic_fetch_add(&step->references, 1);
+    atomic_store(&step->detained, true);
+    if (!atomic_exchange(&step->failed, true)) attn_status_save(&step->failure, status);
+    part_arrives(step);
+}
+
+void dp_layer_part_reclaim(dp_layer_part *part) {
+    dp_engine *engine = part->step->engine;
+    unreference(part->step);
+    dp_engine_let_go(engine);
 }
 
 static bool reference_if_alive(dp_step *step) {

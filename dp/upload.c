@@ -28,17 +28,20 @@ typedef struct {
 
 struct dp_upload {
     dp_engine *engine;
-    dp_sequence *sequence; /* busy with this upload */
+    dp_sequence *sequence; /* busy with this upload; NULL: the pages are no sequence's yet */
     uint64_t first;        /* position of the upload's first token */
     uint64_t tokens;
     uint32_t stripes;
     upload_part *parts;     /* [stripes] */
     uint64_t *layer_tokens; /* [layers] how many are there; the caller's, and the chunk's while one is in flight */
     atomic_int state;       /* a dp_step_state: a chunk is to an upload what a layer is to a step */
-    atomic_uint references; /* the open upload, the chunk in flight */
+    atomic_uint references; /* the open upload, the chunk in flight, runs abandoned */
     atomic_bool failed;
+    atomic_bool detained; /* a part was abandoned */
     dp_gather gather;
     dp_upload_chunk *chunk;
+    dp_upload_chunk input;     /* a copy of it: what ranks look at, also when the chunk has come back without them */
+    dp_keep keep;              /* until the last reference is gone */
     attn_saved_status failure; /* written by the first to set `failed` */
 };
 
@@ -54,7 +57,9 @@ static void upload_free(dp_upload *upload) {
 }
 
 static void unreference(dp_upload *upload) {
-    if (atomic_fetch_sub_explicit(&upload->references, 1, memory_order_acq_rel) == 1) upload_free(upload);
+    if (atomic_fetch_sub_explicit(&upload->references, 1, memory_order_acq_rel) != 1) return;
+    dp_keep_release(&upload->keep);
+    upload_free(upload);
 }
 
 static bool move_state(dp_upload *upload, dp_step_state from, dp_step_state to) {
@@ -63,16 +68,18 @@ static bool move_state(dp_upload *upload, dp_step_state from, dp_step_state to) 
 }
 
 static void give_back(dp_upload *upload) {
+    if (upload->sequence == NULL) return;
     pthread_mutex_lock(&upload->engine->lock);
     dp_sequence_cancel(&upload->engine->sequences, upload->sequence, attn_now_ns());
     pthread_mutex_unlock(&upload->engine->lock);
+    dp_moves_resume(upload->engine);
 }
 
 static attn_status grow_sequence(dp_engine *engine, uint32_t tenant, dp_sequence *sequence, uint64_t tokens) {
     dp_sequences *table = &engine->sequences;
-    dp_engine_note_lost(engine);
+    dp_engine_note_ranks(engine);
     ATTN_TRY(dp_sequence_holds(table, sequence));
-    if (sequence->busy) return attn_error(ATTN_ABORTED, "sequence: in another step or upload right now");
+    if (sequence->busy) return attn_error(ATTN_ABORTED, "sequence: %s right now", dp_sequence_busy_with(sequence));
     if (tokens > table->max_length - sequence->length) {
         return attn_error(ATTN_RESOURCE_EXHAUSTED,
                           "tokens: %" PRIu64 " after the sequence's %" PRIu64 "; a sequence holds %" PRIu64 " at most",
@@ -89,14 +96,14 @@ static attn_status grow_sequence(dp_engine *engine, uint32_t tenant, dp_sequence
 
 extern const dp_job_kind dp_upload_job_kind;
 
-static attn_status make_part(dp_upload *upload, uint32_t stripe) {
-    const dp_part *part = &upload->sequence->parts[stripe];
+static attn_status make_part(dp_upload *upload, const dp_part *part, uint32_t stripe, uint32_t rank) {
     upload_part *made = &upload->parts[stripe];
     made->job.kind = &dp_upload_job_kind;
     made->job.weight = 1;
+    made->job.epoch = part->epoch;
     made->upload = upload;
     made->stripe = stripe;
-    made->rank = dp_sequence_rank(&upload->engine->sequences, upload->sequence, stripe);
+    made->rank = rank;
     made->page_count = part->count + part->taken;
     made->copy.to = part->replacement;
     if (made->page_count == 0) return attn_ok();
@@ -122,25 +129,30 @@ static dp_upload *allocate_upload(uint32_t stripes, uint32_t layers) {
     return NULL;
 }
 
-static attn_status make_upload(dp_engine *engine, dp_sequence *sequence, uint64_t tokens, dp_upload **upload) {
-    dp_upload *made = allocate_upload(sequence->stripes, engine->config.geometry.layers);
+/* An upload of `tokens` from position `first` on into pages that lie as `place` says. */
+static attn_status make_upload(dp_engine *engine, const dp_place *place, uint64_t first, uint64_t tokens,
+                               dp_upload **upload) {
+    dp_upload *made = allocate_upload(place->stripes, engine->config.geometry.layers);
     if (made == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an upload");
     made->engine = engine;
-    made->sequence = sequence;
-    made->first = sequence->length;
+    made->first = first;
     made->tokens = tokens;
-    attn_status status = attn_ok();
-    for (uint32_t j = 0; j < made->stripes && !attn_failed(status); j++)
-        status = make_part(made, j);
-    if (attn_failed(status)) {
+    for (uint32_t j = 0; j < made->stripes; j++) {
+        attn_status status = make_part(made, &place->parts[j], j, dp_place_rank(&engine->sequences, place, j));
+        if (!attn_failed(status)) continue;
         upload_free(made);
         return status;
     }
     atomic_init(&made->state, DP_STEP_OPEN);
     atomic_init(&made->references, 1);
     atomic_init(&made->failed, false);
+    atomic_init(&made->detained, false);
     *upload = made;
     return attn_ok();
+}
+
+attn_status dp_upload_into(dp_engine *engine, const dp_place *place, uint64_t tokens, dp_upload **upload) {
+    return make_upload(engine, place, 0, tokens, upload);
 }
 
 attn_status dp_upload_begin(dp_engine *engine, uint32_t tenant, uint64_t sequence, uint64_t tokens,
@@ -152,8 +164,11 @@ attn_status dp_upload_begin(dp_engine *engine, uint32_t tenant, uint64_t sequenc
                                        : grow_sequence(engine, tenant, grown, tokens);
     pthread_mutex_unlock(&engine->lock);
     if (grown == NULL || attn_failed(status)) return status;
-    status = make_upload(engine, grown, tokens, upload);
-    if (attn_failed(status)) {
+    dp_place place = {.home = grown->home, .stripes = grown->stripes, .parts = grown->parts};
+    status = make_upload(engine, &place, grown->length, tokens, upload);
+    if (!attn_failed(status)) {
+        (*upload)->sequence = grown;
+    } else {
         pthread_mutex_lock(&engine->lock);
         dp_sequence_cancel(&engine->sequences, grown, attn_now_ns());
         pthread_mutex_unlock(&engine->lock);
@@ -169,6 +184,8 @@ void dp_upload_end(dp_upload *upload) {
     if (gives_back) give_back(upload);
     unreference(upload);
 }
+
+void dp_upload_keep(dp_upload *upload, dp_keep keep) { upload->keep = keep; }
 
 static attn_status check_state(const dp_upload *upload) {
     switch ((dp_step_state)atomic_load(&upload->state)) {
@@ -194,6 +211,7 @@ attn_status dp_upload_commit(dp_upload *upload, uint64_t *length) {
     dp_sequence_commit(&engine->sequences, upload->sequence, attn_now_ns());
     *length = upload->sequence->length;
     pthread_mutex_unlock(&engine->lock);
+    dp_moves_resume(engine);
     return attn_ok();
 }
 
@@ -202,7 +220,7 @@ attn_status dp_upload_commit(dp_upload *upload, uint64_t *length) {
 
 typedef struct {
     dp_engine *engine;
-    dp_engine_rank *owner;
+    dp_worker *worker;
     const upload_part *part;
     dp_tensor_reader keys, values;
     uint64_t bytes_in_place, bytes_gathered;
@@ -224,15 +242,15 @@ static attn_status next_piece(chunk_writer *writer, uint64_t row, uint64_t rows,
         writer->bytes_in_place += whole * (key_bytes + value_bytes);
         return attn_ok();
     }
-    dp_rank_scratch *scratch = &writer->owner->scratch;
-    void *staging = scratch->staging;
-    bool reserved = dp_scratch_reserve(&staging, &scratch->staging_size, key_bytes + value_bytes);
-    scratch->staging = staging;
-    if (!reserved) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory to gather a row");
-    dp_tensor_reader_copy(&writer->keys, row * key_bytes, key_bytes, scratch->staging);
-    dp_tensor_reader_copy(&writer->values, row * value_bytes, value_bytes, scratch->staging + key_bytes);
-    *keys = scratch->staging;
-    *values = scratch->staging + key_bytes;
+    dp_scratch *scratch = dp_worker_scratch(writer->worker);
+    if (!dp_scratch_reserve(&scratch->staging, &scratch->staging_size, key_bytes + value_bytes)) {
+        return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory to gather a row");
+    }
+    char *gathered = scratch->staging;
+    dp_tensor_reader_copy(&writer->keys, row * key_bytes, key_bytes, gathered);
+    dp_tensor_reader_copy(&writer->values, row * value_bytes, value_bytes, gathered + key_bytes);
+    *keys = gathered;
+    *values = gathered + key_bytes;
     *count = 1;
     writer->bytes_gathered += key_bytes + value_bytes;
     return attn_ok();
@@ -241,13 +259,12 @@ static attn_status next_piece(chunk_writer *writer, uint64_t row, uint64_t rows,
 /* Appends rows that follow one another in the part too. */
 static attn_status append_run(chunk_writer *writer, uint64_t position, uint64_t row, uint64_t rows) {
     const upload_part *part = writer->part;
-    attn_backend *backend = dp_rank_backend(writer->owner->rank);
     while (rows > 0) {
         const void *keys, *values;
         uint32_t count = 0;
         ATTN_TRY(next_piece(writer, row, rows, &keys, &values, &count));
-        ATTN_TRY(attn_backend_append(backend, part->upload->chunk->layer, part->pages, part->page_count, position,
-                                     count, keys, values));
+        ATTN_TRY(attn_backend_append(dp_worker_backend(writer->worker), part->upload->input.layer, part->pages,
+                                     part->page_count, position, count, keys, values));
         position += count;
         row += count;
         rows -= count;
@@ -258,8 +275,8 @@ static attn_status append_run(chunk_writer *writer, uint64_t position, uint64_t 
 static attn_status write_rows(chunk_writer *writer) {
     const upload_part *part = writer->part;
     const dp_upload *upload = part->upload;
-    uint64_t first = upload->first + upload->chunk->token_offset;
-    uint64_t end = first + upload->chunk->tokens;
+    uint64_t first = upload->first + upload->input.token_offset;
+    uint64_t end = first + upload->input.tokens;
     uint64_t run;
     for (uint64_t position = first; position < end; position += run) {
         run = dp_part_run(position, upload->stripes);
@@ -271,20 +288,21 @@ static attn_status write_rows(chunk_writer *writer) {
     return attn_ok();
 }
 
-static attn_status write_chunk(dp_rank *rank, upload_part *part) {
+static attn_status write_chunk(dp_worker *worker, upload_part *part) {
     dp_engine *engine = part->upload->engine;
-    chunk_writer writer = {.engine = engine, .owner = &engine->ranks[dp_rank_index(rank)], .part = part};
-    if (dp_rank_lost(rank)) return attn_error(ATTN_UNAVAILABLE, "rank %u is lost", part->rank);
+    chunk_writer writer = {.engine = engine, .worker = worker, .part = part};
+    if (dp_worker_retired(worker)) return dp_rank_lost_status(part->rank);
     if (part->copy.to != DP_NO_PAGE && !part->copied) {
-        ATTN_TRY(attn_backend_copy_page(dp_rank_backend(rank), part->copy.from, part->copy.to));
+        ATTN_TRY(attn_backend_copy_page(dp_worker_backend(worker), part->copy.from, part->copy.to));
         part->copied = true;
     }
     int64_t start = attn_now_ns();
-    dp_tensor_reader_init(&writer.keys, &part->upload->chunk->keys);
-    dp_tensor_reader_init(&writer.values, &part->upload->chunk->values);
+    dp_tensor_reader_init(&writer.keys, &part->upload->input.keys);
+    dp_tensor_reader_init(&writer.values, &part->upload->input.values);
     attn_status status = write_rows(&writer);
-    dp_rank_counters *counters = &writer.owner->counters;
+    dp_rank_counters *counters = &engine->ranks[part->rank].counters;
     dp_count(&counters->busy_ns, (uint64_t)(attn_now_ns() - start));
+    if (part->upload->sequence == NULL) return status; /* no call's tensors */
     dp_count(&counters->bytes_in_place, writer.bytes_in_place);
     dp_count(&counters->bytes_gathered, writer.bytes_gathered);
     return status;
@@ -295,14 +313,13 @@ static void part_fail(upload_part *part, attn_status status) {
     attn_status_save(&part->failure, status);
 }
 
-static void upload_run(dp_rank *rank, dp_job *const *jobs, uint32_t count) {
-    for (uint32_t i = 0; i < count; i++) {
-        upload_part *part = (upload_part *)jobs[i];
-        attn_status status = write_chunk(rank, part);
-        if (!attn_failed(status)) continue;
-        part_fail(part, status);
-        if (status.code == ATTN_UNAVAILABLE) dp_rank_fail(rank);
-    }
+/* Nothing joins an upload's job: it runs alone. */
+static attn_status upload_run(dp_worker *worker, dp_job *const *jobs, uint32_t count) {
+    (void)count;
+    upload_part *part = (upload_part *)jobs[0];
+    attn_status status = write_chunk(worker, part);
+    if (attn_failed(status)) part_fail(part, status);
+    return status;
 }
 
 static void chunk_complete(dp_upload *upload) {
@@ -320,15 +337,20 @@ static void chunk_complete(dp_upload *upload) {
         atomic_store(&upload->state, DP_STEP_ABORTED);
         give_back(upload);
     }
+    chunk->detained = atomic_load(&upload->detained);
     chunk->done(chunk, status);
     unreference(upload);
+}
+
+static void part_arrives(dp_upload *upload) {
+    if (dp_gather_arrive(&upload->gather)) chunk_complete(upload);
 }
 
 static void upload_finish(dp_job *job) {
     upload_part *part = (upload_part *)job;
     dp_upload *upload = part->upload;
     if (part->failed && !atomic_exchange(&upload->failed, true)) upload->failure = part->failure;
-    if (dp_gather_arrive(&upload->gather)) chunk_complete(upload);
+    part_arrives(upload);
 }
 
 static void upload_drop(dp_job *job, attn_status status) {
@@ -336,7 +358,29 @@ static void upload_drop(dp_job *job, attn_status status) {
     upload_finish(job);
 }
 
-const dp_job_kind dp_upload_job_kind = {.run = upload_run, .finish = upload_finish, .drop = upload_drop};
+static void upload_abandon(dp_job *job, attn_status status) {
+    dp_upload *upload = ((upload_part *)job)->upload;
+    dp_engine_hold(upload->engine);
+    atomic_fetch_add(&upload->references, 1);
+    atomic_store(&upload->detained, true);
+    if (!atomic_exchange(&upload->failed, true)) attn_status_save(&upload->failure, status);
+    part_arrives(upload);
+}
+
+static void upload_reclaim(dp_job *job) {
+    dp_upload *upload = ((upload_part *)job)->upload;
+    dp_engine *engine = upload->engine;
+    unreference(upload);
+    dp_engine_let_go(engine);
+}
+
+const dp_job_kind dp_upload_job_kind = {
+    .run = upload_run,
+    .finish = upload_finish,
+    .drop = upload_drop,
+    .abandon = upload_abandon,
+    .reclaim = upload_reclaim,
+};
 
 /* ------------------------------------------------------------------------------------------- */
 /* Chunks */
@@ -364,17 +408,23 @@ static attn_status check_chunk(const dp_upload *upload, const dp_upload_chunk *c
 
 attn_status dp_upload_write(dp_upload *upload, dp_upload_chunk *chunk) {
     ATTN_TRY(check_chunk(upload, chunk));
+    return dp_upload_write_anywhere(upload, chunk);
+}
+
+attn_status dp_upload_write_anywhere(dp_upload *upload, dp_upload_chunk *chunk) {
     const dp_engine_rank *ranks = upload->engine->ranks;
     uint32_t stripes[DP_MAX_RANKS];
     uint32_t count = dp_parts_holding(upload->first + chunk->token_offset, chunk->tokens, upload->stripes, stripes);
     for (uint32_t s = 0; s < count; s++) {
-        attn_status status = dp_rank_reserve(ranks[upload->parts[stripes[s]].rank].rank);
+        attn_status status =
+            dp_rank_reserve(ranks[upload->parts[stripes[s]].rank].rank, upload->parts[stripes[s]].job.epoch);
         if (!attn_failed(status)) continue;
         while (s-- > 0)
             dp_rank_unreserve(ranks[upload->parts[stripes[s]].rank].rank);
         return status;
     }
     upload->chunk = chunk;
+    upload->input = *chunk;
     atomic_fetch_add(&upload->references, 1);
     dp_gather_init(&upload->gather, count);
     atomic_store(&upload->state, DP_STEP_RUNNING);

@@ -10,7 +10,7 @@
 enum { LEAST_SAVED = 6 };
 
 /* Keeping and merging a row's results takes about as long as it takes the row to attend to so many tokens. */
-enum { MERGE_TOKENS = 256 };
+enum { MERGE_TOKENS = 128 };
 
 /* Places of the arrays, for vector loads and against false sharing. */
 enum { ALIGNMENT = 64 };
@@ -255,6 +255,7 @@ attn_status attn_sharing_split(attn_sharing *sharing, const attn_batch *batch, b
     carver measure = {0};
     carve_arrays(&measure, &sharing->geometry, batch->size, count);
     ATTN_TRY(reserve_memory(sharing, measure.used));
+    assert(sharing->memory != NULL);
     carver earnest = {.base = sharing->memory};
     sharing_arrays arrays = carve_arrays(&earnest, &sharing->geometry, batch->size, count);
     lay_out(sharing, &arrays, batch);

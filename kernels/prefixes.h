@@ -29,8 +29,8 @@
  * WHAT IS WORTH IT. Query rows go over keys and values in row blocks (kernels/split_plan.h), so a member with q query
  * rows reads its tokens ceil(q / block_queries) times by itself; together the members fill their blocks. Reading goes
  * on while what has been read is attended to: a read costs as much as `read_rows` rows of one query head attending to
- * it, and nothing where as many do anyway. Merging costs as much for each row as attending to a few hundred tokens. A
- * prefix is used if all that together saves a sixth of its members' time at least.
+ * it, and nothing where as many do anyway. Merging costs as much for each row as attending to a hundred tokens and
+ * more. A prefix is used if all that together saves a sixth of its members' time at least.
  *
  * A plan (attn_plan) was made for the batch as it was: it does not fit `shared` or `own`, and is not to be looked at.
  */

@@ -20,7 +20,7 @@
 /* Unary calls that take longer are logged. */
 #define SLOW_NS INT64_C(1000000000)
 
-/* The retry hint of RESOURCE_EXHAUSTED, in milliseconds. */
+/* The retry hint of RESOURCE_EXHAUSTED, and of ABORTED where that says to come back later, in milliseconds. */
 #define RETRY_PUSHBACK "100"
 
 /*
@@ -137,7 +137,7 @@ static size_t error_trailers(const call *call, attn_code code, grpc_metadata tra
     size_t count = 0;
     bool twice;
     if (code == ATTN_OK) return 0;
-    if (code == ATTN_RESOURCE_EXHAUSTED) {
+    if (code == ATTN_RESOURCE_EXHAUSTED || (code == ATTN_ABORTED && call->rpc->aborted_may_retry)) {
         trailers[count++] = (grpc_metadata){.key = grpc_slice_from_static_string("grpc-retry-pushback-ms"),
                                             .value = grpc_slice_from_static_string(RETRY_PUSHBACK)};
     }
@@ -241,6 +241,29 @@ void call_post_from_engine(call *call, size_t bytes_to_send) {
         return;
     }
     call_post(call, CALL_DONE);
+}
+
+/* What a lost rank may still use of a call that has ended. */
+typedef struct {
+    grpc_byte_buffer *message;
+    wire_reader reader;
+    void *more;
+} detained_memory;
+
+static void release_detained(void *context) {
+    detained_memory *detained = context;
+    grpc_byte_buffer_destroy(detained->message);
+    wire_reader_fini(&detained->reader);
+    free(detained->more);
+    free(detained);
+}
+
+dp_keep call_detain(call *call, grpc_byte_buffer **buffer, void *more) {
+    detained_memory *detained = malloc(sizeof *detained);
+    if (detained != NULL) *detained = (detained_memory){.message = *buffer, .reader = call->reader, .more = more};
+    *buffer = NULL;
+    wire_reader_init(&call->reader);
+    return (dp_keep){.release = detained != NULL ? release_detained : NULL, .context = detained};
 }
 
 bool call_has_news(const call *call) {
@@ -364,6 +387,20 @@ static int64_t deadline_in_ns(gpr_timespec deadline, int64_t now) {
     return now + left.tv_sec * INT64_C(1000000000) + left.tv_nsec;
 }
 
+static attn_status check_credentials(call *call) {
+    const attn_auth *auth = server_get_parts(call->server)->auth;
+    const char *credentials = NULL;
+    size_t size = 0;
+    bool twice;
+    const grpc_metadata *entry = find_metadata(call, "authorization", &twice);
+    if (entry != NULL && !twice) {
+        credentials = (const char *)GRPC_SLICE_START_PTR(entry->value);
+        size = GRPC_SLICE_LENGTH(entry->value);
+    }
+    if (call->rpc->admin) return attn_auth_check_admin(auth, credentials, size);
+    return attn_auth_check(auth, credentials, size, &call->tenant);
+}
+
 /* Whether the call may be made at all: deadline, draining, credentials. */
 static attn_status admit(call *call) {
     if (call->deadline_ns <= call->started_ns) {
@@ -372,12 +409,7 @@ static attn_status admit(call *call) {
     if (!call->rpc->while_draining && server_draining(call->server)) {
         return attn_error(ATTN_UNAVAILABLE, "the server is draining");
     }
-    if (call->rpc->open_to_all) return attn_ok();
-    bool twice;
-    const grpc_metadata *entry = find_metadata(call, "authorization", &twice);
-    if (entry == NULL || twice) return attn_auth_check(server_get_parts(call->server)->auth, NULL, 0, &call->tenant);
-    return attn_auth_check(server_get_parts(call->server)->auth, (const char *)GRPC_SLICE_START_PTR(entry->value),
-                           GRPC_SLICE_LENGTH(entry->value), &call->tenant);
+    return call->rpc->open_to_all ? attn_ok() : check_credentials(call);
 }
 
 static void answer(call *call) {

@@ -62,7 +62,9 @@ typedef struct {
     bool listed;                               /* gets CALL_NOTICE */
     bool open_to_all;                          /* no credentials asked for */
     bool while_draining;                       /* served while the server is draining */
+    bool admin;                                /* asks for the admin token */
     bool background;                           /* a drain does not wait for it */
+    bool aborted_may_retry;                    /* ABORTED says that a sequence is busy, and comes with a retry hint */
     uint32_t slots;                            /* calls kept armed on each queue */
     size_t state_bytes;                        /* of call.state */
     /* Unary and immediate: answers with call_respond, or fails. */
@@ -160,6 +162,13 @@ void call_engine_refused(call *call);
  * are to be sent that a queue's thread had better do it.
  */
 void call_post_from_engine(call *call, size_t bytes_to_send);
+
+/*
+ * What the engine is to keep of a call whose engine call ended `detained`: the message in `*buffer`, which becomes
+ * NULL, the reader that holds its spans, which starts afresh, and `more`, which is freed with them; NULL: nothing
+ * more. release is NULL if there is no memory for it: then all of that is never freed, which is safe.
+ */
+dp_keep call_detain(call *call, grpc_byte_buffer **buffer, void *more);
 
 /* Whether an event has come that the handlers have not seen yet: they will run again at once. */
 bool call_has_news(const call *call);

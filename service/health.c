@@ -1,7 +1,7 @@
 /*
  * grpc.health.v1: Check, and Watch, which tells a state when it is asked for and again when it has
- * changed. A watcher has one message on its way at most; what changes meanwhile is told as the
- * latest state when that is out.
+ * changed. The service "attnd.v1.Attention/full" serves while every rank does; the others while enough do. A watcher
+ * has one message on its way at most; what changes meanwhile is told as the latest state when that is out.
  */
 #include <string.h>
 
@@ -15,17 +15,26 @@ typedef Grpc__Health__V1__HealthCheckResponse__ServingStatus health;
 
 #define HEALTH(name) GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__##name
 
-static bool is_served(const char *service) { return service[0] == '\0' || strcmp(service, "attnd.v1.Attention") == 0; }
+/* What a service's health is about. */
+typedef enum { SUBJECT_NONE, SUBJECT_SERVER, SUBJECT_ALL_RANKS } subject;
 
-static health health_now(const call *call) {
-    return server_healthy(call->server) ? HEALTH(SERVING) : HEALTH(NOT_SERVING);
+static subject subject_of(const char *service) {
+    if (service[0] == '\0' || strcmp(service, "attnd.v1.Attention") == 0) return SUBJECT_SERVER;
+    return strcmp(service, "attnd.v1.Attention/full") == 0 ? SUBJECT_ALL_RANKS : SUBJECT_NONE;
+}
+
+static health health_now(const call *call, subject about) {
+    if (about == SUBJECT_NONE) return HEALTH(SERVICE_UNKNOWN);
+    bool serves = about == SUBJECT_ALL_RANKS ? server_full(call->server) : server_healthy(call->server);
+    return serves ? HEALTH(SERVING) : HEALTH(NOT_SERVING);
 }
 
 static attn_status answer_check(call *call, const wire_message *message) {
     const request_message *request = (const request_message *)message->message;
-    if (!is_served(request->service)) return attn_error(ATTN_NOT_FOUND, "service: not served here");
+    subject about = subject_of(request->service);
+    if (about == SUBJECT_NONE) return attn_error(ATTN_NOT_FOUND, "service: not served here");
     response_message response = GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__INIT;
-    response.status = health_now(call);
+    response.status = health_now(call, about);
     call_respond(call, &response.base);
     return attn_ok();
 }
@@ -41,14 +50,14 @@ const rpc rpc_health_check = {
 };
 
 typedef struct {
-    bool served;
+    subject about;
     bool sending;
     health told;
 } watch_state;
 
 static void watch_tell(call *call) {
     watch_state *state = call->state;
-    health now = state->served ? health_now(call) : HEALTH(SERVICE_UNKNOWN);
+    health now = health_now(call, state->about);
     if (state->sending || now == state->told) return;
     response_message response = GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__INIT;
     response.status = now;
@@ -66,7 +75,7 @@ static void watch_start(call *call) {
         return;
     }
     watch_state *state = call->state;
-    state->served = is_served(((const request_message *)message.message)->service);
+    state->about = subject_of(((const request_message *)message.message)->service);
     state->sending = false;
     state->told = HEALTH(UNKNOWN);
     call_watch(call);

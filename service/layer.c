@@ -83,6 +83,29 @@ attn_status layer_start(layer *layer, call *call, dp_step *step, uint32_t number
 }
 
 /* ------------------------------------------------------------------------------------------- */
+/* Steps that wait */
+
+static void wait_ready(dp_wait *wait) { call_post_from_engine(((layer_wait *)(void *)wait)->call, 0); }
+
+attn_status layer_begin_step(layer_wait *wait, call *call, const dp_step_request *request, dp_step **step) {
+    dp_step_request waiting = *request;
+    waiting.wait = &wait->engine;
+    wait->engine.ready = wait_ready;
+    wait->call = call;
+    call_engine_begins(call);
+    attn_status status = dp_step_begin(server_get_parts(call->server)->engine, &waiting, step);
+    wait->in_flight = !attn_failed(status) && *step == NULL;
+    if (!wait->in_flight) call_engine_refused(call);
+    return status;
+}
+
+void layer_wait_withdraw(layer_wait *wait) {
+    if (!dp_wait_withdraw(server_get_parts(wait->call->server)->engine, &wait->engine)) return;
+    call_engine_refused(wait->call);
+    wait->in_flight = false;
+}
+
+/* ------------------------------------------------------------------------------------------- */
 /* Responses */
 
 static void release_result(void *result) {
@@ -171,6 +194,13 @@ void layer_drop_result(layer *layer) {
     if (layer->engine.result == NULL) return;
     dp_result_release(layer->engine.result);
     layer->engine.result = NULL;
+}
+
+void layer_detain(layer *layer, dp_step *step, grpc_byte_buffer **buffer, float **sinks) {
+    if (!layer->engine.detained) return;
+    layer->engine.detained = false;
+    dp_step_keep(step, call_detain(layer->call, buffer, sinks != NULL ? *sinks : NULL));
+    if (sinks != NULL) *sinks = NULL;
 }
 
 grpc_slice layer_empty_response(uint64_t step) {

@@ -39,6 +39,19 @@ dp_options layer_options(const Attnd__V1__AttentionOptions *options);
 attn_status layer_start(layer *layer, call *call, dp_step *step, uint32_t number, const dp_options *options,
                         bool return_timing, const wire_message *message);
 
+/* A step that cannot begin before its sequences are where they are on their way to. Part of a call's state. */
+typedef struct {
+    dp_wait engine; /* must stay first: the engine's callback is given its address */
+    call *call;
+    bool in_flight; /* CALL_DONE is to come, and says that the step may be tried again */
+} layer_wait;
+
+/* dp_step_begin. The step may have to wait: then it is NULL, and wait->in_flight is set. */
+attn_status layer_begin_step(layer_wait *wait, call *call, const dp_step_request *request, dp_step **step);
+
+/* The client is gone: waits no longer. Unless wait->in_flight is still set, because CALL_DONE is on its way. */
+void layer_wait_withdraw(layer_wait *wait);
+
 /* Slices of a response at most. */
 #define LAYER_SLICES 4
 
@@ -51,6 +64,12 @@ size_t layer_response(layer *layer, uint64_t step, grpc_slice slices[LAYER_SLICE
 
 /* After CALL_DONE: drops the result, if there is one. */
 void layer_drop_result(layer *layer);
+
+/*
+ * After CALL_DONE, before the step is ended: if a lost rank may still use what the layer came with, the engine gets
+ * the message in `*buffer` and `*sinks` to keep, if they are not NULL; both become NULL.
+ */
+void layer_detain(layer *layer, dp_step *step, grpc_byte_buffer **buffer, float **sinks);
 
 /* A response without a layer: names the step, and nothing else. */
 grpc_slice layer_empty_response(uint64_t step);

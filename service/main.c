@@ -5,7 +5,8 @@
  *   SIGTERM or SIGINT -> drain -> server down -> engine down -> exit 0
  *
  * Exit status: 0 after a drain, --help and --version; 1 if it cannot serve; 2 if the configuration is
- * wrong. The main thread waits for signals, and once a second has idle steps and sequences reaped.
+ * wrong. The main thread waits for signals, looks at the ranks several times a second, and once a second has idle steps
+ * and sequences reaped.
  */
 #include <errno.h>
 #include <grpc/grpc.h>
@@ -30,6 +31,7 @@
 #define EXIT_BAD_CONFIG 2
 
 #define REAP_INTERVAL_NS INT64_C(1000000000)
+#define LOOK_INTERVAL_NS INT64_C(200000000)
 #define DRAIN_POLL_NS    5000000
 
 typedef struct {
@@ -42,7 +44,8 @@ typedef struct {
     server *server;
     uint16_t metrics_port;
     int64_t reaped_ns;
-    bool lost[DP_MAX_RANKS]; /* ranks that the log has said to be lost */
+    uint64_t losses[DP_MAX_RANKS];   /* of ranks, that the log has told of */
+    uint64_t restarts[DP_MAX_RANKS]; /* likewise */
 } daemon_state;
 
 /* The one there is: signal waits and callbacks find it here. Owned by the main thread. */
@@ -94,11 +97,13 @@ static void block_signals(void) {
     signal(SIGPIPE, SIG_IGN);
 }
 
-/* Waits for a signal; 0 after `timeout_ns` without one. */
-static int wait_for_signal(int64_t timeout_ns) {
+/* Waits for a signal; 0 after `timeout_ns` without one. *value is what was sent with it. */
+static int wait_for_signal(int64_t timeout_ns, int *value) {
     sigset_t signals = awaited_signals();
     struct timespec timeout = {.tv_sec = timeout_ns / 1000000000, .tv_nsec = timeout_ns % 1000000000};
-    int signal = sigtimedwait(&signals, NULL, &timeout);
+    siginfo_t info = {0};
+    int signal = sigtimedwait(&signals, &info, &timeout);
+    *value = info.si_value.sival_int;
     return signal > 0 ? signal : 0;
 }
 
@@ -145,6 +150,10 @@ static attn_status create_engine_on(const char *backend) {
         .tenant_max_sequences = config->tenant_count > 0 ? quotas + config->tenant_count : NULL,
         .step_idle_ns = (int64_t)config->step_idle_ms * 1000000,
         .sequence_idle_ns = (int64_t)config->sequence_idle_ms * 1000000,
+        .rebalance_factor = config->rebalance_factor,
+        .spread_above_tokens = config->spread_above_tokens,
+        .rank_stall_ns = (int64_t)config->rank_stall_ms * 1000000,
+        .rank_restart_ns = (int64_t)config->rank_restart_backoff_ms * 1000000,
     };
     attn_status status = dp_engine_create(&engine, &attnd.engine);
     free(quotas);
@@ -175,6 +184,7 @@ static void rank_metrics(void *context, uint32_t rank, attn_metrics_rank *values
     dp_engine_rank_info(attnd.engine, rank, &info);
     *values = (attn_metrics_rank){
         .serving = info.state == DP_RANK_SERVING,
+        .state = info.state,
         .sequences = info.sequences,
         .tokens = info.tokens,
         .tokens_in_flight = info.tokens_in_flight,
@@ -185,6 +195,9 @@ static void rank_metrics(void *context, uint32_t rank, attn_metrics_rank *values
         .launches = info.launches,
         .plans_rejected = info.plans_rejected,
         .prefix_tokens_shared = info.prefix_tokens_shared,
+        .losses = info.losses,
+        .stalls = info.stalls,
+        .restarts = info.restarts,
         .busy_ns = info.busy_ns,
         .bytes_in_place = info.bytes_in_place,
         .bytes_gathered = info.bytes_gathered,
@@ -200,6 +213,10 @@ static void total_metrics(void *context, attn_metrics_totals *values) {
         .steps = counts.steps,
         .steps_committed = counts.steps_committed,
         .steps_aborted = counts.steps_aborted,
+        .moves = counts.moves,
+        .moves_failed = counts.moves_failed,
+        .moved_tokens = counts.moved_tokens,
+        .moved_bytes = counts.moved_bytes,
     };
 }
 
@@ -286,43 +303,59 @@ static void reap_if_due(void) {
     dp_engine_reap(attnd.engine);
 }
 
-static void log_lost_rank(uint32_t rank, const dp_rank_info *info) {
+static void log_rank(attn_log_level level, const char *event, uint32_t rank, const dp_rank_info *info) {
     attn_log_line line;
-    if (!attn_log_begin(&line, ATTN_LOG_ERROR, "rank_lost", 0)) return;
+    if (!attn_log_begin(&line, level, event, 0)) return;
     attn_log_u64(&line, "rank", rank);
     attn_log_string(&line, "device", info->device);
+    attn_log_string(&line, "error", info->last_error);
+    attn_log_u64(&line, "losses", info->losses);
     attn_log_u64(&line, "sequences", info->sequences);
     attn_log_end(&line);
 }
 
-/* Says which ranks have been lost since the last look. The server is healthy while a rank is. */
-static void check_ranks(void) {
-    bool any = false;
-    for (uint32_t i = 0; i < dp_engine_ranks(attnd.engine); i++) {
-        dp_rank_info info;
-        dp_engine_rank_info(attnd.engine, i, &info);
-        bool lost = info.state == DP_RANK_LOST;
-        if (lost && !attnd.lost[i]) log_lost_rank(i, &info);
-        attnd.lost[i] = lost;
-        any |= !lost;
-    }
-    server_set_healthy(attnd.server, any);
+/* Says which ranks have been lost, and have come back, since the last look. */
+static void log_changes(uint32_t rank, const dp_rank_info *info) {
+    if (info->losses > attnd.losses[rank]) log_rank(ATTN_LOG_ERROR, "rank_lost", rank, info);
+    if (info->restarts > attnd.restarts[rank]) log_rank(ATTN_LOG_WARN, "rank_restarted", rank, info);
+    attnd.losses[rank] = info->losses;
+    attnd.restarts[rank] = info->restarts;
 }
 
-/* SIGUSR1 in test builds: the rank that --test-fail-rank names is lost. */
-static void fail_rank_for_test(void) {
+/* The server is healthy while enough ranks are. */
+static void check_ranks(void) {
+    uint32_t ranks = dp_engine_ranks(attnd.engine), serving = 0;
+    for (uint32_t i = 0; i < ranks; i++) {
+        dp_rank_info info;
+        dp_engine_rank_info(attnd.engine, i, &info);
+        log_changes(i, &info);
+        if (info.state == DP_RANK_SERVING) serving++;
+    }
+    server_set_health(attnd.server, serving >= attnd.config.min_serving_ranks, serving == ranks);
+}
+
+/* SIGUSR1 in test builds, if --test-faults is given. */
+static void make_fault(int value) {
 #ifndef ATTN_RELEASE
-    if (attnd.config.test_fail_rank < 0) return;
-    dp_engine_fail_rank(attnd.engine, (uint32_t)attnd.config.test_fail_rank);
-    check_ranks();
+    enum { FAIL, STALL, RELEASE };
+    uint32_t rank = (uint32_t)value % 256;
+    if (!attnd.config.test_faults || rank >= dp_engine_ranks(attnd.engine)) return;
+    switch (value / 256) {
+    case FAIL: dp_engine_fail_rank(attnd.engine, rank); break;
+    case STALL: dp_engine_stall_rank(attnd.engine, rank); break;
+    case RELEASE: dp_engine_release_rank(attnd.engine, rank); break;
+    }
+#else
+    (void)value;
 #endif
 }
 
 static void run_until_told_to_stop(void) {
     for (;;) {
-        int signal = wait_for_signal(REAP_INTERVAL_NS);
+        int value;
+        int signal = wait_for_signal(LOOK_INTERVAL_NS, &value);
         if (signal == SIGTERM || signal == SIGINT) return;
-        if (signal == SIGUSR1) fail_rank_for_test();
+        if (signal == SIGUSR1) make_fault(value);
         reap_if_due();
         check_ranks();
     }
@@ -330,7 +363,8 @@ static void run_until_told_to_stop(void) {
 
 /* While draining; a second signal cuts the grace period short. */
 static bool wait_in_drain(void) {
-    int signal = wait_for_signal(DRAIN_POLL_NS);
+    int value;
+    int signal = wait_for_signal(DRAIN_POLL_NS, &value);
     reap_if_due();
     return signal == SIGTERM || signal == SIGINT;
 }
@@ -347,7 +381,7 @@ static attn_status make_instance(void) {
 static attn_status start(void) {
     const attn_config *config = &attnd.config;
     ATTN_TRY(make_instance());
-    ATTN_TRY(attn_auth_create(config->tenants, config->tenant_count, &attnd.auth));
+    ATTN_TRY(attn_auth_create(config->tenants, config->tenant_count, config->admin_token, &attnd.auth));
     ATTN_TRY(create_engine());
     ATTN_TRY(create_metrics());
     server_parts parts = {

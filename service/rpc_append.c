@@ -149,6 +149,7 @@ static void append_run(call *call, uint32_t events) {
     }
     if (events & CALL_DONE) {
         state->in_flight = false;
+        if (state->chunk.detained) dp_upload_keep(state->upload, call_detain(call, &state->current, NULL));
         drop(&state->current);
     }
     if (state->in_flight) {
@@ -176,6 +177,7 @@ const rpc rpc_append_kv = {
     .path = "/attnd.v1.Attention/AppendKv",
     .method = ATTN_METHOD_APPEND_KV,
     .request = &attnd__v1__append_kv_request__descriptor,
+    .aborted_may_retry = true,
     .stream_in = true,
     .slots = 4,
     .state_bytes = sizeof(append_state),

@@ -2,7 +2,8 @@
  * Decode: one layer of one step, unary.
  *
  * Between calls a step belongs to nobody: a call takes it by name, runs its layer, and puts it back
- * before the answer leaves, so that the next layer's call finds it. A layer refused leaves the step
+ * before the answer leaves, so that the next layer's call finds it. A step whose sequences are on their way
+ * to another rank waits for them. A layer refused leaves the step
  * where it was; a layer that failed, or whose client has gone, ends it.
  */
 #include "base/clock.h"
@@ -12,6 +13,8 @@
 
 typedef struct {
     layer layer;
+    layer_wait wait;
+    wire_message message; /* lives as long as the call's payload */
     dp_step *step;
     bool reads; /* the step is read-only and lives for this call only */
 } decode_state;
@@ -28,7 +31,7 @@ static attn_status check_query_lengths(const Attnd__V1__DecodeRequest *request) 
                       request->n_sequences);
 }
 
-/* A new step, or a read-only one. */
+/* A new step, or a read-only one. It may have to wait: then there is none. */
 static attn_status begin_step(call *call, const Attnd__V1__DecodeRequest *request) {
     decode_state *state = call->state;
     if (server_draining(call->server)) return attn_error(ATTN_UNAVAILABLE, "the server is draining");
@@ -39,7 +42,7 @@ static attn_status begin_step(call *call, const Attnd__V1__DecodeRequest *reques
         .count = (uint32_t)request->n_sequences,
         .read_only = state->reads,
     };
-    return dp_step_begin(engine_of(call), &step, &state->step);
+    return layer_begin_step(&state->wait, call, &step, &state->step);
 }
 
 /* An open step, by name. */
@@ -53,8 +56,10 @@ static attn_status take_step(call *call, const Attnd__V1__DecodeRequest *request
     return status;
 }
 
-static attn_status start_layer(call *call, const wire_message *message) {
+/* Leaves a layer in flight, or the step waiting, or fails. */
+static attn_status start_layer(call *call) {
     decode_state *state = call->state;
+    const wire_message *message = &state->message;
     const Attnd__V1__DecodeRequest *request = (const Attnd__V1__DecodeRequest *)message->message;
     bool begins = request->step == 0;
     state->reads = begins && !message->present[WIRE_K] && !message->present[WIRE_V];
@@ -62,6 +67,7 @@ static attn_status start_layer(call *call, const wire_message *message) {
     ATTN_TRY(check_query_lengths(request));
     ATTN_TRY(layer_check_tensors(message, state->reads ? LAYER_READS : LAYER_APPENDS));
     ATTN_TRY(begins ? begin_step(call, request) : take_step(call, request));
+    if (state->wait.in_flight) return attn_ok();
 
     dp_options options = layer_options(request->options);
     attn_status status = layer_start(&state->layer, call, state->step, request->layer, &options,
@@ -75,7 +81,8 @@ static attn_status start_layer(call *call, const wire_message *message) {
     return status;
 }
 
-static attn_status abort_step(call *call, const wire_message *message) {
+static attn_status abort_step(call *call) {
+    const wire_message *message = &((decode_state *)call->state)->message;
     const Attnd__V1__DecodeRequest *request = (const Attnd__V1__DecodeRequest *)message->message;
     dp_step *step;
     if (message->present[WIRE_Q] || message->present[WIRE_K] || message->present[WIRE_V]) {
@@ -89,20 +96,37 @@ static attn_status abort_step(call *call, const wire_message *message) {
     return attn_ok();
 }
 
-static void decode_start(call *call) {
-    decode_state *state = call->state;
-    wire_message message;
-    state->layer.in_flight = false;
-    attn_status status = call_read(call, call->payload, &message);
-    if (!attn_failed(status)) {
-        const Attnd__V1__DecodeRequest *request = (const Attnd__V1__DecodeRequest *)message.message;
-        status = request->abort ? abort_step(call, &message) : start_layer(call, &message);
-    }
+/* Finishes a call that has failed; watches one that has something in flight. */
+static void go_on(call *call, attn_status status) {
+    const decode_state *state = call->state;
     if (attn_failed(status)) {
         call_finish(call, status, NULL, 0);
-    } else if (state->layer.in_flight && !call_has_news(call)) {
+    } else if ((state->layer.in_flight || state->wait.in_flight) && !call->watched && !call_has_news(call)) {
         call_watch(call);
     }
+}
+
+static void decode_start(call *call) {
+    decode_state *state = call->state;
+    state->layer.in_flight = state->wait.in_flight = false;
+    attn_status status = call_read(call, call->payload, &state->message);
+    if (!attn_failed(status)) {
+        const Attnd__V1__DecodeRequest *request = (const Attnd__V1__DecodeRequest *)state->message.message;
+        status = request->abort ? abort_step(call) : start_layer(call);
+    }
+    go_on(call, status);
+}
+
+/* The step waits: for a move to end, or no longer, because the client is gone. */
+static void run_waiting(call *call, uint32_t events) {
+    decode_state *state = call->state;
+    if (events & CALL_DONE) {
+        state->wait.in_flight = false;
+    } else if (events & CALL_CLOSED) {
+        layer_wait_withdraw(&state->wait);
+    }
+    if (state->wait.in_flight) return;
+    go_on(call, call->closed ? attn_error(ATTN_CANCELLED, "the client is gone") : start_layer(call));
 }
 
 static void layer_succeeded(call *call) {
@@ -121,11 +145,16 @@ static void layer_succeeded(call *call) {
 
 static void decode_run(call *call, uint32_t events) {
     decode_state *state = call->state;
+    if (state->wait.in_flight) {
+        run_waiting(call, events);
+        return;
+    }
     if ((events & CALL_CLOSED) && call->cancelled && state->layer.in_flight && !(events & CALL_DONE)) {
         dp_layer_cancel(state->step);
     }
     if (!(events & CALL_DONE)) return;
     state->layer.in_flight = false;
+    layer_detain(&state->layer, state->step, &call->payload, NULL);
     call_drop_payload(call);
     if (state->layer.outcome.code == ATTN_OK) {
         layer_succeeded(call);

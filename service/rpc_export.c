@@ -5,6 +5,7 @@
  *
  *   engine -> ready -> call_send -> SENT
  */
+#include <stdlib.h>
 #include <string.h>
 
 #include "proto/attnd.pb-c.h"
@@ -158,9 +159,32 @@ static void advance(call *call) {
     }
 }
 
+/* The slices that a lost rank may still write to. */
+typedef struct {
+    grpc_slice keys, values;
+} detained_slices;
+
+static void release_slices(void *context) {
+    detained_slices *slices = context;
+    grpc_slice_unref(slices->keys);
+    grpc_slice_unref(slices->values);
+    free(slices);
+}
+
+/* Has the engine keep the chunk's slices. Without memory for that they are never freed, which is safe. */
+static void detain_chunk(export_state *state) {
+    detained_slices *slices = malloc(sizeof *slices);
+    if (slices != NULL) {
+        *slices = (detained_slices){.keys = state->keys, .values = state->values};
+        dp_export_keep(state->export, (dp_keep){.release = release_slices, .context = slices});
+    }
+    state->keys = state->values = grpc_empty_slice();
+}
+
 static void note_done(call *call) {
     export_state *state = call->state;
     state->in_flight = false;
+    if (state->chunk.detained) detain_chunk(state);
     state->failed = state->outcome.code != ATTN_OK;
     state->ready = !state->failed;
     if (state->ready) go_on(call);

@@ -1,4 +1,4 @@
-/* GetServerInfo. */
+/* GetServerInfo, RestartRank. */
 #include <stdlib.h>
 
 #include "base/clock.h"
@@ -26,12 +26,16 @@ static void fill_limits(const attn_config *config, Attnd__V1__Limits *message) {
     message->step_idle_ms = config->step_idle_ms;
 }
 
+/* The proto's states are the engine's, number for number. */
+_Static_assert((int)ATTND__V1__RANK_STATE__RANK_STATE_SERVING == (int)DP_RANK_SERVING, "state");
+_Static_assert((int)ATTND__V1__RANK_STATE__RANK_STATE_LOST == (int)DP_RANK_LOST, "state");
+_Static_assert((int)ATTND__V1__RANK_STATE__RANK_STATE_RESTARTING == (int)DP_RANK_RESTARTING, "state");
+
 /* The message borrows from `info`. */
-static void fill_rank(uint32_t rank, const dp_rank_info *info, Attnd__V1__RankInfo *message) {
+static void fill_rank(uint32_t rank, dp_rank_info *info, Attnd__V1__RankInfo *message) {
     attnd__v1__rank_info__init(message);
     message->rank = rank;
-    message->state = info->state == DP_RANK_LOST ? ATTND__V1__RANK_STATE__RANK_STATE_LOST
-                                                 : ATTND__V1__RANK_STATE__RANK_STATE_SERVING;
+    message->state = (Attnd__V1__RankState)info->state;
     message->device = (char *)(uintptr_t)info->device;
     message->sequences = info->sequences;
     message->tokens = info->tokens;
@@ -40,6 +44,10 @@ static void fill_rank(uint32_t rank, const dp_rank_info *info, Attnd__V1__RankIn
     message->pages_free = info->pages_free;
     message->queue_depth = info->queue_depth;
     message->calls = info->calls;
+    message->losses = info->losses;
+    message->stalls = info->stalls;
+    message->restarts = info->restarts;
+    message->last_error = info->last_error;
 }
 
 static attn_status answer_get_server_info(call *call, const wire_message *message) {
@@ -58,6 +66,7 @@ static attn_status answer_get_server_info(call *call, const wire_message *messag
         dp_engine_rank_info(parts->engine, i, &infos[i]);
         fill_rank(i, &infos[i], &ranks[i]);
         rank_list[i] = &ranks[i];
+        response.degraded |= infos[i].state != DP_RANK_SERVING;
         if (i == 0) response.backend_detail = ranks[i].device;
     }
     fill_geometry(&parts->config->geometry, &geometry);
@@ -72,6 +81,29 @@ static attn_status answer_get_server_info(call *call, const wire_message *messag
     call_respond(call, &response.base);
     return attn_ok();
 }
+
+static attn_status answer_restart_rank(call *call, const wire_message *message) {
+    const Attnd__V1__RestartRankRequest *request = (const Attnd__V1__RestartRankRequest *)message->message;
+    dp_engine *engine = server_get_parts(call->server)->engine;
+    ATTN_TRY(dp_engine_restart_rank(engine, request->rank));
+    dp_rank_info info;
+    Attnd__V1__RankInfo rank;
+    Attnd__V1__RestartRankResponse response = ATTND__V1__RESTART_RANK_RESPONSE__INIT;
+    dp_engine_rank_info(engine, request->rank, &info);
+    fill_rank(request->rank, &info, &rank);
+    response.rank = &rank;
+    call_respond(call, &response.base);
+    return attn_ok();
+}
+
+const rpc rpc_restart_rank = {
+    .path = "/attnd.v1.Attention/RestartRank",
+    .method = ATTN_METHOD_RESTART_RANK,
+    .request = &attnd__v1__restart_rank_request__descriptor,
+    .admin = true,
+    .slots = 1,
+    .answer = answer_restart_rank,
+};
 
 const rpc rpc_get_server_info = {
     .path = "/attnd.v1.Attention/GetServerInfo",

@@ -129,6 +129,7 @@ const rpc rpc_truncate_sequence = {
     .path = "/attnd.v1.Attention/TruncateSequence",
     .method = ATTN_METHOD_TRUNCATE_SEQUENCE,
     .request = &attnd__v1__truncate_sequence_request__descriptor,
+    .aborted_may_retry = true,
     .slots = 4,
     .answer = answer_truncate,
 };
@@ -138,6 +139,7 @@ const rpc rpc_close_sequences = {
     .path = "/attnd.v1.Attention/CloseSequences",
     .method = ATTN_METHOD_CLOSE_SEQUENCES,
     .request = &attnd__v1__close_sequences_request__descriptor,
+    .aborted_may_retry = true,
     .while_draining = true,
     .slots = 4,
     .answer = answer_close,

@@ -5,6 +5,8 @@
  * that waits (ready) and one on its way out. Whoever does not read his responses is not read from
  * either, and costs that much and no more. The next message is asked for while a layer is in flight.
  *
+ * A step whose sequences are on their way to another rank waits for them, as the current message.
+ *
  *   RECEIVED -> next -> current -> engine -> ready -> call_send -> SENT
  */
 #include <stdlib.h>
@@ -17,7 +19,8 @@
 
 typedef struct {
     layer layer;
-    dp_step *step; /* the open one, or NULL */
+    layer_wait wait; /* of a step that is to begin */
+    dp_step *step;   /* the open one, or NULL */
     bool read_only;
     dp_options options; /* of the step */
     bool return_timing;
@@ -28,6 +31,7 @@ typedef struct {
     bool ended; /* the client has sent its last message */
     grpc_byte_buffer *next;
     grpc_byte_buffer *current;
+    wire_message message; /* `current`, read */
     bool sending;
     size_t ready_count;
     grpc_slice ready[LAYER_SLICES];
@@ -37,8 +41,6 @@ typedef struct {
     bool failed;           /* the stream ends with `failure` */
     attn_saved_status failure;
 } stream_state;
-
-static dp_engine *engine_of(const call *call) { return server_get_parts(call->server)->engine; }
 
 static void fail(stream_state *state, attn_status status) {
     if (state->failed) return;
@@ -71,6 +73,7 @@ static attn_status keep_options(stream_state *state, const Attnd__V1__AttentionO
     return attn_ok();
 }
 
+/* The step may have to wait: then there is none. */
 static attn_status begin_step(call *call, const Attnd__V1__StepBegin *begin) {
     stream_state *state = call->state;
     if (state->step != NULL && !state->read_only) {
@@ -92,7 +95,7 @@ static attn_status begin_step(call *call, const Attnd__V1__StepBegin *begin) {
         .count = (uint32_t)begin->n_sequences,
         .read_only = state->read_only,
     };
-    return dp_step_begin(engine_of(call), &step, &state->step);
+    return layer_begin_step(&state->wait, call, &step, &state->step);
 }
 
 /* Name of the open step on the wire. */
@@ -132,17 +135,20 @@ static attn_status handle_layer(call *call, const wire_message *message) {
                        message);
 }
 
-/* Leaves a layer in flight, or an answer ready, or fails. */
+/* What is to come back from the engine before the stream goes on. */
+static bool is_in_flight(const stream_state *state) { return state->layer.in_flight || state->wait.in_flight; }
+
+/* Leaves a layer in flight, a step waiting or an answer ready, or fails. */
 static attn_status handle_message(call *call) {
     stream_state *state = call->state;
-    wire_message message;
-    ATTN_TRY(call_read(call, state->current, &message));
-    const Attnd__V1__DecodeStreamRequest *request = (const Attnd__V1__DecodeStreamRequest *)message.message;
-    if (request->abort) return handle_abort(state, &message);
+    const wire_message *message = &state->message;
+    const Attnd__V1__DecodeStreamRequest *request = (const Attnd__V1__DecodeStreamRequest *)message->message;
+    if (request->abort) return handle_abort(state, message);
     if (request->begin != NULL) ATTN_TRY(begin_step(call, request->begin));
+    if (state->wait.in_flight) return attn_ok();
     if (state->step == NULL) return attn_error(ATTN_INVALID_ARGUMENT, "begin: missing; no step is open on this stream");
-    if (message.present[WIRE_Q] || message.present[WIRE_K] || message.present[WIRE_V]) {
-        return handle_layer(call, &message);
+    if (message->present[WIRE_Q] || message->present[WIRE_K] || message->present[WIRE_V]) {
+        return handle_layer(call, message);
     }
     answer_without_layer(state);
     return attn_ok();
@@ -157,14 +163,27 @@ static void take_next(call *call) {
     stream_state *state = call->state;
     state->current = state->next;
     state->next = NULL;
+    attn_status status = call_read(call, state->current, &state->message);
+    if (!attn_failed(status)) status = handle_message(call);
+    if (attn_failed(status)) fail(state, status);
+    if (!is_in_flight(state)) drop_current(state);
+}
+
+/* A move has ended: the step that waited for it may begin, or waits again. */
+static void begin_again(call *call) {
+    stream_state *state = call->state;
+    state->wait.in_flight = false;
+    if (call->closed) return;
     attn_status status = handle_message(call);
     if (attn_failed(status)) fail(state, status);
-    if (!state->layer.in_flight) drop_current(state);
+    if (!is_in_flight(state)) drop_current(state);
 }
 
 static void layer_done(call *call) {
     stream_state *state = call->state;
     state->layer.in_flight = false;
+    layer_detain(&state->layer, state->step, &state->current, &state->sinks);
+    if (state->sinks == NULL) state->sink_capacity = 0;
     drop_current(state);
     if (state->layer.outcome.code != ATTN_OK) {
         fail(state, attn_status_view(&state->layer.outcome));
@@ -229,7 +248,7 @@ static void advance(call *call) {
         if (!state->sending) finish(call, attn_status_view(&state->failure));
     } else if (state->next != NULL) {
         take_next(call);
-        if (!state->layer.in_flight) {
+        if (!is_in_flight(state)) {
             send_ready(call);
             if (state->failed) advance(call);
         }
@@ -262,7 +281,21 @@ static void note_events(call *call, uint32_t events) {
         state->ended = state->next == NULL;
         state->broken |= !call->received_ok;
     }
-    if (events & CALL_DONE) layer_done(call);
+    if ((events & CALL_DONE) && state->wait.in_flight)
+        begin_again(call);
+    else if (events & CALL_DONE)
+        layer_done(call);
+}
+
+/* The client is gone: what is in flight is cut short, and the call ends when it has come back. */
+static void run_closed(call *call, uint32_t events) {
+    stream_state *state = call->state;
+    if ((events & CALL_CLOSED) && state->wait.in_flight) layer_wait_withdraw(&state->wait);
+    if (!is_in_flight(state)) {
+        finish(call, attn_error(ATTN_CANCELLED, "the client is gone"));
+    } else if ((events & CALL_CLOSED) && state->layer.in_flight) {
+        dp_layer_cancel(state->step);
+    }
 }
 
 static void stream_run(call *call, uint32_t events) {
@@ -270,16 +303,12 @@ static void stream_run(call *call, uint32_t events) {
     if (call->finished) return;
     note_events(call, events);
     if (call->closed) {
-        if (!state->layer.in_flight) {
-            finish(call, attn_error(ATTN_CANCELLED, "the client is gone"));
-        } else if (events & CALL_CLOSED) {
-            dp_layer_cancel(state->step);
-        }
+        run_closed(call, events);
         return;
     }
     if (state->broken) return;
     send_ready(call);
-    if (!state->layer.in_flight && state->ready_count == 0) advance(call);
+    if (!is_in_flight(state) && state->ready_count == 0) advance(call);
     receive_more(call);
 }
 

@@ -46,10 +46,10 @@
 static const rpc rpc_unknown;
 
 static const rpc *const rpc_table[] = {
-    &rpc_get_server_info, &rpc_open_sequences,     &rpc_fork_sequence, &rpc_truncate_sequence,
-    &rpc_close_sequences, &rpc_describe_sequences, &rpc_append_kv,     &rpc_export_kv,
-    &rpc_decode,          &rpc_decode_stream,      &rpc_health_check,  &rpc_health_watch,
-    &rpc_reflection,      &rpc_reflection_v1alpha, &rpc_unknown,
+    &rpc_get_server_info,    &rpc_open_sequences, &rpc_fork_sequence, &rpc_truncate_sequence, &rpc_close_sequences,
+    &rpc_describe_sequences, &rpc_move_sequence,  &rpc_append_kv,     &rpc_export_kv,         &rpc_decode,
+    &rpc_decode_stream,      &rpc_health_check,   &rpc_health_watch,  &rpc_reflection,        &rpc_reflection_v1alpha,
+    &rpc_restart_rank,       &rpc_unknown,
 };
 
 #define RPCS          (sizeof rpc_table / sizeof rpc_table[0])
@@ -80,6 +80,7 @@ struct server {
     _Atomic uint64_t next_request;
     _Atomic int64_t live; /* calls that a drain waits for */
     _Atomic bool healthy;
+    _Atomic bool full;
     _Atomic bool draining;
     _Atomic bool closing; /* no more slots are armed */
     bool stopped;
@@ -198,11 +199,15 @@ static void notify_listed(server *server) {
     pthread_mutex_unlock(&server->listed_lock);
 }
 
-void server_set_healthy(server *server, bool healthy) {
-    if (atomic_exchange(&server->healthy, healthy) != healthy) notify_listed(server);
+void server_set_health(server *server, bool healthy, bool full) {
+    bool was_healthy = atomic_exchange(&server->healthy, healthy);
+    bool was_full = atomic_exchange(&server->full, full);
+    if (was_healthy != healthy || was_full != full) notify_listed(server);
 }
 
 bool server_healthy(const server *server) { return atomic_load(&server->healthy) && !server_draining(server); }
+
+bool server_full(const server *server) { return atomic_load(&server->full) && server_healthy(server); }
 
 bool server_draining(const server *server) { return atomic_load_explicit(&server->draining, memory_order_acquire); }
 
@@ -255,6 +260,7 @@ attn_status server_create(const server_parts *parts, server **created) {
     server->parts = *parts;
     server->started_ns = attn_now_ns();
     atomic_store(&server->healthy, true);
+    atomic_store(&server->full, true);
     pthread_mutex_init(&server->listed_lock, NULL);
     for (size_t i = 0; i < RPCS; i++) {
         pthread_mutex_init(&server->free[i].lock, NULL);

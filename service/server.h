@@ -47,9 +47,13 @@ attn_status server_start(server *server);
 /* The i-th address bound, with its real port; NULL beyond the last. Valid as long as the server. */
 const char *server_address(const server *server, uint32_t index);
 
-/* What health answers; watchers are told of changes. Draining is never healthy. */
-void server_set_healthy(server *server, bool healthy);
+/*
+ * What health answers: whether enough ranks serve, and whether all do (`full`); watchers are told of changes.
+ * Draining is never healthy, and what is not healthy is not full.
+ */
+void server_set_health(server *server, bool healthy, bool full);
 bool server_healthy(const server *server);
+bool server_full(const server *server);
 bool server_draining(const server *server);
 
 /*

@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 from attnd import _wire
 from attnd._proto import attnd_pb2 as pb
 from attnd.errors import (
+    Aborted,
     AttndError,
     FailedPrecondition,
     InvalidArgument,
@@ -59,10 +60,12 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "TruncateSequence": (pb.TruncateSequenceRequest, pb.TruncateSequenceResponse),
     "CloseSequences": (pb.CloseSequencesRequest, pb.CloseSequencesResponse),
     "DescribeSequences": (pb.DescribeSequencesRequest, pb.DescribeSequencesResponse),
+    "MoveSequence": (pb.MoveSequenceRequest, pb.MoveSequenceResponse),
     "AppendKv": (None, pb.AppendKvResponse),
     "ExportKv": (pb.ExportKvRequest, None),
     "Decode": (None, None),
     "DecodeStream": (None, None),
+    "RestartRank": (pb.RestartRankRequest, pb.RestartRankResponse),
 }
 
 #: Calls that only look: sending one again is harmless whatever became of the first.
@@ -99,13 +102,13 @@ _LARGEST_DELAY = 1.0
 def retry_delay(error: AttndError, attempt: int, read_only: bool) -> float | None:
     """Seconds to wait before sending a failed call again, or None: give up. `attempt` counts from 0.
 
-    Two cases are safe. A RESOURCE_EXHAUSTED with a retry hint: the server says that it did nothing, and when to come
-    back. An UNAVAILABLE of a call that only looks. Nothing else is retried: of a call that failed otherwise the
+    Two cases are safe. A RESOURCE_EXHAUSTED or ABORTED with a retry hint: the server says that it did nothing, and when
+    to come back. An UNAVAILABLE of a call that only looks. Nothing else is retried: of a call that failed otherwise the
     server may have done its part, so repeating it could open sequences twice or step a sequence twice.
     """
     if attempt >= _RETRIES:
         return None
-    if isinstance(error, ResourceExhausted):
+    if isinstance(error, (ResourceExhausted, Aborted)):
         return error.retry_after
     if isinstance(error, Unavailable) and read_only:
         return float(min(_LARGEST_DELAY, _FIRST_DELAY * 2**attempt) * random.uniform(0.75, 1.25))
@@ -194,6 +197,13 @@ def open_request(count: int, placement: Placement, dp_rank: int | None) -> pb.Op
     return pb.OpenSequencesRequest(count=count, placement=placement.value, dp_rank=dp_rank or 0)
 
 
+def move_request(sequence: BaseSequence, dp_rank: int | None, spread: bool) -> pb.MoveSequenceRequest:
+    """The MoveSequence request. InvalidArgument unless it is told one of where to."""
+    if spread != (dp_rank is None):
+        raise InvalidArgument("dp_rank: a move goes to a rank, or spreads the sequence")
+    return pb.MoveSequenceRequest(sequence=sequence.handle, dp_rank=dp_rank or 0, spread=spread)
+
+
 def check_geometry(known: Geometry | None, info: ServerInfo) -> Geometry:
     """The geometry of all servers of a client. InvalidArgument if this one's differs."""
     if known is not None and info.geometry != known:
@@ -218,7 +228,8 @@ class BaseSequence:
 
     def __init__(self, handle: int, dp_rank: int, server: str, length: int = 0) -> None:
         self.handle = handle  #: the opaque handle
-        self.dp_rank = dp_rank  #: the rank it lives on (the home rank, if spread)
+        #: the rank it lives on (the home rank, if spread), as last told: a server may even out its load by moves
+        self.dp_rank = dp_rank
         self.server = server  #: address of its server
         self.closed = False
         # None: unknown, because a call that may have changed it ended without an answer.
@@ -300,8 +311,8 @@ class Part(Generic[S]):
         message = re.sub(r"\b(sequences|query_lengths)\[(\d+)\]", renumber, error.message)
         if message == error.message:
             return error
-        if isinstance(error, ResourceExhausted):
-            return ResourceExhausted(message, error.server, error.retry_after)
+        if isinstance(error, (ResourceExhausted, Aborted)):
+            return type(error)(message, error.server, error.retry_after)
         return type(error)(message, error.server)
 
 

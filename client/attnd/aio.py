@@ -19,6 +19,7 @@ from attnd import _core, _wire
 from attnd._core import BaseSequence, Batch, Part, Tensors
 from attnd._proto import attnd_pb2 as pb
 from attnd.errors import (
+    Aborted,
     AttndError,
     DeadlineExceeded,
     FailedPrecondition,
@@ -35,8 +36,10 @@ from attnd.types import (
     Limits,
     Options,
     Placement,
+    RankInfo,
     SequenceInfo,
     ServerInfo,
+    rank_info_of,
     sequence_info_of,
     server_info_of,
 )
@@ -146,6 +149,10 @@ class AsyncSequence(BaseSequence):
     async def truncate(self, length: int) -> None:
         """Rolls back to `length` tokens."""
         await self._client.truncate(self, length)
+
+    async def move(self, dp_rank: int | None = None, *, spread: bool = False) -> int:
+        """Moves it to another rank, or spreads it over all; see AsyncClient.move_sequence."""
+        return await self._client.move_sequence(self, dp_rank, spread=spread)
 
     async def append(self, k: Iterable[Any], v: Iterable[Any], tokens: int | None = None) -> int:
         """Uploads prefilled keys and values; see AsyncClient.append_kv."""
@@ -475,6 +482,22 @@ class AsyncClient:
         response = await chosen.call_with_retry("GetServerInfo", pb.GetServerInfoRequest(), self._timeout)
         return self._learn(chosen, response)
 
+    async def restart_rank(self, rank: int, *, server: str | None = None) -> RankInfo:
+        """Begins to restart a lost rank; info() tells when it serves. For a client with the server's admin token.
+
+        Args:
+            rank: which one; its sequences stay lost until they are closed.
+            server: of which server; None: the first.
+
+        Raises:
+            FailedPrecondition: it is not lost.
+            InvalidArgument: there is no such rank.
+            PermissionDenied: the client's token is not the admin token, or the server has none.
+        """
+        chosen = self._server(server or next(iter(self._servers)))
+        response = await chosen.call("RestartRank", pb.RestartRankRequest(rank=rank), self._timeout)
+        return rank_info_of(response.rank)
+
     async def geometry(self) -> Geometry:
         """Layers, heads, dimensions and dtype; the same for all servers. Asked for once."""
         if self._geometry is None:
@@ -605,7 +628,34 @@ class AsyncClient:
             for sequence, message in zip(group, response.sequences):
                 infos[id(sequence)] = sequence_info_of(message)
                 sequence._length = message.length
+                sequence.dp_rank = message.dp_rank
         return [infos[id(sequence)] for sequence in sequences]
+
+    async def move_sequence(self, sequence: AsyncSequence, dp_rank: int | None = None, *, spread: bool = False) -> int:
+        """Moves a sequence to another rank of its server, or spreads it over all: it stays the same, bit by bit.
+
+        A step or upload that it is in is waited for, a few seconds at most; a step that begins meanwhile waits.
+
+        Args:
+            dp_rank: where it goes.
+            spread: instead of `dp_rank`: its chunks go to all ranks, so that every rank's bandwidth is used for it.
+
+        Returns:
+            How many tokens moved; 0 if it was there already.
+
+        Raises:
+            InvalidArgument: no such rank.
+            FailedPrecondition: it is spread already.
+            Aborted: it is still in a step or upload, after the retries.
+            ResourceExhausted: no pages there.
+            Unavailable: a rank is lost.
+        """
+        _core.check_open([sequence], self._servers)
+        request = _core.move_request(sequence, dp_rank, spread)
+        response = await self._server(sequence.server).call_with_retry("MoveSequence", request, self._timeout)
+        if dp_rank is not None:
+            sequence.dp_rank = dp_rank
+        return int(response.tokens)
 
     async def close_sequences(self, sequences: SequenceOf[AsyncSequence]) -> None:
         """Frees sequences; those closed already are skipped. On each server all or none."""
@@ -646,7 +696,7 @@ class AsyncClient:
             messages = _core.append_messages(sequence, k, v, tokens, geometry, limits)
             try:
                 return await self._upload(server, sequence, messages, deadline - time.monotonic())
-            except ResourceExhausted as error:
+            except (ResourceExhausted, Aborted) as error:
                 delay = _core.retry_delay(error, attempt, read_only=False) if repeatable else None
                 if delay is None or time.monotonic() + delay >= deadline:
                     raise

@@ -16,7 +16,7 @@ from attnd import _core, _wire
 from attnd._channel import Server, Stream, Watchdog
 from attnd._core import BaseSequence, Batch, Part, Tensors
 from attnd._proto import attnd_pb2 as pb
-from attnd.errors import AttndError, FailedPrecondition, InvalidArgument, ResourceExhausted, error_of
+from attnd.errors import Aborted, AttndError, FailedPrecondition, InvalidArgument, ResourceExhausted, error_of
 from attnd.types import (
     LEAST_TOKENS,
     Array,
@@ -25,8 +25,10 @@ from attnd.types import (
     Limits,
     Options,
     Placement,
+    RankInfo,
     SequenceInfo,
     ServerInfo,
+    rank_info_of,
     sequence_info_of,
     server_info_of,
 )
@@ -65,6 +67,10 @@ class Sequence(BaseSequence):
     def truncate(self, length: int) -> None:
         """Rolls back to `length` tokens, as after rejected speculative tokens."""
         self._client.truncate(self, length)
+
+    def move(self, dp_rank: int | None = None, *, spread: bool = False) -> int:
+        """Moves it to another rank, or spreads it over all; see Client.move_sequence."""
+        return self._client.move_sequence(self, dp_rank, spread=spread)
 
     def append(self, k: Iterable[Any], v: Iterable[Any], tokens: int | None = None) -> int:
         """Uploads prefilled keys and values; see Client.append_kv."""
@@ -395,8 +401,9 @@ class Client:
     is split, runs on them at the same time, and comes back in order. All servers must have the same geometry.
 
     What is retried: info, describe and export_kv, if the server is unavailable; any call that the server refused for
-    lack of room with a hint when to come back (of a step, only its first layer). Nothing else: whether a lost step has
-    run is not knowable, so that is the caller's to decide, with Sequence.describe.
+    lack of room, or because a sequence is busy, with a hint when to come back (of a step, only its first layer).
+    Nothing else: whether a lost step has run is not knowable, so that is the caller's to decide, with
+    Sequence.describe.
 
     Several threads may share a client, but not a Sequence, a Step or a Session.
 
@@ -437,6 +444,22 @@ class Client:
         chosen = self._server(server or next(iter(self._servers)))
         response = chosen.call_with_retry("GetServerInfo", pb.GetServerInfoRequest(), self._timeout)
         return self._learn(chosen, response)
+
+    def restart_rank(self, rank: int, *, server: str | None = None) -> RankInfo:
+        """Begins to restart a lost rank; info() tells when it serves. For a client with the server's admin token.
+
+        Args:
+            rank: which one; its sequences stay lost until they are closed.
+            server: of which server; None: the first.
+
+        Raises:
+            FailedPrecondition: it is not lost.
+            InvalidArgument: there is no such rank.
+            PermissionDenied: the client's token is not the admin token, or the server has none.
+        """
+        chosen = self._server(server or next(iter(self._servers)))
+        response = chosen.call("RestartRank", pb.RestartRankRequest(rank=rank), self._timeout)
+        return rank_info_of(response.rank)
 
     @property
     def geometry(self) -> Geometry:
@@ -588,7 +611,34 @@ class Client:
             for sequence, message in zip(group, response.sequences):
                 infos[id(sequence)] = sequence_info_of(message)
                 sequence._length = message.length
+                sequence.dp_rank = message.dp_rank
         return [infos[id(sequence)] for sequence in sequences]
+
+    def move_sequence(self, sequence: Sequence, dp_rank: int | None = None, *, spread: bool = False) -> int:
+        """Moves a sequence to another rank of its server, or spreads it over all: it stays the same, bit by bit.
+
+        A step or upload that it is in is waited for, a few seconds at most; a step that begins meanwhile waits.
+
+        Args:
+            dp_rank: where it goes.
+            spread: instead of `dp_rank`: its chunks go to all ranks, so that every rank's bandwidth is used for it.
+
+        Returns:
+            How many tokens moved; 0 if it was there already.
+
+        Raises:
+            InvalidArgument: no such rank.
+            FailedPrecondition: it is spread already.
+            Aborted: it is still in a step or upload, after the retries.
+            ResourceExhausted: no pages there.
+            Unavailable: a rank is lost.
+        """
+        _core.check_open([sequence], self._servers)
+        request = _core.move_request(sequence, dp_rank, spread)
+        response = self._server(sequence.server).call_with_retry("MoveSequence", request, self._timeout)
+        if dp_rank is not None:
+            sequence.dp_rank = dp_rank
+        return int(response.tokens)
 
     def close_sequences(self, sequences: SequenceOf[Sequence]) -> None:
         """Frees sequences; those closed already are skipped. On each server all or none."""
@@ -637,7 +687,7 @@ class Client:
         while True:
             try:
                 return self._upload(server, sequence, k, v, tokens, deadline - time.monotonic())
-            except ResourceExhausted as error:
+            except (ResourceExhausted, Aborted) as error:
                 delay = _core.retry_delay(error, attempt, read_only=False) if repeatable else None
                 if delay is None or time.monotonic() + delay >= deadline:
                     raise

@@ -47,9 +47,17 @@ class FailedPrecondition(AttndError):
 
 
 class Aborted(AttndError):
-    """The sequence is in another step or upload right now."""
+    """The sequence is in another step or upload right now, or on its way to another rank.
+
+    Attributes:
+        retry_after: seconds after which the server suggests to try again; None if it does not.
+    """
 
     code = "ABORTED"
+
+    def __init__(self, message: str, server: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message, server)
+        self.retry_after = retry_after
 
 
 class ResourceExhausted(AttndError):
@@ -67,7 +75,7 @@ class ResourceExhausted(AttndError):
 
 
 class Unavailable(AttndError, ConnectionError):
-    """The server cannot be reached or is draining, or the rank that holds the sequence is lost."""
+    """The server cannot be reached or is draining, or the rank that held the sequence was lost."""
 
     code = "UNAVAILABLE"
 
@@ -130,6 +138,7 @@ def error_of(rpc_error: Any, server: str) -> AttndError:
     status = rpc_error.code()
     name = status.name if isinstance(status, grpc.StatusCode) else "UNKNOWN"
     message = rpc_error.details() or name
-    if name == "RESOURCE_EXHAUSTED":
-        return ResourceExhausted(message, server, _retry_after(rpc_error.trailing_metadata()))
+    if name in (ResourceExhausted.code, Aborted.code):
+        kind = ResourceExhausted if name == ResourceExhausted.code else Aborted
+        return kind(message, server, _retry_after(rpc_error.trailing_metadata()))
     return _BY_CODE.get(name, AttndError)(message, server)

@@ -88,7 +88,7 @@ class RankInfo:
     """One data-parallel rank and its load."""
 
     rank: int
-    state: str  #: "serving" or "lost"
+    state: str  #: "serving", "lost", or "restarting": lost, and about to serve again, empty
     device: str
     sequences: int
     tokens: int  #: held
@@ -97,6 +97,10 @@ class RankInfo:
     pages_free: int
     queue_depth: int  #: calls waiting
     calls: int  #: layer calls run since the server started
+    losses: int  #: since then
+    stalls: int  #: of those, because it had work and did not move
+    restarts: int  #: since then
+    last_error: str  #: why it was lost last, or could not be restarted; "": it never was
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ class ServerInfo:
     limits: Limits
     uptime: float  #: seconds
     draining: bool  #: shutting down: new calls are refused
+    degraded: bool  #: a rank does not serve
 
     @property
     def tokens(self) -> int:
@@ -247,6 +252,29 @@ def _geometry_of(g: pb.Geometry, stored: pb.DType) -> Geometry:
     )
 
 
+_RANK_STATES = {pb.RANK_STATE_SERVING: "serving", pb.RANK_STATE_RESTARTING: "restarting"}
+
+
+def rank_info_of(message: pb.RankInfo) -> RankInfo:
+    """Reads one rank of a GetServerInfo response. A state that this client does not know does not serve: "lost"."""
+    return RankInfo(
+        rank=message.rank,
+        state=_RANK_STATES.get(message.state, "lost"),
+        device=message.device,
+        sequences=message.sequences,
+        tokens=message.tokens,
+        tokens_in_flight=message.tokens_in_flight,
+        pages_total=message.pages_total,
+        pages_free=message.pages_free,
+        queue_depth=message.queue_depth,
+        calls=message.calls,
+        losses=message.losses,
+        stalls=message.stalls,
+        restarts=message.restarts,
+        last_error=message.last_error,
+    )
+
+
 def server_info_of(address: str, message: pb.GetServerInfoResponse) -> ServerInfo:
     """Reads a GetServerInfo response. InvalidArgument if its dtypes are none that this client knows."""
     g = message.geometry
@@ -262,21 +290,7 @@ def server_info_of(address: str, message: pb.GetServerInfoResponse) -> ServerInf
         backend=message.backend,
         backend_detail=message.backend_detail,
         geometry=_geometry_of(g, stored),
-        ranks=tuple(
-            RankInfo(
-                rank=r.rank,
-                state="serving" if r.state == pb.RANK_STATE_SERVING else "lost",
-                device=r.device,
-                sequences=r.sequences,
-                tokens=r.tokens,
-                tokens_in_flight=r.tokens_in_flight,
-                pages_total=r.pages_total,
-                pages_free=r.pages_free,
-                queue_depth=r.queue_depth,
-                calls=r.calls,
-            )
-            for r in message.ranks
-        ),
+        ranks=tuple(rank_info_of(r) for r in message.ranks),
         limits=Limits(
             message_bytes=message.limits.message_bytes,
             batch=message.limits.batch,
@@ -287,6 +301,7 @@ def server_info_of(address: str, message: pb.GetServerInfoResponse) -> ServerInf
         ),
         uptime=message.uptime_ms / 1000,
         draining=message.draining,
+        degraded=message.degraded,
     )
 
 

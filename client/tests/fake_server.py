@@ -323,6 +323,16 @@ class FakeServer(pb_grpc.AttentionServicer):
         held.v = [v[: request.length] for v in held.v]
         return pb.TruncateSequenceResponse(length=request.length)
 
+    def MoveSequence(self, request: Any) -> Any:
+        [held] = self._find([request.sequence])
+        if held.spread:
+            raise Refusal(Status.FAILED_PRECONDITION, "sequence: spread over all ranks")
+        if request.dp_rank >= self.ranks:
+            raise Refusal(Status.INVALID_ARGUMENT, f"dp_rank: {request.dp_rank}, expected 0 to {self.ranks - 1}")
+        stays = not request.spread and held.rank == request.dp_rank
+        held.spread, held.rank = request.spread, held.rank if request.spread else request.dp_rank
+        return pb.MoveSequenceResponse(tokens=0 if stays else held.length)
+
     def CloseSequences(self, request: Any) -> Any:
         self._find(request.sequences)
         for handle in request.sequences:

@@ -109,6 +109,27 @@ def test_a_wrong_upload_is_refused_and_changes_nothing() -> None:
     run(test)
 
 
+def test_move_goes_to_a_rank_or_spreads() -> None:
+    async def test(client: attnd.AsyncClient, oracle: Oracle, fakes: list[FakeServer]) -> None:
+        fakes[0].ranks = 3
+        g = oracle.geometry
+        [sequence] = await client.open(placement=attnd.EXPLICIT, dp_rank=0)
+        k, v = (oracle.random.uniform(-1, 1, (g.layers, 20, *row)).astype(g.dtype) for row in (g.k_row, g.v_row))
+        await sequence.append(k, v)
+        fakes[0].fail("MoveSequence", Status.ABORTED, pushback_ms=1)
+        assert await sequence.move(2) == 20
+        assert sequence.dp_rank == (await sequence.describe()).dp_rank == 2
+        assert await client.move_sequence(sequence, 2) == 0
+        with pytest.raises(attnd.InvalidArgument, match="a move goes to a rank, or spreads"):
+            await sequence.move(1, spread=True)
+        assert await sequence.move(spread=True) == 20
+        assert (await sequence.describe()).spread
+        with pytest.raises(attnd.FailedPrecondition):
+            await sequence.move(1)
+
+    run(test)
+
+
 def test_export_gives_back_what_was_appended() -> None:
     async def test(client: attnd.AsyncClient, oracle: Oracle, fakes: list[FakeServer]) -> None:
         g = oracle.geometry

@@ -299,6 +299,60 @@ def test_an_iterators_own_error_comes_through(client: attnd.Client) -> None:
     assert sequence.length == 0
 
 
+# -- MoveSequence
+
+
+def test_move_goes_to_a_rank_or_spreads() -> None:
+    with FakeServer(ranks=3) as server, attnd.Client(server.address) as client:
+        g = client.geometry
+        [sequence] = client.open(placement=attnd.EXPLICIT, dp_rank=0)
+        sequence.append(np.zeros((g.layers, 20, *g.k_row), g.dtype), np.zeros((g.layers, 20, *g.v_row), g.dtype))
+        assert sequence.move(2) == 20
+        assert sequence.dp_rank == sequence.describe().dp_rank == 2
+        assert client.move_sequence(sequence, 2) == 0
+        with pytest.raises(attnd.InvalidArgument, match="dp_rank: 3"):
+            sequence.move(3)
+        assert sequence.dp_rank == 2
+        for arguments in ({}, {"dp_rank": 1, "spread": True}):
+            with pytest.raises(attnd.InvalidArgument, match="a move goes to a rank, or spreads"):
+                sequence.move(**arguments)
+        assert sequence.move(spread=True) == 20
+        assert sequence.describe().spread
+        with pytest.raises(attnd.FailedPrecondition):
+            sequence.move(1)
+
+
+def test_describe_tells_where_a_sequence_has_been_moved_to() -> None:
+    with FakeServer(ranks=3) as server, attnd.Client(server.address) as client:
+        [sequence] = client.open(placement=attnd.EXPLICIT, dp_rank=0)
+        server.sequences[sequence.handle].rank = 2  # the server evens out its load
+        assert sequence.describe().dp_rank == sequence.dp_rank == 2
+
+
+@pytest.mark.parametrize("method", ["MoveSequence", "TruncateSequence", "CloseSequences", "AppendKv"])
+def test_calls_that_found_a_sequence_busy_are_retried_when_told_to(
+    server: FakeServer, client: attnd.Client, method: str
+) -> None:
+    [sequence] = client.open()
+    g = client.geometry
+    calls = {
+        "MoveSequence": lambda: sequence.move(0),
+        "TruncateSequence": lambda: sequence.truncate(0),
+        "CloseSequences": sequence.close,
+        "AppendKv": lambda: sequence.append(
+            np.zeros((g.layers, 2, *g.k_row), g.dtype), np.zeros((g.layers, 2, *g.v_row), g.dtype)
+        ),
+    }
+    server.fail(method, Status.ABORTED, "sequence: on its way")
+    with pytest.raises(attnd.Aborted) as caught:
+        calls[method]()
+    assert caught.value.retry_after is None
+    assert server.calls.count(method) == 1
+    server.fail(method, Status.ABORTED, "sequence: on its way", pushback_ms=1, times=2)
+    calls[method]()
+    assert server.calls.count(method) == 4
+
+
 # -- ExportKv
 
 

@@ -64,11 +64,6 @@ static void assert_exports(dp_export *export, const attn_geometry *geometry, uin
     free(values);
 }
 
-static void fill(dp_engine *engine, const attn_geometry *geometry, uint64_t handle, uint64_t seed, uint32_t tokens) {
-    dice contents = {seed}, cuts = {tokens};
-    assert_ok(try_upload(engine, geometry, &contents, &cuts, handle, tokens));
-}
-
 /* ------------------------------------------------------------------------------------------- */
 
 static void ranges_of_whole_and_spread_sequences_are_what_was_uploaded(void **state) {
@@ -82,7 +77,7 @@ static void ranges_of_whole_and_spread_sequences_are_what_was_uploaded(void **st
     dp_engine *engine = create_engine(&config);
     for (uint32_t p = 0; p < 2; p++) {
         uint64_t handle = open_sequence(engine, placements[p], 1);
-        fill(engine, &config.geometry, handle, 7, 1300);
+        fill(engine, handle, 1300, 7);
         uint64_t free = pages_free(engine);
         for (size_t r = 0; r < sizeof ranges / sizeof *ranges; r++) {
             dp_export *export;
@@ -105,13 +100,13 @@ static void what_is_held_outlives_its_sequence(void **state) {
     dp_engine *engine = create_engine(&config);
     uint64_t handle = open_sequence(engine, DP_SPREAD, 0), other;
     dp_export *export;
-    fill(engine, &config.geometry, handle, 9, 1030);
+    fill(engine, handle, 1030, 9);
     assert_ok(dp_export_begin(engine, TENANT, handle, 10, 1010, &export));
     assert_ok(dp_sequence_truncate(engine, TENANT, handle, 100));
-    fill(engine, &config.geometry, handle, 10, 500); /* writes behind what is held, in pages of its own */
+    fill(engine, handle, 500, 10); /* writes behind what is held, in pages of its own */
     close_sequence(engine, handle);
     other = open_sequence(engine, DP_SPREAD, 0);
-    fill(engine, &config.geometry, other, 11, 2000);
+    fill(engine, other, 2000, 11);
     assert_exports(export, &config.geometry, 9, 1030, 10);
     dp_export_end(export);
     close_sequence(engine, other);
@@ -124,7 +119,7 @@ static void bad_ranges_and_chunks_are_refused(void **state) {
     dp_engine *engine = create_engine(&config);
     uint64_t handle = open_sequence(engine, DP_LEAST_TOKENS, 0);
     dp_export *export;
-    fill(engine, &config.geometry, handle, 1, 20);
+    fill(engine, handle, 20, 1);
     assert_error(ATTN_NOT_FOUND, dp_export_begin(engine, TENANT, handle + 1, 0, 0, &export), "sequence");
     assert_error(ATTN_NOT_FOUND, dp_export_begin(engine, OTHER_TENANT, handle, 0, 0, &export), "sequence");
     assert_error(ATTN_INVALID_ARGUMENT, dp_export_begin(engine, TENANT, handle, 21, 0, &export), "position: 21");

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "dp/state.h"
 
@@ -186,8 +187,57 @@ void free_rows(layer_rows *rows) {
     memset(rows, 0, sizeof *rows);
 }
 
+/* Tensors that a lost rank may still use, and the engine keeps. */
+typedef struct {
+    tensor tensors[3];
+} detained_tensors;
+
+static uint32_t detained; /* guarded by calls_lock */
+
+static void free_detained(void *context) {
+    detained_tensors *kept = context;
+    for (int i = 0; i < 3; i++)
+        free_tensor(&kept->tensors[i]);
+    free(kept);
+    pthread_mutex_lock(&calls_lock);
+    detained--;
+    pthread_cond_broadcast(&calls_changed);
+    pthread_mutex_unlock(&calls_lock);
+}
+
+/* Takes the tensors from their owner. */
+static dp_keep detain(tensor *first, tensor *second, tensor *third) {
+    detained_tensors *kept = calloc(1, sizeof *kept);
+    assert_non_null(kept);
+    tensor *from[3] = {first, second, third};
+    for (int i = 0; i < 3; i++) {
+        if (from[i] == NULL) continue;
+        kept->tensors[i] = *from[i];
+        *from[i] = (tensor){0};
+    }
+    pthread_mutex_lock(&calls_lock);
+    detained++;
+    pthread_mutex_unlock(&calls_lock);
+    return (dp_keep){.release = free_detained, .context = kept};
+}
+
+uint32_t detained_now(void) {
+    pthread_mutex_lock(&calls_lock);
+    uint32_t now = detained;
+    pthread_mutex_unlock(&calls_lock);
+    return now;
+}
+
+void wait_until_none_is_detained(void) {
+    pthread_mutex_lock(&calls_lock);
+    while (detained > 0)
+        pthread_cond_wait(&calls_changed, &calls_lock);
+    pthread_mutex_unlock(&calls_lock);
+}
+
 static void call_done(dp_layer_call *call, attn_status status) {
     waiting_call *waiting = (waiting_call *)call;
+    if (call->detained) dp_step_keep(waiting->step, detain(&waiting->q, &waiting->k, &waiting->v));
     pthread_mutex_lock(&calls_lock);
     attn_status_save(&waiting->status, status);
     waiting->done = true;
@@ -212,6 +262,11 @@ void prepare_call(waiting_call *call, const attn_geometry *geometry, uint32_t la
     call->call.new_values = call->v.view;
     call->call.deadline_ns = INT64_MAX;
     call->call.done = call_done;
+}
+
+attn_status start_call(dp_step *step, waiting_call *call) {
+    call->step = step;
+    return dp_step_layer(step, &call->call);
 }
 
 attn_status wait_for_call(waiting_call *call) {
@@ -251,7 +306,7 @@ attn_status try_layer(dp_step *step, const attn_geometry *geometry, uint32_t lay
                       const dp_options *options, dice *cuts, void *out, float *lse) {
     waiting_call call;
     prepare_call(&call, geometry, layer, rows, options, cuts);
-    attn_status status = dp_step_layer(step, &call.call);
+    attn_status status = start_call(step, &call);
     if (!attn_failed(status)) {
         status = wait_for_call(&call);
         if (attn_failed(status)) {
@@ -284,12 +339,15 @@ void grow_by_step(dp_engine *engine, const attn_geometry *geometry, dice *dice, 
 
 typedef struct {
     dp_upload_chunk chunk; /* first */
+    dp_upload *upload;
+    tensor keys, values;
     bool done;
     attn_saved_status status;
 } waiting_chunk;
 
 static void chunk_done(dp_upload_chunk *chunk, attn_status status) {
     waiting_chunk *waiting = (waiting_chunk *)chunk;
+    if (chunk->detained) dp_upload_keep(waiting->upload, detain(&waiting->keys, &waiting->values, NULL));
     pthread_mutex_lock(&calls_lock);
     attn_status_save(&waiting->status, status);
     waiting->done = true;
@@ -307,7 +365,10 @@ attn_status try_chunk(dp_upload *upload, const attn_geometry *geometry, uint32_t
                                        .tokens = tokens,
                                        .keys = keys.view,
                                        .values = values.view,
-                                       .done = chunk_done}};
+                                       .done = chunk_done},
+                             .upload = upload,
+                             .keys = keys,
+                             .values = values};
     attn_status status = dp_upload_write(upload, &waiting.chunk);
     if (!attn_failed(status)) {
         pthread_mutex_lock(&calls_lock);
@@ -316,8 +377,8 @@ attn_status try_chunk(dp_upload *upload, const attn_geometry *geometry, uint32_t
         pthread_mutex_unlock(&calls_lock);
         if (waiting.status.code != ATTN_OK) status = attn_error(waiting.status.code, "%s", waiting.status.message);
     }
-    free_tensor(&keys);
-    free_tensor(&values);
+    free_tensor(&waiting.keys);
+    free_tensor(&waiting.values);
     return status;
 }
 
@@ -347,4 +408,89 @@ attn_status try_upload(dp_engine *engine, const attn_geometry *geometry, dice *c
     if (!attn_failed(status)) status = dp_upload_commit(upload, &length);
     dp_upload_end(upload);
     return status;
+}
+
+void fill(dp_engine *engine, uint64_t handle, uint32_t tokens, uint64_t seed) {
+    dice contents = {seed}, cuts = {seed};
+    assert_ok(try_upload(engine, &engine->config.geometry, &contents, &cuts, handle, tokens));
+}
+
+void read_outputs(dp_engine *engine, uint64_t handle, char out[OUT_BYTES]) {
+    dice dice = {3};
+    const attn_geometry *geometry = &engine->config.geometry;
+    dp_step *step = begin_step(engine, &handle, NULL, 1, true);
+    layer_rows rows = random_rows(&dice, geometry, 1, true);
+    assert_ok(try_layer(step, geometry, 0, &rows, NULL, NULL, out, NULL));
+    free_rows(&rows);
+    dp_step_end(step);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Moves */
+
+static void move_done(dp_move *move, attn_status status) {
+    waiting_move *waiting = (waiting_move *)move;
+    pthread_mutex_lock(&calls_lock);
+    attn_status_save(&waiting->status, status);
+    waiting->done = true;
+    pthread_cond_broadcast(&calls_changed);
+    pthread_mutex_unlock(&calls_lock);
+}
+
+attn_status start_move(dp_engine *engine, waiting_move *waiting, uint64_t handle, uint32_t rank,
+                       int64_t step_until_ns) {
+    *waiting =
+        (waiting_move){.move = {.sequence = handle, .rank = rank, .step_until_ns = step_until_ns, .done = move_done}};
+    return dp_sequence_move(engine, TENANT, &waiting->move);
+}
+
+attn_status start_spread(dp_engine *engine, waiting_move *waiting, uint64_t handle) {
+    *waiting = (waiting_move){.move = {.sequence = handle, .spread = true, .done = move_done}};
+    return dp_sequence_move(engine, TENANT, &waiting->move);
+}
+
+bool move_is_done(waiting_move *waiting) {
+    pthread_mutex_lock(&calls_lock);
+    bool done = waiting->done;
+    pthread_mutex_unlock(&calls_lock);
+    return done;
+}
+
+attn_status wait_for_move(waiting_move *waiting) {
+    pthread_mutex_lock(&calls_lock);
+    while (!waiting->done)
+        pthread_cond_wait(&calls_changed, &calls_lock);
+    pthread_mutex_unlock(&calls_lock);
+    return attn_status_view(&waiting->status);
+}
+
+/* wait_for_move for a move that does not outlive it. */
+static attn_status end_of_move(waiting_move *waiting) {
+    attn_status status = wait_for_move(waiting);
+    return attn_failed(status) ? attn_error(status.code, "%s", status.message) : status;
+}
+
+attn_status try_move(dp_engine *engine, uint64_t handle, uint32_t rank) {
+    waiting_move waiting;
+    ATTN_TRY(start_move(engine, &waiting, handle, rank, 0));
+    return end_of_move(&waiting);
+}
+
+attn_status try_spread(dp_engine *engine, uint64_t handle) {
+    waiting_move waiting;
+    ATTN_TRY(start_spread(engine, &waiting, handle));
+    return end_of_move(&waiting);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Loss */
+
+void wait_for_state(dp_engine *engine, uint32_t rank, dp_rank_state state) {
+    while (rank_info(engine, rank).state != state)
+        usleep(200);
+}
+
+void restart_rank(dp_engine *engine, uint32_t rank) {
+    assert_ok(dp_engine_restart_rank(engine, rank));
+    wait_for_state(engine, rank, DP_RANK_SERVING);
 }

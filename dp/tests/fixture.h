@@ -85,8 +85,9 @@ void free_rows(layer_rows *rows);
 /* A layer call that can be waited for. */
 typedef struct {
     dp_layer_call call; /* first */
-    tensor q, k, v;
-    bool done; /* guarded by a lock of the fixture */
+    dp_step *step;      /* by start_call */
+    tensor q, k, v;     /* empty after `done` of a detained call: the engine has them */
+    bool done;          /* guarded by a lock of the fixture */
     attn_saved_status status;
 } waiting_call;
 
@@ -94,8 +95,15 @@ typedef struct {
 void prepare_call(waiting_call *call, const attn_geometry *geometry, uint32_t layer, const layer_rows *rows,
                   const dp_options *options, dice *cuts);
 
+/* Starts a call of the step. */
+attn_status start_call(dp_step *step, waiting_call *call);
+
 /* Waits for `done`: the call's status, valid as long as the call. */
 attn_status wait_for_call(waiting_call *call);
+
+/* Calls and chunks that ended detained, and whose tensors the engine has not given back yet. */
+uint32_t detained_now(void);
+void wait_until_none_is_detained(void);
 
 /* Releases the result and the tensors. */
 void free_call(waiting_call *call);
@@ -120,8 +128,46 @@ void grow_by_step(dp_engine *engine, const attn_geometry *geometry, dice *dice, 
 attn_status try_upload(dp_engine *engine, const attn_geometry *geometry, dice *contents, dice *cuts, uint64_t sequence,
                        uint32_t tokens);
 
+/* Uploads `tokens` tokens: the same for equal seeds. */
+void fill(dp_engine *engine, uint64_t handle, uint32_t tokens, uint64_t seed);
+
+/* Of one query row in small_config's geometry. */
+enum { OUT_BYTES = 4 * 40 * sizeof(float) };
+
+/* The outputs of a read of all that a sequence holds in layer 0: equal for equal tokens. */
+void read_outputs(dp_engine *engine, uint64_t handle, char out[OUT_BYTES]);
+
 /* Writes rows first .. first + tokens - 1 of `rows` as one chunk of a layer, and waits. */
 attn_status try_chunk(dp_upload *upload, const attn_geometry *geometry, uint32_t layer, const layer_rows *rows,
                       uint32_t first, uint32_t tokens, dice *cuts);
+
+/* ------------------------------------------------------------------------------------------- */
+/* Moves */
+
+/* A move that can be waited for. */
+typedef struct {
+    dp_move move; /* first */
+    bool done;    /* guarded by a lock of the fixture */
+    attn_saved_status status;
+} waiting_move;
+
+attn_status start_move(dp_engine *engine, waiting_move *waiting, uint64_t handle, uint32_t rank, int64_t step_until_ns);
+attn_status start_spread(dp_engine *engine, waiting_move *waiting, uint64_t handle);
+bool move_is_done(waiting_move *waiting);
+
+/* Waits for `done`: the move's status, valid as long as the move. */
+attn_status wait_for_move(waiting_move *waiting);
+
+/* Starts and waits. */
+attn_status try_move(dp_engine *engine, uint64_t handle, uint32_t rank);
+attn_status try_spread(dp_engine *engine, uint64_t handle);
+
+/* ------------------------------------------------------------------------------------------- */
+/* Loss */
+
+void wait_for_state(dp_engine *engine, uint32_t rank, dp_rank_state state);
+
+/* Restarts a lost rank, and waits until it serves. */
+void restart_rank(dp_engine *engine, uint32_t rank);
 
 #endif

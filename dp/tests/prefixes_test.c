@@ -39,8 +39,9 @@ static void start_batch(void) {
 
 /* A sequence of whole chunks, each named by a number, and `more` committed tokens in a page that nobody else has. */
 static void add_chunks(const uint32_t *chunks, uint32_t count, uint32_t more, uint32_t query_length) {
+    assert_true(hand.batch.size < MAX_SIZE);
     uint32_t i = hand.batch.size++, *page = &hand.pages[hand.page_offsets[i]];
-    assert_true(hand.page_offsets[i] + count * CHUNK_PAGES + CHUNK_PAGES + 1 < MAX_PAGES && i < MAX_SIZE);
+    assert_true(hand.page_offsets[i] + (count + 1) * CHUNK_PAGES < MAX_PAGES);
     hand.lengths[i] = count * ATTN_CHUNK_TOKENS + more + query_length;
     hand.query_lengths[i] = query_length;
     for (uint32_t c = 0; c < count; c++) {
@@ -53,7 +54,7 @@ static void add_chunks(const uint32_t *chunks, uint32_t count, uint32_t more, ui
 }
 
 static void add_word(const char *word) {
-    uint32_t chunks[16], count = (uint32_t)strlen(word);
+    uint32_t chunks[16] = {0}, count = (uint32_t)strlen(word);
     for (uint32_t c = 0; c < count; c++)
         chunks[c] = (uint32_t)word[c];
     add_chunks(chunks, count, 17, 1);
@@ -192,7 +193,7 @@ static void prefixes_found_in_random_families_are_true_and_save_enough(void **st
         uint32_t firsts[4] = {0}, by_first_chunk = 0, size = 1 + dice_below(&dice, 60);
         start_batch();
         for (uint32_t i = 0; i < size; i++) {
-            uint32_t chunks[6], count = dice_below(&dice, 7), path = 1;
+            uint32_t chunks[6] = {0}, count = dice_below(&dice, 7), path = 1;
             for (uint32_t c = 0; c < count; c++) {
                 path = 4 * path + dice_below(&dice, c == 0 ? 4 : 2);
                 chunks[c] = path;

@@ -588,6 +588,19 @@ static void spread_on_one_rank_is_whole(void **state) {
     destroy_engine(engine);
 }
 
+static void engine_frees_the_tables_of_sequences_that_are_open(void **state) {
+    (void)state;
+    dp_config config = small_config();
+    config.ranks = 2;
+    dp_engine *engine = create_engine(&config);
+    uint64_t first = open_sequence(engine, DP_LEAST_TOKENS, 0);
+    grow(engine, &config, first, 40);
+    close_sequence(engine, first); /* the slot keeps its table.. */
+    grow(engine, &config, open_sequence(engine, DP_SPREAD, 0), 40);
+    grow(engine, &config, open_sequence(engine, DP_LEAST_TOKENS, 0), 40);
+    dp_engine_destroy(engine); /* ..which the leak checker would find, if it were left behind the spread one's */
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(pages_follow_the_length),
@@ -607,6 +620,7 @@ int main(void) {
         cmocka_unit_test(least_tokens_levels_what_ranks_hold_and_have_in_flight),
         cmocka_unit_test(round_robin_and_explicit_go_where_they_say),
         cmocka_unit_test(spread_on_one_rank_is_whole),
+        cmocka_unit_test(engine_frees_the_tables_of_sequences_that_are_open),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

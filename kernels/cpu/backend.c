@@ -42,8 +42,8 @@
 
 /* So many query rows take as long to attend to a token as its read does (docs/cpu-kernel-notes.md, "Shared prefixes").
  */
-#define READ_ROWS          8
-#define READ_ROWS_WITH_DOT 16 /* with products in bf16 */
+#define READ_ROWS          6
+#define READ_ROWS_WITH_DOT 12 /* with products in bf16 */
 
 /* Address space for the partials of batch_invariant mode, at least; touched only as far as needed. */
 #define CHUNK_MEMORY_BYTES ((size_t)64 << 20)

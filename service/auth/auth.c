@@ -8,16 +8,25 @@
 #include <openssl/sha.h>
 
 struct attn_auth {
+    bool has_admin;
+    unsigned char admin[SHA256_DIGEST_LENGTH]; /* digest of the admin token */
     uint32_t count;
     unsigned char digests[][SHA256_DIGEST_LENGTH]; /* [count] of the tenants' tokens */
 };
 
-attn_status attn_auth_create(const attn_config_tenant *tenants, uint32_t count, attn_auth **auth) {
+static void digest_of(const char *token, size_t size, unsigned char *digest) {
+    SHA256((const unsigned char *)token, size, digest);
+}
+
+attn_status attn_auth_create(const attn_config_tenant *tenants, uint32_t count, const char *admin_token,
+                             attn_auth **auth) {
     attn_auth *created = malloc(sizeof(*created) + count * sizeof(created->digests[0]));
     if (created == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for %u tenants", count);
+    created->has_admin = admin_token != NULL;
+    if (created->has_admin) digest_of(admin_token, strlen(admin_token), created->admin);
     created->count = count;
     for (uint32_t i = 0; i < count; i++) {
-        SHA256((const unsigned char *)tenants[i].token, strlen(tenants[i].token), created->digests[i]);
+        digest_of(tenants[i].token, strlen(tenants[i].token), created->digests[i]);
     }
     *auth = created;
     return attn_ok();
@@ -45,6 +54,11 @@ static const char *bearer_token(const char *authorization, size_t size, size_t *
     return authorization + at;
 }
 
+static attn_status no_credentials(void) {
+    return attn_error(ATTN_UNAUTHENTICATED,
+                      "this server asks for credentials: send the metadata 'authorization: Bearer TOKEN'");
+}
+
 attn_status attn_auth_check(const attn_auth *auth, const char *authorization, size_t size, uint32_t *tenant) {
     unsigned char digest[SHA256_DIGEST_LENGTH];
     size_t token_size;
@@ -54,11 +68,8 @@ attn_status attn_auth_check(const attn_auth *auth, const char *authorization, si
         return attn_ok();
     }
     const char *token = bearer_token(authorization, size, &token_size);
-    if (token == NULL) {
-        return attn_error(ATTN_UNAUTHENTICATED,
-                          "this server asks for credentials: send the metadata 'authorization: Bearer TOKEN'");
-    }
-    SHA256((const unsigned char *)token, token_size, digest);
+    if (token == NULL) return no_credentials();
+    digest_of(token, token_size, digest);
     for (uint32_t i = 0; i < auth->count; i++) {
         /* No early exit: the time taken is the same for every tenant and for none. */
         if (CRYPTO_memcmp(digest, auth->digests[i], sizeof(digest)) == 0) {
@@ -68,4 +79,17 @@ attn_status attn_auth_check(const attn_auth *auth, const char *authorization, si
     }
     if (!found) return attn_error(ATTN_PERMISSION_DENIED, "the token in 'authorization' is no tenant's");
     return attn_ok();
+}
+
+attn_status attn_auth_check_admin(const attn_auth *auth, const char *authorization, size_t size) {
+    unsigned char digest[SHA256_DIGEST_LENGTH];
+    size_t token_size;
+    if (!auth->has_admin) {
+        return attn_error(ATTN_PERMISSION_DENIED, "administration is off: this server has no auth.admin_token_file");
+    }
+    const char *token = bearer_token(authorization, size, &token_size);
+    if (token == NULL) return no_credentials();
+    digest_of(token, token_size, digest);
+    if (CRYPTO_memcmp(digest, auth->admin, sizeof(digest)) == 0) return attn_ok();
+    return attn_error(ATTN_PERMISSION_DENIED, "the token in 'authorization' is not the admin token");
 }

@@ -24,8 +24,12 @@
 
 typedef struct attn_auth attn_auth;
 
-/* Creates the table; the caller destroys it. `tenants` is not kept. count 0: nothing is asked for. */
-attn_status attn_auth_create(const attn_config_tenant *tenants, uint32_t count, attn_auth **auth);
+/*
+ * Creates the table; the caller destroys it. `tenants` and `admin_token` are not kept. count 0: nothing is asked
+ * for. admin_token NULL: nobody may administer.
+ */
+attn_status attn_auth_create(const attn_config_tenant *tenants, uint32_t count, const char *admin_token,
+                             attn_auth **auth);
 
 /* NULL is fine. */
 void attn_auth_destroy(attn_auth *auth);
@@ -38,5 +42,11 @@ uint32_t attn_auth_tenants(const attn_auth *auth);
  * NULL if the call has none (or has it twice). *tenant is set if the status is ATTN_OK.
  */
 attn_status attn_auth_check(const attn_auth *auth, const char *authorization, size_t size, uint32_t *tenant);
+
+/*
+ * Whether the caller may administer the server: its token is the admin token, which is no tenant's, asked for whether
+ * there are tenants or not. ATTN_PERMISSION_DENIED also where the server has none.
+ */
+attn_status attn_auth_check_admin(const attn_auth *auth, const char *authorization, size_t size);
 
 #endif

@@ -25,14 +25,14 @@ static void assert_check(const attn_auth *auth, const char *authorization, attn_
 
 static int create_three(void **state) {
     attn_auth *auth;
-    if (attn_failed(attn_auth_create(tenants, 3, &auth))) return 1;
+    if (attn_failed(attn_auth_create(tenants, 3, "admin-token-0123456789", &auth))) return 1;
     *state = auth;
     return 0;
 }
 
 static int create_open(void **state) {
     attn_auth *auth;
-    if (attn_failed(attn_auth_create(NULL, 0, &auth))) return 1;
+    if (attn_failed(attn_auth_create(NULL, 0, NULL, &auth))) return 1;
     *state = auth;
     return 0;
 }
@@ -101,6 +101,25 @@ static void without_tenants_everybody_is_tenant_zero(void **state) {
     assert_check(*state, "nonsense", ATTN_OK, 0);
 }
 
+static attn_code admin_code(const attn_auth *auth, const char *authorization) {
+    return attn_auth_check_admin(auth, authorization, authorization == NULL ? 0 : strlen(authorization)).code;
+}
+
+static void only_the_admin_token_administers(void **state) {
+    assert_int_equal(admin_code(*state, "Bearer admin-token-0123456789"), ATTN_OK);
+    assert_int_equal(admin_code(*state, "Bearer red-token-0123456789"), ATTN_PERMISSION_DENIED);
+    assert_int_equal(admin_code(*state, "Bearer admin-token-012345678"), ATTN_PERMISSION_DENIED);
+    assert_int_equal(admin_code(*state, NULL), ATTN_UNAUTHENTICATED);
+    assert_int_equal(admin_code(*state, "admin-token-0123456789"), ATTN_UNAUTHENTICATED);
+    assert_check(*state, "Bearer admin-token-0123456789", ATTN_PERMISSION_DENIED, UNTOUCHED); /* it is no tenant's */
+}
+
+static void without_an_admin_token_nobody_administers(void **state) {
+    assert_int_equal(admin_code(*state, NULL), ATTN_PERMISSION_DENIED);
+    assert_int_equal(admin_code(*state, "Bearer admin-token-0123456789"), ATTN_PERMISSION_DENIED);
+    assert_int_equal(admin_code(*state, "Bearer "), ATTN_PERMISSION_DENIED);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(each_token_is_its_own_tenant, create_three, destroy),
@@ -109,6 +128,8 @@ int main(void) {
         cmocka_unit_test_setup_teardown(wrong_tokens_are_denied, create_three, destroy),
         cmocka_unit_test_setup_teardown(the_value_need_not_be_terminated, create_three, destroy),
         cmocka_unit_test_setup_teardown(refusals_do_not_repeat_what_was_sent, create_three, destroy),
+        cmocka_unit_test_setup_teardown(only_the_admin_token_administers, create_three, destroy),
+        cmocka_unit_test_setup_teardown(without_an_admin_token_nobody_administers, create_open, destroy),
         cmocka_unit_test_setup_teardown(without_tenants_everybody_is_tenant_zero, create_open, destroy),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -26,7 +26,6 @@
 
 static attn_status set_defaults(attn_config *config) {
     memset(config, 0, sizeof(*config));
-    config->test_fail_rank = -1;
     for (size_t i = 0; i < attn_settings_count; i++) {
         const attn_setting *setting = &attn_settings[i];
         if (setting->initial != NULL) ATTN_TRY(attn_setting_apply(setting, setting->flag, setting->initial, config));
@@ -99,6 +98,20 @@ static attn_status read_token_file(attn_config *config, const char *place, const
     explicit_bzero(bytes, size);
     free(bytes);
     return status;
+}
+
+/* After the tenants, whose tokens it differs from. */
+static attn_status complete_admin(attn_config *config) {
+    static const char place[] = "auth.admin_token_file";
+    if (config->admin_token_file == NULL) return attn_ok();
+    ATTN_TRY(read_token_file(config, place, config->admin_token_file, &config->admin_token));
+    ATTN_TRY(check_token(place, config->admin_token));
+    for (uint32_t i = 0; i < config->tenant_count; i++) {
+        if (strcmp(config->admin_token, config->tenants[i].token) == 0) {
+            return attn_error(ATTN_INVALID_ARGUMENT, "%s: the token is also that of auth.tenants[%u]", place, i);
+        }
+    }
+    return attn_ok();
 }
 
 /* "file: auth.tenants[3].key" */
@@ -266,11 +279,11 @@ static attn_status complete(attn_config *config) {
     if (config->threads == 0) config->threads = config->ranks > 0 ? cores / config->ranks : cores;
     if (config->threads == 0) config->threads = 1;
     if (config->cq_threads == 0) config->cq_threads = cores < 4 ? 1 : 2;
-    if (config->test_fail_rank >= (int32_t)config->ranks) {
-        return attn_error(ATTN_INVALID_ARGUMENT, "--test-fail-rank: %d is not below ranks.count (%u)",
-                          config->test_fail_rank, config->ranks);
+    if (config->min_serving_ranks > config->ranks) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "ranks.min_serving_ranks: %u is above ranks.count (%u)",
+                          config->min_serving_ranks, config->ranks);
     }
-    return attn_ok();
+    return complete_admin(config);
 }
 
 attn_status attn_config_parse(const char *yaml, size_t size, const char *name, attn_config *config) {

@@ -55,7 +55,12 @@ typedef struct {
     uint32_t ranks;
     uint32_t threads; /* a rank, its own included; default: usable cores / ranks, 1 at least */
     bool pin_cpus;
-    uint32_t pages; /* a rank; default: 1 GiB of them, 64 at least */
+    uint32_t pages;                   /* a rank; default: 1 GiB of them, 64 at least */
+    float rebalance_factor;           /* see dp_config.rebalance_factor; 0: never, else above 1 */
+    uint64_t spread_above_tokens;     /* see dp_config.spread_above_tokens; 0: never */
+    uint32_t rank_stall_ms;           /* see dp_config.rank_stall_ns; 0: never */
+    uint32_t rank_restart_backoff_ms; /* see dp_config.rank_restart_ns; 0: never */
+    uint32_t min_serving_ranks;       /* 1 .. ranks; while fewer serve, health says NOT_SERVING */
 
     /* limits */
     uint32_t max_batch;     /* sequences a step */
@@ -69,6 +74,8 @@ typedef struct {
     /* auth */
     const attn_config_tenant *tenants; /* [tenant_count] */
     uint32_t tenant_count;             /* 0: no credentials asked for, everything is tenant 0 */
+    const char *admin_token_file;      /* NULL: nobody may administer */
+    const char *admin_token;           /* its first line: 16 bytes or more, no tenant's; or NULL */
 
     /* metrics */
     bool metrics;                /* serve /metrics, /healthz, /readyz over HTTP: asked for by giving a port */
@@ -78,8 +85,8 @@ typedef struct {
     /* log */
     attn_log_level log_level;
 
-    /* Test aid, from --test-fail-rank only; release builds have no such flag. -1: none. */
-    int32_t test_fail_rank;
+    /* Test aid, from --test-faults only; release builds have no such flag. */
+    bool test_faults;
 
     void *owned; /* the strings and tenants above */
 } attn_config;

@@ -78,7 +78,11 @@ static void without_flags_the_defaults_are_a_complete_loopback_server(void **sta
     assert_false(config.metrics);
     assert_int_equal(config.log_level, ATTN_LOG_INFO);
     assert_null(config.ready_file);
-    assert_int_equal(config.test_fail_rank, -1);
+    assert_false(config.test_faults);
+    assert_int_equal(config.rank_stall_ms, 10000);
+    assert_int_equal(config.rank_restart_backoff_ms, 1000);
+    assert_int_equal(config.min_serving_ranks, 1);
+    assert_null(config.admin_token);
     attn_config_fini(&config);
 }
 
@@ -108,7 +112,8 @@ static void every_key_of_the_file_arrives(void **state) {
         must_parse("server: {listen: ['0.0.0.0:1', 'unix:/s'], cq_threads: 3, grace_ms: 4, ready_file: /r}\n"
                    "geometry: {layers: 2, heads_q: 12, heads_kv: 3, head_dim: 40, head_dim_v: 48,\n"
                    "           dtype: fp32, page_size: 128}\n"
-                   "ranks: {count: 5, backend: reference, isa: avx2, threads: 6, pin_cpus: true, pages: 7}\n"
+                   "ranks: {count: 5, backend: reference, isa: avx2, threads: 6, pin_cpus: true, pages: 7,\n"
+                   "        rebalance_factor: 1.5, spread_above_tokens: 8000}\n"
                    "limits: {max_batch: 8, max_sequences: 9, max_sequence_tokens: 10, max_queue: 11,\n"
                    "         max_message_mb: 12, step_idle_ms: 13, sequence_idle_ms: 14}\n"
                    "metrics: {port: 15, address: '::1'}\n"
@@ -132,6 +137,8 @@ static void every_key_of_the_file_arrives(void **state) {
     assert_int_equal(config.threads, 6);
     assert_true(config.pin_cpus);
     assert_int_equal(config.pages, 7);
+    assert_true(config.rebalance_factor == 1.5f);
+    assert_int_equal(config.spread_above_tokens, 8000);
     assert_int_equal(config.max_batch, 8);
     assert_int_equal(config.max_sequences, 9);
     assert_int_equal(config.max_sequence_tokens, 10);
@@ -182,11 +189,13 @@ static void help_and_version_are_found_among_other_flags(void **state) {
 }
 
 static void help_names_every_flag_within_the_width_of_a_terminal(void **state) {
-    static const char *const flags[] = {"--listen ",       "--backend ",    "--isa ",           "--ranks ",
-                                        "--threads ",      "--head-dim-v ", "--page-size ",     "--max-queue ",
-                                        "--metrics-port ", "--config ",     "--version ",       "--help ",
-                                        "--ready-file ",   "--grace-ms ",   "--cq-threads ",    "--kv-dtype ",
-                                        "--k-scale ",      "--v-scale ",    "--kv-scales-file "};
+    static const char *const flags[] = {"--listen ",         "--backend ",           "--isa ",
+                                        "--ranks ",          "--threads ",           "--head-dim-v ",
+                                        "--page-size ",      "--max-queue ",         "--metrics-port ",
+                                        "--config ",         "--version ",           "--help ",
+                                        "--ready-file ",     "--grace-ms ",          "--cq-threads ",
+                                        "--kv-dtype ",       "--k-scale ",           "--v-scale ",
+                                        "--kv-scales-file ", "--rebalance-factor X", "--spread-above-tokens N"};
     char *help = attn_config_help();
     (void)state;
     assert_non_null(help);
@@ -226,7 +235,7 @@ static void unknown_keys_are_refused_with_their_path_and_the_known_ones(void **s
                    "t.yaml: geometry.hed_dim: unknown key; here are: layers, heads_q, heads_kv, head_dim, "
                    "head_dim_v, dtype, kv_dtype, k_scale, v_scale, kv_scales_file, page_size");
     assert_refused("sever: {}\n",
-                   "t.yaml: sever: unknown key; here are: server, geometry, ranks, limits, metrics, log, auth");
+                   "t.yaml: sever: unknown key; here are: server, geometry, ranks, limits, auth, metrics, log");
     assert_refused("auth: {tenants: [{name: a, token: 0123456789abcdef}, {nam: b}]}\n",
                    "t.yaml: auth.tenants[1].nam: unknown key; here are: name, token, token_file, max_pages, "
                    "max_sequences");
@@ -242,6 +251,15 @@ static void wrong_values_are_refused_with_their_path(void **state) {
     assert_refused("geometry: {v_scale: 1e99}", "t.yaml: geometry.v_scale: '1e99' is not a finite number above 0");
     assert_refused("geometry: {v_scale: 1 2}", "t.yaml: geometry.v_scale: '1 2' is not a finite number above 0");
     assert_refused("geometry: {v_scale: ''}", "t.yaml: geometry.v_scale: '' is not a finite number above 0");
+    assert_refused("ranks: {rebalance_factor: 1}",
+                   "t.yaml: ranks.rebalance_factor: '1' is neither 0 nor a finite number above 1");
+    assert_refused("ranks: {rebalance_factor: -2}",
+                   "t.yaml: ranks.rebalance_factor: '-2' is neither 0 nor a finite number above 1");
+    assert_refused("ranks: {rebalance_factor: 1e99}",
+                   "t.yaml: ranks.rebalance_factor: '1e99' is neither 0 nor a finite number above 1");
+    assert_refused("ranks: {rebalance_factor: ''}",
+                   "t.yaml: ranks.rebalance_factor: '' is neither 0 nor a finite number above 1");
+    assert_refused("ranks: {spread_above_tokens: x}", "t.yaml: ranks.spread_above_tokens: 'x' is not a whole number");
     assert_refused("geometry: {page_size: 48}", "t.yaml: geometry.page_size: '48' is none of 16, 32, 64, 128");
     assert_refused("ranks: {count: -1}", "t.yaml: ranks.count: '-1' is not a whole number");
     assert_refused("ranks: {count: 2.5}", "t.yaml: ranks.count: '2.5' is not a whole number");
@@ -301,10 +319,10 @@ static void settings_that_contradict_each_other_are_refused(void **state) {
                    "geometry.v_scale: scales are for kv_dtype fp8_e4m3; this cache is bf16");
     assert_refused("geometry: {dtype: fp16, kv_scales_file: /no/such}",
                    "geometry.kv_scales_file: scales are for kv_dtype fp8_e4m3; this cache is fp16");
-#ifndef ATTN_RELEASE
-    assert_flags_refused((const char *const[]){"attnd", "--ranks", "2", "--test-fail-rank", "2", NULL},
-                         "--test-fail-rank: 2 is not below ranks.count (2)");
-#endif
+    assert_refused("ranks: {count: 2, min_serving_ranks: 0}",
+                   "t.yaml: ranks.min_serving_ranks: 0 is not within 1 .. 64");
+    assert_flags_refused((const char *const[]){"attnd", "--ranks", "2", "--min-serving-ranks", "3", NULL},
+                         "ranks.min_serving_ranks: 3 is above ranks.count (2)");
 }
 
 static void addresses_are_checked(void **state) {

@@ -69,6 +69,22 @@ const attn_setting attn_settings[] = {
      ATTN_SETTING_BOOL, .offset = AT(pin_cpus)},
     {"ranks", "pages", "pages", "N", NULL, "Pages of a rank's KV cache. Default: as many as fit 1 GiB, at least 64.",
      ATTN_SETTING_U32, AT(pages), 1, 1u << 30, 0, NULL},
+    {"ranks", "rebalance_factor", "rebalance-factor", "X", "0",
+     "Where one rank holds more than X times the tokens of another, sequences are moved, one at a time, until it does "
+     "not. 0: never; else above 1, such as 1.5.",
+     ATTN_SETTING_FACTOR, .offset = AT(rebalance_factor)},
+    {"ranks", "spread_above_tokens", "spread-above-tokens", "N", "0",
+     "A sequence longer than this is spread over all ranks, a second later or so. 0: never.", ATTN_SETTING_U64,
+     AT(spread_above_tokens), 0, 1u << 30, 0, NULL},
+    {"ranks", "rank_stall_ms", "rank-stall-ms", "MS", "10000",
+     "A rank that has work and does not move for so long is lost, as if its device had failed. 0: never.",
+     ATTN_SETTING_U32, AT(rank_stall_ms), 0, 3600000, 0, NULL},
+    {"ranks", "rank_restart_backoff_ms", "rank-restart-backoff-ms", "MS", "1000",
+     "A lost rank is restarted, empty, after so long; after twice that for each loss in a row, up to a minute. "
+     "0: only by RestartRank.",
+     ATTN_SETTING_U32, AT(rank_restart_backoff_ms), 0, 60000, 0, NULL},
+    {"ranks", "min_serving_ranks", "min-serving-ranks", "N", "1", "While fewer ranks serve, health says NOT_SERVING.",
+     ATTN_SETTING_U32, AT(min_serving_ranks), 1, 64, 0, NULL},
 
     {"limits", "max_batch", "max-batch", "N", "1024", "Sequences a step.", ATTN_SETTING_U32, AT(max_batch), 1, 65536, 0,
      NULL},
@@ -87,6 +103,10 @@ const attn_setting attn_settings[] = {
      "A sequence not used for so long is closed. 0: never.", ATTN_SETTING_U32, AT(sequence_idle_ms), 0, UINT32_MAX, 0,
      NULL},
 
+    {"auth", "admin_token_file", "admin-token-file", "PATH", NULL,
+     "Whoever sends the token in its first line may call RestartRank. Default: nobody may.", ATTN_SETTING_PATH,
+     .offset = AT(admin_token_file)},
+
     {"metrics", "port", "metrics-port", "PORT", "off",
      "Serve /metrics, /healthz and /readyz over HTTP on this port; 0: any free one; off: do not. The usual one is "
      "7401.",
@@ -98,9 +118,10 @@ const attn_setting attn_settings[] = {
      .offset = AT(log_level)},
 
 #ifndef ATTN_RELEASE
-    {NULL, NULL, "test-fail-rank", "RANK", NULL,
-     "Test aid: on SIGUSR1 this rank fails as if its device were lost. Release builds do not have it.",
-     ATTN_SETTING_I32, AT(test_fail_rank), 0, 63, 0, NULL},
+    {NULL, NULL, "test-faults", "BOOL", "false",
+     "Test aid: SIGUSR1 with the value 256 * ACTION + RANK fails (0), stalls (1) or releases (2) a rank. Release "
+     "builds do not have it.",
+     ATTN_SETTING_BOOL, .offset = AT(test_faults)},
 #endif
 };
 
@@ -257,6 +278,16 @@ static attn_status apply_metrics_port(const char *place, const char *text, attn_
     return attn_ok();
 }
 
+static attn_status apply_factor(const char *place, const char *text, float *value) {
+    float parsed = 0;
+    bool is_off = strcmp(text, "0") == 0;
+    if (!is_off && (attn_failed(attn_setting_scale(place, text, &parsed)) || parsed <= 1)) {
+        return attn_error(ATTN_INVALID_ARGUMENT, "%s: '%.40s' is neither 0 nor a finite number above 1", place, text);
+    }
+    *value = parsed;
+    return attn_ok();
+}
+
 static attn_status check_ip_address(const char *place, const char *text) {
     struct in6_addr address;
     if (inet_pton(AF_INET, text, &address) == 1 || inet_pton(AF_INET6, text, &address) == 1) return attn_ok();
@@ -273,10 +304,6 @@ attn_status attn_setting_apply(const attn_setting *setting, const char *place, c
         *(uint32_t *)target = (uint32_t)number;
         return attn_ok();
     case ATTN_SETTING_U64: return parse_number(setting, place, text, target);
-    case ATTN_SETTING_I32:
-        ATTN_TRY(parse_number(setting, place, text, &number));
-        *(int32_t *)target = (int32_t)number;
-        return attn_ok();
     case ATTN_SETTING_MEBIBYTES:
         ATTN_TRY(parse_number(setting, place, text, &number));
         *(uint64_t *)target = number << 20;
@@ -302,6 +329,7 @@ attn_status attn_setting_apply(const attn_setting *setting, const char *place, c
         *(attn_dtype *)target = index == 0 ? (attn_dtype)0 : ATTN_FP8_E4M3;
         return attn_ok();
     case ATTN_SETTING_SCALE: return attn_setting_scale(place, text, target);
+    case ATTN_SETTING_FACTOR: return apply_factor(place, text, target);
     case ATTN_SETTING_LOG_LEVEL:
         ATTN_TRY(parse_choice(place, text, level_choices, &index));
         *(attn_log_level *)target = (attn_log_level)(ATTN_LOG_DEBUG + index);
@@ -375,7 +403,7 @@ char *attn_config_help(void) {
         }
         write_flag(out, setting->flag, setting->value, setting->help, setting->initial);
     }
-    fputs("\nauth (file only): `tenants`, a list of name, token or token_file, max_pages, max_sequences.\n"
+    fputs("\nauth, in the file only: `tenants`, a list of name, token or token_file, max_pages, max_sequences.\n"
           "Without it no credentials are asked for.\n\n"
           "Signals: SIGTERM and SIGINT drain and end the server.\n",
           out);

@@ -13,7 +13,6 @@
 typedef enum {
     ATTN_SETTING_U32,
     ATTN_SETTING_U64,
-    ATTN_SETTING_I32,       /* within 0 .. INT32_MAX; -1 stands for "not given" */
     ATTN_SETTING_MEBIBYTES, /* a uint64_t of bytes */
     ATTN_SETTING_BOOL,
     ATTN_SETTING_CHOICE, /* a string, one of `choices` */
@@ -22,7 +21,8 @@ typedef enum {
     ATTN_SETTING_METRICS_PORT,
     ATTN_SETTING_DTYPE,
     ATTN_SETTING_KV_DTYPE,
-    ATTN_SETTING_SCALE, /* a float, above 0 */
+    ATTN_SETTING_SCALE,  /* a float, above 0 */
+    ATTN_SETTING_FACTOR, /* a float, 0 or above 1 */
     ATTN_SETTING_LOG_LEVEL,
     ATTN_SETTING_LISTEN, /* appended to the list */
 } attn_setting_kind;

@@ -58,10 +58,12 @@ static const char *const method_names[ATTN_METHOD_COUNT] = {
     [ATTN_METHOD_TRUNCATE_SEQUENCE] = "TruncateSequence",
     [ATTN_METHOD_CLOSE_SEQUENCES] = "CloseSequences",
     [ATTN_METHOD_DESCRIBE_SEQUENCES] = "DescribeSequences",
+    [ATTN_METHOD_MOVE_SEQUENCE] = "MoveSequence",
     [ATTN_METHOD_APPEND_KV] = "AppendKv",
     [ATTN_METHOD_EXPORT_KV] = "ExportKv",
     [ATTN_METHOD_DECODE] = "Decode",
     [ATTN_METHOD_DECODE_STREAM] = "DecodeStream",
+    [ATTN_METHOD_RESTART_RANK] = "RestartRank",
     [ATTN_METHOD_OTHER] = "other",
 };
 
@@ -157,6 +159,14 @@ static void write_totals(FILE *text, const attn_metrics *metrics) {
     fprintf(text, "attnd_steps_committed_total %" PRIu64 "\n", totals.steps_committed);
     write_family(text, "attnd_steps_aborted_total", "counter", "Steps that ended before their last layer.");
     fprintf(text, "attnd_steps_aborted_total %" PRIu64 "\n", totals.steps_aborted);
+    write_family(text, "attnd_moves_total", "counter", "Sequences moved to another rank, or spread.");
+    fprintf(text, "attnd_moves_total %" PRIu64 "\n", totals.moves);
+    write_family(text, "attnd_moves_failed_total", "counter", "Moves that left their sequence where it was.");
+    fprintf(text, "attnd_moves_failed_total %" PRIu64 "\n", totals.moves_failed);
+    write_family(text, "attnd_moved_tokens_total", "counter", "Tokens of the sequences moved.");
+    fprintf(text, "attnd_moved_tokens_total %" PRIu64 "\n", totals.moved_tokens);
+    write_family(text, "attnd_moved_bytes_total", "counter", "Key and value bytes copied between ranks by moves.");
+    fprintf(text, "attnd_moved_bytes_total %" PRIu64 "\n", totals.moved_bytes);
 }
 
 /* One series a rank: where in attn_metrics_rank its value is. */
@@ -168,6 +178,7 @@ typedef struct {
 } rank_family;
 
 static const rank_family rank_families[] = {
+    {"attnd_rank_state", "gauge", "1: serving, 2: lost, 3: restarting.", offsetof(attn_metrics_rank, state)},
     {"attnd_rank_sequences", "gauge", "Sequences and parts of spread ones on the rank.",
      offsetof(attn_metrics_rank, sequences)},
     {"attnd_rank_tokens", "gauge", "KV cache tokens held, shared pages counted for every sequence.",
@@ -185,11 +196,26 @@ static const rank_family rank_families[] = {
     {"attnd_rank_prefix_tokens_shared_total", "counter",
      "Tokens, counted for every layer, that need not be read since forks of a prompt are decoded together.",
      offsetof(attn_metrics_rank, prefix_tokens_shared)},
+    {"attnd_rank_lost_total", "counter", "Times the rank was lost.", offsetof(attn_metrics_rank, losses)},
+    {"attnd_rank_stalls_total", "counter", "Times it was lost because it had work and did not move.",
+     offsetof(attn_metrics_rank, stalls)},
+    {"attnd_rank_restarts_total", "counter", "Times it served again with a new backend.",
+     offsetof(attn_metrics_rank, restarts)},
 };
+
+static void write_degraded(FILE *text, const attn_metrics_rank *values, uint32_t ranks) {
+    bool degraded = false;
+    for (uint32_t rank = 0; rank < ranks; rank++) {
+        degraded |= !values[rank].serving;
+    }
+    write_family(text, "attnd_degraded", "gauge", "1 while a rank does not serve.");
+    fprintf(text, "attnd_degraded %d\n", degraded);
+}
 
 static void write_ranks(FILE *text, const attn_metrics *metrics, const attn_metrics_rank *values) {
     uint32_t ranks = metrics->source.ranks;
-    write_family(text, "attnd_rank_up", "gauge", "1 while the rank serves, 0 once it is lost.");
+    write_degraded(text, values, ranks);
+    write_family(text, "attnd_rank_up", "gauge", "1 while the rank serves, 0 while it is lost.");
     for (uint32_t rank = 0; rank < ranks; rank++) {
         fprintf(text, "attnd_rank_up{rank=\"%u\"} %d\n", rank, values[rank].serving);
     }

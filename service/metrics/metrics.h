@@ -34,10 +34,12 @@ typedef enum {
     ATTN_METHOD_TRUNCATE_SEQUENCE,
     ATTN_METHOD_CLOSE_SEQUENCES,
     ATTN_METHOD_DESCRIBE_SEQUENCES,
+    ATTN_METHOD_MOVE_SEQUENCE,
     ATTN_METHOD_APPEND_KV,
     ATTN_METHOD_EXPORT_KV,
     ATTN_METHOD_DECODE,
     ATTN_METHOD_DECODE_STREAM,
+    ATTN_METHOD_RESTART_RANK,
     ATTN_METHOD_OTHER,
     ATTN_METHOD_COUNT,
 } attn_method;
@@ -48,6 +50,7 @@ const char *attn_method_name(attn_method method);
 /* One rank's values at the time of a scrape. */
 typedef struct {
     bool serving;       /* false: lost */
+    uint64_t state;     /* a RankState of proto/attnd.proto */
     uint64_t sequences; /* gauges */
     uint64_t tokens;
     uint64_t tokens_in_flight;
@@ -58,6 +61,9 @@ typedef struct {
     uint64_t launches;
     uint64_t plans_rejected;
     uint64_t prefix_tokens_shared; /* counted for every layer */
+    uint64_t losses;
+    uint64_t stalls;
+    uint64_t restarts;
     int64_t busy_ns;
     uint64_t bytes_in_place; /* tensor bytes the rank read where they had arrived.. */
     uint64_t bytes_gathered; /* ..and those it had to copy together first */
@@ -69,6 +75,10 @@ typedef struct {
     uint64_t steps;           /* open now */
     uint64_t steps_committed; /* since start */
     uint64_t steps_aborted;
+    uint64_t moves; /* of sequences to other ranks */
+    uint64_t moves_failed;
+    uint64_t moved_tokens; /* by the moves that succeeded */
+    uint64_t moved_bytes;
 } attn_metrics_totals;
 
 /* Where values come from at a scrape. The callbacks run on the HTTP thread and must not block for long. */

@@ -24,6 +24,7 @@ static void fake_rank(void *context, uint32_t rank, attn_metrics_rank *values) {
     (void)context;
     *values = (attn_metrics_rank){
         .serving = rank != 1,
+        .state = rank + 1,
         .sequences = 10 + rank,
         .tokens = 20 + rank,
         .tokens_in_flight = 30 + rank,
@@ -33,7 +34,10 @@ static void fake_rank(void *context, uint32_t rank, attn_metrics_rank *values) {
         .calls = 70 + rank,
         .launches = 80 + rank,
         .plans_rejected = 90 + rank,
-        .prefix_tokens_shared = 120 + rank,
+        .prefix_tokens_shared = 150 + rank,
+        .losses = 120 + rank,
+        .stalls = 130 + rank,
+        .restarts = 140 + rank,
         .busy_ns = 1500000000,
         .bytes_in_place = 5000000000 + rank,
         .bytes_gathered = 110 + rank,
@@ -42,7 +46,14 @@ static void fake_rank(void *context, uint32_t rank, attn_metrics_rank *values) {
 
 static void fake_totals(void *context, attn_metrics_totals *values) {
     (void)context;
-    *values = (attn_metrics_totals){.sequences = 1, .steps = 2, .steps_committed = 3, .steps_aborted = 4};
+    *values = (attn_metrics_totals){.sequences = 1,
+                                    .steps = 2,
+                                    .steps_committed = 3,
+                                    .steps_aborted = 4,
+                                    .moves = 5,
+                                    .moves_failed = 6,
+                                    .moved_tokens = 7,
+                                    .moved_bytes = 8};
 }
 
 static bool fake_serving(void *context) {
@@ -101,6 +112,12 @@ static void ranks_and_totals_come_from_the_source(void **state) {
     static const char *const lines[] = {
         "attnd_rank_up{rank=\"0\"} 1",
         "attnd_rank_up{rank=\"1\"} 0",
+        "attnd_degraded 1",
+        "attnd_rank_state{rank=\"0\"} 1",
+        "attnd_rank_state{rank=\"1\"} 2",
+        "attnd_rank_lost_total{rank=\"1\"} 121",
+        "attnd_rank_stalls_total{rank=\"1\"} 131",
+        "attnd_rank_restarts_total{rank=\"1\"} 141",
         "attnd_rank_sequences{rank=\"1\"} 11",
         "attnd_rank_tokens{rank=\"1\"} 21",
         "attnd_rank_tokens_in_flight{rank=\"1\"} 31",
@@ -110,7 +127,7 @@ static void ranks_and_totals_come_from_the_source(void **state) {
         "attnd_rank_calls_total{rank=\"1\"} 71",
         "attnd_rank_launches_total{rank=\"1\"} 81",
         "attnd_plan_rejected_total{rank=\"1\"} 91",
-        "attnd_rank_prefix_tokens_shared_total{rank=\"1\"} 121",
+        "attnd_rank_prefix_tokens_shared_total{rank=\"1\"} 151",
         "attnd_rank_busy_seconds_total{rank=\"0\"} 1.500000000",
         "attnd_rank_tensor_bytes_total{rank=\"1\",place=\"in_place\"} 5000000001",
         "attnd_rank_tensor_bytes_total{rank=\"0\",place=\"gathered\"} 110",
@@ -118,6 +135,10 @@ static void ranks_and_totals_come_from_the_source(void **state) {
         "attnd_steps_open 2",
         "attnd_steps_committed_total 3",
         "attnd_steps_aborted_total 4",
+        "attnd_moves_total 5",
+        "attnd_moves_failed_total 6",
+        "attnd_moved_tokens_total 7",
+        "attnd_moved_bytes_total 8",
         "attnd_serving 1",
         "attnd_build_info{version=\"1.2\\\"3\\\\4\\n5\",backend=\"cpu\",instance_id=\"cafe\"} 1",
     };

@@ -11,6 +11,7 @@ so that a request is either a message or any bytes at all.
     RawCall   one call below gRPC, in HTTP/2 frames
 """
 
+import ctypes
 import functools
 import http.client
 import json
@@ -109,10 +110,12 @@ REQUESTS = {
     "TruncateSequence": pb.TruncateSequenceRequest,
     "CloseSequences": pb.CloseSequencesRequest,
     "DescribeSequences": pb.DescribeSequencesRequest,
+    "MoveSequence": pb.MoveSequenceRequest,
     "AppendKv": pb.AppendKvRequest,
     "ExportKv": pb.ExportKvRequest,
     "Decode": pb.DecodeRequest,
     "DecodeStream": pb.DecodeStreamRequest,
+    "RestartRank": pb.RestartRankRequest,
 }
 RESPONSES = {
     "GetServerInfo": pb.GetServerInfoResponse,
@@ -121,10 +124,12 @@ RESPONSES = {
     "TruncateSequence": pb.TruncateSequenceResponse,
     "CloseSequences": pb.CloseSequencesResponse,
     "DescribeSequences": pb.DescribeSequencesResponse,
+    "MoveSequence": pb.MoveSequenceResponse,
     "AppendKv": pb.AppendKvResponse,
     "ExportKv": pb.ExportKvResponse,
     "Decode": pb.DecodeResponse,
     "DecodeStream": pb.DecodeResponse,
+    "RestartRank": pb.RestartRankResponse,
 }
 
 # Generous: it only has to be longer than anything but a hang, under a sanitizer too.
@@ -255,6 +260,24 @@ class Server:
 
     def signal(self, number):
         self.process.send_signal(number)
+
+    # Of a server with test_faults="true": the faults of one rank. They happen a moment later.
+
+    def fail_rank(self, rank):
+        """The rank is lost, as if its device had failed."""
+        self._send_fault(0, rank)
+
+    def stall_rank(self, rank):
+        """The rank hangs from its next call on."""
+        self._send_fault(1, rank)
+
+    def release_rank(self, rank):
+        """What hangs on the rank goes on."""
+        self._send_fault(2, rank)
+
+    def _send_fault(self, action, rank):
+        value = ctypes.c_void_p(256 * action + rank)
+        assert ctypes.CDLL(None).sigqueue(self.pid, signal.SIGUSR1, value) == 0
 
     def wait(self, timeout_s=TIMEOUT_S):
         return self.process.wait(timeout_s)
@@ -437,7 +460,7 @@ class Api:
         def leaks():
             found = []
             for rank in self.info().ranks:
-                if rank.state == pb.RANK_STATE_LOST:
+                if rank.state != pb.RANK_STATE_SERVING:
                     continue
                 held = (
                     rank.pages_total - rank.pages_free,

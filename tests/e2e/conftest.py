@@ -116,6 +116,15 @@ def model(api):
 
 
 @pytest.fixture(scope="session")
+def admin(tmp_path_factory):
+    """An admin token: its file, and the metadata that brings it."""
+    token = "an-admin-token-of-the-tests"
+    path = tmp_path_factory.mktemp("admin") / "token"
+    path.write_text(token + "\n")
+    return types.SimpleNamespace(token=token, path=path, metadata=(("authorization", "Bearer " + token),))
+
+
+@pytest.fixture(scope="session")
 def scales(tmp_path_factory):
     """Other scales for every layer and KV head, and the file that has them."""
     random = np.random.default_rng(8)

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from attention_oracle import LSE_BOUND, attend
+from attnd_harness import eventually
 
 try:
     import attnd
@@ -114,6 +115,34 @@ def test_client_learns_geometry_ranks_and_limits(connect, server):
     assert (g.head_dim, g.head_dim_v, g.dtype_name) == (flags["head_dim"], flags["head_dim_v"], flags["dtype"])
     assert len(info.ranks) == flags["ranks"] and all(rank.state == "serving" for rank in info.ranks)
     assert info.limits.query_length == 128 and info.limits.message_bytes > 0 and not info.draining
+
+
+def test_client_restarts_a_lost_rank(start_server, admin):
+    server = start_server(ranks=3, test_faults="true", rank_restart_backoff_ms=0, admin_token_file=admin.path)
+
+    async def restart_asynchronously(rank):
+        async with attnd.AsyncClient(server.address, token=admin.token) as client:
+            return await client.restart_rank(rank)
+
+    with attnd.Client(server.address, token=admin.token) as client:
+
+        def wait_for_state(rank, state):
+            eventually(lambda: client.info().ranks[rank].state == state, what=f"rank {rank} {state}")
+
+        with pytest.raises(attnd.FailedPrecondition, match="rank: 2 serves"):
+            client.restart_rank(2)
+        server.fail_rank(2)
+        wait_for_state(2, "lost")
+        assert client.info().degraded
+        assert client.info().ranks[2].last_error == "failed for a test"
+        assert client.restart_rank(2).rank == 2
+        wait_for_state(2, "serving")
+        assert (client.info().ranks[2].losses, client.info().ranks[2].restarts) == (1, 1)
+        server.fail_rank(0)
+        wait_for_state(0, "lost")
+        assert asyncio.run(restart_asynchronously(0)).losses == 1
+        wait_for_state(0, "serving")
+        assert not client.info().degraded
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -294,6 +294,7 @@ def every_use_of(model, handle, good):
     yield model.api.error("CloseSequences", pb.CloseSequencesRequest(sequences=[good, handle])), "sequences[1]"
     yield model.api.error("ForkSequence", pb.ForkSequenceRequest(sequence=handle)), "sequence"
     yield model.api.error("TruncateSequence", pb.TruncateSequenceRequest(sequence=handle)), "sequence"
+    yield model.api.error("MoveSequence", pb.MoveSequenceRequest(sequence=handle, dp_rank=1)), "sequence"
     yield model.api.error("AppendKv", [begin(handle), chunk(model)]), "sequence"
     yield model.api.error("ExportKv", pb.ExportKvRequest(sequence=handle)), "sequence"
     yield model.api.error("Decode", model.decode_request([good, handle], None, layer)), "sequences[1]"

@@ -2,7 +2,6 @@
 
 import contextlib
 import random
-import signal
 import threading
 import time
 
@@ -352,7 +351,7 @@ def test_a_full_queue_refuses_with_a_retry_hint_and_nothing_is_lost(slow):
 
 
 def test_a_lost_rank_takes_its_own_sequences_and_no_others(start_server):
-    server = start_server(ranks=3, test_fail_rank=1)
+    server = start_server(ranks=3, test_faults="true", rank_restart_backoff_ms=0)
     model = Model(server.api())
     homes = [model.open_filled([40, 7], pb.PLACEMENT_EXPLICIT, rank) for rank in range(3)]
     spread = model.open_filled([1600], pb.PLACEMENT_SPREAD)
@@ -361,7 +360,7 @@ def test_a_lost_rank_takes_its_own_sequences_and_no_others(start_server):
     stream.ask(step_request(model, homes[1], model.layer(2)))
     half_done = model.api.call("Decode", model.decode_request(homes[2], None, model.layer(2)))
 
-    server.signal(signal.SIGUSR1)
+    server.fail_rank(1)
     eventually(lambda: model.api.info().ranks[1].state == pb.RANK_STATE_LOST, what="rank 1 lost")
 
     assert [rank.state for rank in model.api.info().ranks] == [
@@ -398,7 +397,7 @@ def test_a_lost_rank_takes_its_own_sequences_and_no_others(start_server):
 
 
 def test_a_rank_that_dies_while_working_ends_its_calls(start_server):
-    server = start_server(ranks=2, test_fail_rank=0)
+    server = start_server(ranks=2, test_faults="true", rank_restart_backoff_ms=0)
     model = Model(server.api())
     doomed = model.open_filled([100], pb.PLACEMENT_EXPLICIT, 0)
     safe = model.open_filled([100], pb.PLACEMENT_EXPLICIT, 1)
@@ -419,7 +418,7 @@ def test_a_rank_that_dies_while_working_ends_its_calls(start_server):
     for thread in threads:
         thread.start()
     time.sleep(0.1)
-    server.signal(signal.SIGUSR1)
+    server.fail_rank(0)
     for thread in threads:
         thread.join(TIMEOUT_S)
     stop.set()

@@ -229,9 +229,9 @@ def test_health_watch_tells_of_the_drain(start_server):
 
 
 def test_health_goes_on_while_every_rank_is_lost(start_server):
-    server = start_server(ranks=1, test_fail_rank=0)
+    server = start_server(ranks=1, test_faults="true", rank_restart_backoff_ms=0)
     health = health_pb2_grpc.HealthStub(server.api().channel)
-    server.signal(signal.SIGUSR1)
+    server.fail_rank(0)
     eventually(lambda: server.api().info().ranks[0].state == pb.RANK_STATE_LOST, what="rank lost")
     answer = health.Check(health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=TIMEOUT_S)
     assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING

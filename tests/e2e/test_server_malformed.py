@@ -25,12 +25,11 @@ BLAMES_THE_REQUEST = {
 
 
 @pytest.fixture
-def small(shared_server):
-    """Tensors of 64 bytes a row, so that every byte of a message can be spoilt in turn."""
-    server = shared_server(
-        ranks=2, layers=2, heads_q=1, heads_kv=1, head_dim=32, head_dim_v=32, dtype="fp16", max_sequences=64
-    )
-    return Model(server.api())
+def small(shared_server, admin):
+    """Tensors of 64 bytes a row, so that every byte of a message can be spoilt in turn. For an administrator."""
+    shape = {"layers": 2, "heads_q": 1, "heads_kv": 1, "head_dim": 32, "head_dim_v": 32, "dtype": "fp16"}
+    server = shared_server(ranks=2, max_sequences=64, admin_token_file=admin.path, **shape)
+    return Model(server.api(metadata=admin.metadata))
 
 
 def samples(model, name):
@@ -56,6 +55,7 @@ def samples(model, name):
         "TruncateSequence": [[pb.TruncateSequenceRequest(sequence=one, length=19)]],
         "CloseSequences": [[pb.CloseSequencesRequest(sequences=[2**64 - 1, 1])]],
         "DescribeSequences": [[pb.DescribeSequencesRequest(sequences=[one, other])]],
+        "MoveSequence": [[pb.MoveSequenceRequest(sequence=one, dp_rank=1)]],
         "AppendKv": [list(model.append_messages(other, rows))],
         "ExportKv": [[pb.ExportKvRequest(sequence=one, position=2, tokens=15)]],
         "Decode": [
@@ -72,6 +72,7 @@ def samples(model, name):
                 pb.DecodeStreamRequest(layer=1, **tensors),
             ]
         ],
+        "RestartRank": [[pb.RestartRankRequest(rank=1)]],
     }[name]
 
 

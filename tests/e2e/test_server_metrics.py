@@ -1,7 +1,6 @@
 """/metrics is Prometheus text, per rank, and moves with the calls."""
 
 import http.client
-import signal
 
 import pytest
 from attention_oracle import Model
@@ -27,7 +26,7 @@ def value(server, name, **labels):
 
 @pytest.fixture
 def ranked(start_server):
-    server = start_server(ranks=2, test_fail_rank=1)
+    server = start_server(ranks=2, test_faults="true", rank_restart_backoff_ms=0)
     return server, Model(server.api())
 
 
@@ -78,9 +77,15 @@ def test_failed_calls_are_counted_by_code(ranked):
 def test_a_lost_rank_shows(ranked):
     server, _ = ranked
     assert value(server, "attnd_rank_up", rank="1") == 1
-    server.signal(signal.SIGUSR1)
+    server.fail_rank(1)
     eventually(lambda: value(server, "attnd_rank_up", rank="1") == 0, what="rank 1 down")
     assert value(server, "attnd_rank_up", rank="0") == 1
+    assert value(server, "attnd_degraded") == 1
+    for rank, losses in (("0", 0), ("1", 1)):
+        assert value(server, "attnd_rank_state", rank=rank) == 1 + losses
+        assert value(server, "attnd_rank_lost_total", rank=rank) == losses
+        assert value(server, "attnd_rank_stalls_total", rank=rank) == 0
+        assert value(server, "attnd_rank_restarts_total", rank=rank) == 0
 
 
 def test_liveness_readiness_and_unknown_pages(ranked):

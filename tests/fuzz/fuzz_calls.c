@@ -33,7 +33,7 @@ enum {
     SHORT_DEADLINE = 16,
 };
 
-enum { DECODE, DECODE_STREAM, APPEND_KV, OPEN, FORK, TRUNCATE, CLOSE, DESCRIBE, INFO, HEALTH, METHODS };
+enum { DECODE, DECODE_STREAM, APPEND_KV, OPEN, FORK, TRUNCATE, CLOSE, DESCRIBE, INFO, HEALTH, MOVE, METHODS };
 
 static const struct {
     const char *path;
@@ -49,6 +49,7 @@ static const struct {
     [DESCRIBE] = {"/attnd.v1.Attention/DescribeSequences", &attnd__v1__describe_sequences_request__descriptor},
     [INFO] = {"/attnd.v1.Attention/GetServerInfo", NULL},
     [HEALTH] = {"/grpc.health.v1.Health/Check", NULL},
+    [MOVE] = {"/attnd.v1.Attention/MoveSequence", &attnd__v1__move_sequence_request__descriptor},
 };
 
 /* A query row is 2 heads * 32 * 2 bytes, a key or value row half of it. */
@@ -135,7 +136,7 @@ static void start_server(void) {
                                   .instance = ""};
     parts = (server_parts){.config = &config, .backend = "cpu", .instance = "fuzz"};
     must(dp_engine_create(&engine_config, &engine));
-    must(attn_auth_create(NULL, 0, (attn_auth **)(uintptr_t)&parts.auth));
+    must(attn_auth_create(NULL, 0, NULL, (attn_auth **)(uintptr_t)&parts.auth));
     must(attn_metrics_create(&source, &parts.metrics));
     parts.engine = engine;
     grpc_init();
@@ -224,6 +225,8 @@ static void put_known(int method, ProtobufCMessage *message) {
     } else if (method == DESCRIBE) {
         Attnd__V1__DescribeSequencesRequest *request = (Attnd__V1__DescribeSequencesRequest *)message;
         put_known_handles(request->sequences, request->n_sequences);
+    } else if (method == MOVE) {
+        put_known_handles(&((Attnd__V1__MoveSequenceRequest *)message)->sequence, 1);
     }
 }
 
@@ -317,6 +320,8 @@ static void open_call(client_call *call, int method, int flags) {
     gpr_timespec deadline = gpr_inf_future(GPR_CLOCK_REALTIME);
     if ((flags & SHORT_DEADLINE) != 0) {
         deadline = gpr_time_add(gpr_now(GPR_CLOCK_REALTIME), gpr_time_from_micros(500, GPR_TIMESPAN));
+    } else if (method == MOVE) { /* it may wait for a step, which nobody here ends meanwhile */
+        deadline = gpr_time_add(gpr_now(GPR_CLOCK_REALTIME), gpr_time_from_millis(5, GPR_TIMESPAN));
     }
     *call = (client_call){.method = method};
     call->call = grpc_channel_create_call(channel, NULL, GRPC_PROPAGATE_DEFAULTS, queue,

@@ -25,7 +25,7 @@ static void check_promises(const attn_config *config) {
     for (uint32_t i = 0; i < config->tenant_count; i++) {
         FUZZ_CHECK(config->tenants[i].name[0] != '\0' && strlen(config->tenants[i].token) >= 16);
     }
-    FUZZ_CHECK(config->test_fail_rank == -1);
+    FUZZ_CHECK(!config->test_faults && config->min_serving_ranks <= config->ranks);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size) {

@@ -25,7 +25,7 @@ static const attn_config_tenant tenants[] = {
 static void check_authorization(const uint8_t *input, size_t size) {
     static attn_auth *auth;
     uint32_t tenant = 99;
-    if (auth == NULL) FUZZ_CHECK(attn_auth_create(tenants, 2, &auth).code == ATTN_OK);
+    if (auth == NULL) FUZZ_CHECK(attn_auth_create(tenants, 2, NULL, &auth).code == ATTN_OK);
     attn_status status = attn_auth_check(auth, (const char *)input, size, &tenant);
     if (attn_failed(status)) {
         FUZZ_CHECK(status.code == ATTN_UNAUTHENTICATED || status.code == ATTN_PERMISSION_DENIED);

@@ -86,7 +86,7 @@ def wire_input(kind, message, cuts=()):
 
 
 # The methods and flags of fuzz_calls.c, in its order. Small handles stand for sequences that are open.
-(M_DECODE, M_STREAM, M_APPEND, M_OPEN, M_FORK, M_TRUNCATE, M_CLOSE, M_DESCRIBE, M_INFO, M_HEALTH) = range(10)
+(M_DECODE, M_STREAM, M_APPEND, M_OPEN, M_FORK, M_TRUNCATE, M_CLOSE, M_DESCRIBE, M_INFO, M_HEALTH, M_MOVE) = range(11)
 KNOWN, FIT, NEW_STREAM, CANCEL, SHORT_DEADLINE = 1, 2, 4, 8, 16
 
 
@@ -156,6 +156,12 @@ def calls():
         "truncate",
         [opened, *upload, ended, truncate, record(M_DESCRIBE, pb.DescribeSequencesRequest(sequences=[0, 1, 2]))],
     )
+    move, widen = (record(M_MOVE, pb.MoveSequenceRequest(sequence=0, dp_rank=1, spread=wide)) for wide in (False, True))
+    yield (
+        "move",
+        [opened, *upload, ended, move, record(M_DECODE, layer(0, sequences=[0])), record(M_DECODE, layer(1)), widen],
+    )
+    yield "move_in_a_step", [opened, record(M_DECODE, layer(0, sequences=[0])), move, record(M_DECODE, layer(1))]
     yield "spread", [spread, *upload, ended, record(M_DECODE, layer(0, sequences=[0])), record(M_DECODE, layer(1))]
     yield (
         "close",
@@ -177,7 +183,8 @@ CONFIGS = {
     "everything": """\
 server: {listen: ["0.0.0.0:1", "unix:/s", "[::1]:2"], cq_threads: 3, grace_ms: 4, ready_file: /r}
 geometry: {layers: 2, heads_q: 12, heads_kv: 3, head_dim: 40, head_dim_v: 48, dtype: fp32, page_size: 128}
-ranks: {count: 5, backend: reference, isa: avx2, threads: 6, pin_cpus: true, pages: 7}
+ranks: {count: 5, backend: reference, isa: avx2, threads: 6, pin_cpus: true, pages: 7,
+        rebalance_factor: 1.5, spread_above_tokens: 16}
 limits: {max_batch: 8, max_sequences: 9, max_sequence_tokens: 10, max_queue: 11, max_message_mb: 12,
          step_idle_ms: 13, sequence_idle_ms: 14}
 auth: {tenants: [{name: a, token: 0123456789abcdef, max_pages: 1, max_sequences: 2}]}

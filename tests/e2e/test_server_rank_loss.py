@@ -1,0 +1,254 @@
+"""Ranks that fail, hang and come back, under load: their own calls end at once, all others go on."""
+
+import threading
+import time
+
+import grpc
+import pytest
+from attention_oracle import Model
+from attnd_harness import CODE, TIMEOUT_S, build_kind, eventually, pb
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+STALL_S = 0.5 if build_kind() == "plain" else 2.0
+
+
+def faulty(start_server, **flags):
+    return start_server(test_faults="true", **{"rank_stall_ms": int(STALL_S * 1000), **flags})
+
+
+def wait_for_state(api, rank, state):
+    eventually(lambda: api.info().ranks[rank].state == state, what=f"rank {rank} in state {state}")
+
+
+class Tenant(threading.Thread):
+    """Lives on one rank: steps its sequences for ever, checks every answer, and opens new ones when they are lost."""
+
+    def __init__(self, server, rank, seed):
+        super().__init__(daemon=True)
+        self.model = Model(server.api(), seed=seed)
+        self.rank = rank
+        self.handles = []
+        self.steps = 0  # that succeeded
+        self.losses = []  # (begin, end) of calls that ended with UNAVAILABLE
+        self.failure = None
+        self.leaving = False
+
+    def run(self):
+        try:
+            while not self.leaving:
+                self.use_the_rank()
+        except BaseException as failure:
+            self.failure = failure
+
+    def use_the_rank(self):
+        begin = time.monotonic()
+        try:
+            if not self.handles:
+                self.handles = self.model.open(2, pb.PLACEMENT_EXPLICIT, self.rank)
+            elif self.model.length(self.handles[0]) == 0:
+                for handle in self.handles:
+                    self.model.append(handle, 20)
+            else:
+                self.model.step(self.handles, via=("stream", "unary")[self.steps % 2])
+                self.steps += 1
+        except grpc.RpcError as error:
+            assert error.code() == CODE.UNAVAILABLE, error
+            assert f"rank {self.rank}" in error.details(), error
+            self.losses.append((begin, time.monotonic()))
+            if self.handles:
+                self.model.api.release_all()
+            self.handles = []
+            time.sleep(0.01)
+
+    def check(self):
+        if self.failure:
+            raise self.failure
+
+
+def wait_for_restart(api, rank, before):
+    """Until the rank has been lost and restarted once more than `before` says."""
+    eventually(lambda: api.info().ranks[rank].losses > before.losses, TIMEOUT_S, "the loss")
+    eventually(lambda: api.info().ranks[rank].restarts > before.restarts, TIMEOUT_S, "the restart")
+
+
+def kill_in_turn(server, rounds):
+    ranks = 4
+    tenants = [Tenant(server, rank % ranks, seed=rank) for rank in range(2 * ranks)]
+    api = server.api()
+    for tenant in tenants:
+        tenant.start()
+    for number in range(rounds):
+        victim, hangs = number % ranks, number // ranks % 2 == 1
+        before = [(tenant.steps, len(tenant.losses)) for tenant in tenants]
+
+        def all_have_stepped(since=before):
+            assert all(tenant.is_alive() for tenant in tenants), [t.failure for t in tenants]
+            return all(tenant.steps > steps + 1 for tenant, (steps, _) in zip(tenants, since, strict=True))
+
+        eventually(all_have_stepped, TIMEOUT_S, "everybody is served")
+        losses = [len(tenant.losses) for tenant in tenants]
+        rank_before = api.info().ranks[victim]
+        killed = time.monotonic()
+        (server.stall_rank if hangs else server.fail_rank)(victim)
+        wait_for_restart(api, victim, rank_before)
+        for tenant, count in zip(tenants, losses, strict=True):
+            if tenant.rank != victim:
+                assert len(tenant.losses) == count, "a call on another rank failed"
+                continue
+            eventually(lambda t=tenant, c=count: len(t.losses) > c, TIMEOUT_S, "the calls of the lost rank")
+            begin, end = tenant.losses[count]
+            limit = 1.0 + (STALL_S if hangs else 0)
+            assert end - max(begin, killed) < limit or build_kind() == "tsan", "its call took too long to end"
+        # Served again by the new rank, while what hangs is still there; then that comes back.
+        before = [(tenant.steps, len(tenant.losses)) for tenant in tenants]
+        eventually(lambda since=before: all_have_stepped(since), TIMEOUT_S, "everybody is served again")
+        server.release_rank(victim)
+    for tenant in tenants:
+        tenant.leaving = True
+    for tenant in tenants:
+        tenant.join(TIMEOUT_S)
+        assert not tenant.is_alive(), "a call has not ended"
+        tenant.check()
+    ranks_now = api.info().ranks
+    assert sum(rank.losses for rank in ranks_now) == rounds
+    assert sum(rank.restarts for rank in ranks_now) == rounds
+    assert {rank.state for rank in ranks_now} == {pb.RANK_STATE_SERVING}
+
+
+def test_each_rank_killed_in_turn_takes_its_own_calls_and_no_others(start_server):
+    kill_in_turn(faulty(start_server, ranks=4, rank_restart_backoff_ms=10), rounds=20)
+
+
+@pytest.mark.slow
+def test_ranks_killed_on_many_threads(start_server):
+    kill_in_turn(faulty(start_server, ranks=4, rank_restart_backoff_ms=5, cq_threads=4), rounds=28)
+
+
+def test_every_kind_of_call_ends_on_a_rank_that_hangs(start_server):
+    server = faulty(start_server, ranks=2, rank_restart_backoff_ms=20)
+    model = Model(server.api())
+    calls = {
+        "unary": lambda handles: model.step(handles, via="unary"),
+        "stream": lambda handles: model.step(handles, via="stream"),
+        "read": lambda handles: model.read(handles),
+        "upload": lambda handles: model.append(handles[0], 3000),
+        "export": lambda handles: model.api.call("ExportKv", pb.ExportKvRequest(sequence=handles[0])),
+    }
+    other = model.open_filled([40], pb.PLACEMENT_EXPLICIT, 0)
+    for losses, (name, call) in enumerate(calls.items(), start=1):
+        lost = model.open_filled([100, 33], pb.PLACEMENT_EXPLICIT, 1)
+        spread = model.open_filled([1200], pb.PLACEMENT_SPREAD)
+        server.stall_rank(1)
+        time.sleep(0.05)  # until the signal has come
+        began = time.monotonic()
+        with pytest.raises(grpc.RpcError) as failure:
+            call(lost)
+        assert failure.value.code() == CODE.UNAVAILABLE, name
+        assert "rank 1 is lost" in failure.value.details(), name
+        assert time.monotonic() - began < STALL_S + 1 or build_kind() == "tsan", name
+        model.step(other)
+        eventually(lambda n=losses: model.api.info().ranks[1].restarts == n, what="restarted")
+        error = model.api.error("Decode", model.decode_request(spread, None, model.layer(1)))
+        assert error.code() == CODE.UNAVAILABLE, error
+        assert "rank 1, which held it, was lost" in error.details(), error
+        model.close(lost + spread)
+        server.release_rank(1)
+    rank = model.api.info().ranks[1]
+    assert (rank.losses, rank.stalls) == (len(calls), len(calls))
+    assert "stalled" in rank.last_error
+
+
+def test_a_server_stops_while_a_rank_hangs(start_server):
+    server = faulty(start_server, ranks=2, rank_restart_backoff_ms=0)
+    server.leaks_expected = True
+    model = Model(server.api())
+    handles = model.open_filled([100], pb.PLACEMENT_EXPLICIT, 1)
+    server.stall_rank(1)
+    time.sleep(0.05)
+    with pytest.raises(grpc.RpcError):
+        model.step(handles)
+    began = time.monotonic()
+    server.stop()
+    assert time.monotonic() - began < 5
+
+
+# Restarts by hand
+
+
+@pytest.fixture
+def administered(start_server, admin):
+    server = faulty(start_server, ranks=3, rank_restart_backoff_ms=0, admin_token_file=admin.path, min_serving_ranks=2)
+    return server, server.api(metadata=admin.metadata)
+
+
+def test_restart_rank_is_for_the_admin_and_for_lost_ranks(administered):
+    server, admin = administered
+    request = pb.RestartRankRequest(rank=1)
+    assert server.api().error("RestartRank", request).code() == CODE.UNAUTHENTICATED
+    wrong = server.api(metadata=(("authorization", "Bearer not-the-admin-token"),))
+    assert wrong.error("RestartRank", request).code() == CODE.PERMISSION_DENIED
+    error = admin.error("RestartRank", request)
+    assert error.code() == CODE.FAILED_PRECONDITION and "rank: 1 serves" in error.details()
+    error = admin.error("RestartRank", pb.RestartRankRequest(rank=3))
+    assert error.code() == CODE.INVALID_ARGUMENT and "ranks 0 .. 2" in error.details()
+
+    model = Model(admin)
+    old = model.open_filled([40], pb.PLACEMENT_EXPLICIT, 1)
+    server.fail_rank(1)
+    wait_for_state(admin, 1, pb.RANK_STATE_LOST)
+    time.sleep(0.3)  # nobody restarts it
+    lost = admin.info().ranks[1]
+    assert (lost.state, lost.losses, lost.restarts) == (pb.RANK_STATE_LOST, 1, 0)
+    assert lost.last_error == "failed for a test"
+    assert admin.call("RestartRank", request).rank.rank == 1
+    wait_for_state(admin, 1, pb.RANK_STATE_SERVING)
+    rank = admin.info().ranks[1]
+    assert (rank.restarts, rank.sequences, rank.pages_free) == (1, 0, rank.pages_total)
+    error = admin.error("Decode", model.decode_request(old, None, model.layer(1)))
+    assert error.code() == CODE.UNAVAILABLE and "close it" in error.details()
+    model.close(old)
+    model.step(model.open_filled([40], pb.PLACEMENT_EXPLICIT, 1))
+    eventually(
+        lambda: (
+            [record["event"] for record in server.log_records() if record["event"].startswith("rank_")]
+            == ["rank_lost", "rank_restarted"]
+        ),
+        what="both in the log",
+    )
+
+
+def test_without_an_admin_token_nobody_restarts_ranks(server):
+    api = server.api(metadata=(("authorization", "Bearer anything-at-all-really"),))
+    error = api.error("RestartRank", pb.RestartRankRequest(rank=0))
+    assert error.code() == CODE.PERMISSION_DENIED and "admin_token_file" in error.details()
+
+
+# Health
+
+
+def test_health_tells_enough_ranks_from_all_of_them(administered):
+    server, admin = administered
+    health = health_pb2_grpc.HealthStub(admin.channel)
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+    def states():
+        names = ("", "attnd.v1.Attention", "attnd.v1.Attention/full")
+        return [health.Check(health_pb2.HealthCheckRequest(service=name), timeout=TIMEOUT_S).status for name in names]
+
+    watch = health.Watch(health_pb2.HealthCheckRequest(service="attnd.v1.Attention/full"), timeout=TIMEOUT_S)
+    assert next(watch).status == serving
+    assert states() == [serving] * 3
+    assert not admin.info().degraded
+    server.fail_rank(0)
+    assert next(watch).status == not_serving
+    assert states() == [serving, serving, not_serving]
+    assert admin.info().degraded
+    server.fail_rank(2)
+    eventually(lambda: states() == [not_serving] * 3, what="too few ranks")
+    admin.call("RestartRank", pb.RestartRankRequest(rank=2))
+    eventually(lambda: states() == [serving, serving, not_serving], what="enough ranks again")
+    admin.call("RestartRank", pb.RestartRankRequest(rank=0))
+    assert next(watch).status == serving
+    assert states() == [serving] * 3
+    assert not admin.info().degraded
+    watch.cancel()
