@@ -371,6 +371,12 @@ static bool parse_number(uint64_t *number, const char *text) {
     return *text >= '0' && *text <= '9' && *end == '\0';
 }
 
+static bool parse_seconds(double *seconds, const char *text) {
+    char *end;
+    *seconds = strtod(text, &end);
+    return end != text && *end == '\0' && *seconds > 0;
+}
+
 static bool parse_options(options *chosen, int argc, char **argv) {
     static const struct option names[] = {
         {"mode", 1, NULL, 'm'},     {"backend", 1, NULL, 'b'},  {"ranks", 1, NULL, 'r'},  {"workers", 1, NULL, 'w'},
@@ -386,7 +392,7 @@ static bool parse_options(options *chosen, int argc, char **argv) {
         case 'm': good = parse_mode(&chosen->mode, optarg); break;
         case 'b': chosen->backend = optarg; break;
         case 'y': good = parse_dtype(&g->dtype, optarg); break;
-        case 's': good = (chosen->seconds = atof(optarg)) > 0; break;
+        case 's': good = parse_seconds(&chosen->seconds, optarg); break;
         case 'r': good = is_number && (chosen->ranks = (uint32_t)number) > 0; break;
         case 'w': good = is_number && (chosen->workers = (uint32_t)number) > 0; break;
         case 'n': good = is_number && (chosen->batch = (uint32_t)number) > 0; break;

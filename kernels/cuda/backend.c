@@ -561,7 +561,8 @@ static void pack_prefixes(const cuda_backend *self, const attn_batch *batch, con
         pack_prefix(self, batch, memory, at, &batch->prefixes[p], shared_rows, batch->size + p);
     uint32_t packed_first = at->sequence, next = packed_first;
     /* The lengths by themselves are for calls without prefixes. */
-    memset(is_packed, 0, batch->size * sizeof *is_packed);
+    for (uint32_t i = 0; i < batch->size; i++)
+        is_packed[i] = 0;
     for (uint32_t k = 0; k < packed_first; k++)
         is_packed[order[k]] = 1;
     for (uint32_t i = 0; i < batch->size; i++) {
@@ -861,8 +862,8 @@ static attn_status run_prefixes(cuda_backend *self, attn_cuda_call call, const t
     size_t out_bytes = rows * call.layer.head_dim_v * sizeof(float);
     attn_status status;
     if (!arena_reserve(&self->apart, out_bytes + rows * sizeof(float), &status)) return status;
-    call.partial_out = (float *)self->apart.device;
-    call.partial_lse = (float *)(self->apart.device + out_bytes);
+    call.partial_out = (void *)self->apart.device;
+    call.partial_lse = (void *)(self->apart.device + out_bytes);
     attn_cuda_call shared = call;
     shared.sequences += call.batch;
     shared.batch = count->prefixes;
