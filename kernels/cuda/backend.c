@@ -136,10 +136,7 @@ typedef struct {
 
 static place carve(carver *from, size_t bytes) {
     place carved = {NULL, NULL};
-    if (from->memory != NULL) {
-        char *host = from->memory->host;
-        carved = (place){host == NULL ? NULL : host + from->used, from->memory->device + from->used};
-    }
+    if (from->memory != NULL) carved = (place){from->memory->host + from->used, from->memory->device + from->used};
     from->used += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     return carved;
 }
@@ -561,8 +558,7 @@ static void pack_prefixes(const cuda_backend *self, const attn_batch *batch, con
         pack_prefix(self, batch, memory, at, &batch->prefixes[p], shared_rows, batch->size + p);
     uint32_t packed_first = at->sequence, next = packed_first;
     /* The lengths by themselves are for calls without prefixes. */
-    for (uint32_t i = 0; i < batch->size; i++)
-        is_packed[i] = 0;
+    memset(is_packed, 0, batch->size * sizeof *is_packed);
     for (uint32_t k = 0; k < packed_first; k++)
         is_packed[order[k]] = 1;
     for (uint32_t i = 0; i < batch->size; i++) {
