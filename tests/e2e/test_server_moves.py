@@ -13,7 +13,6 @@ from test_server_metrics import value
 
 EXPLICIT, SPREAD = pb.PLACEMENT_EXPLICIT, pb.PLACEMENT_SPREAD
 HOLD_S = 0.4  # seconds for which a rank is held
-HOLD_ROWS, HOLD_TOKENS = 64, 4000
 STALL_S = 0.5 if build_kind() == "plain" else 2.0
 
 
@@ -44,24 +43,29 @@ def model(shared_server):
 
 
 class HeldRank:
-    """Rank 0 at work for about HOLD_S: a move away from it has begun meanwhile, and gets no further."""
+    """Rank 1 hangs: a move to it has begun meanwhile, and gets no further until it is released."""
 
-    def __init__(self, model):
-        self.model = model
-        (first,) = model.open_filled([HOLD_TOKENS], EXPLICIT, 0)
-        probe = model.read([first], [HOLD_ROWS], opts=options(return_timing=True), check=False)
-        took = sum(rank.attention_us for rank in probe.response.timing) / 1e6
-        handles = [first, *(model.api.fork(first, HOLD_TOKENS) for _ in range(min(200, int(HOLD_S / took))))]
-        rows = [HOLD_ROWS] * len(handles)
-        layer = model.layer(sum(rows), read_only=True)
-        self.read = model.api.future("Decode", model.decode_request(handles, rows, layer))
-        time.sleep(HOLD_S / 10)  # until it is at work
+    def __init__(self, server):
+        self.server = server
+        self.api = server.api()
+        server.stall_rank(1)
 
-    def move_away(self, handle):
+    def move_there(self, handle):
         """A call that moves `handle` to rank 1 and has begun."""
-        call = self.model.api.future("MoveSequence", request(handle, 1))
-        eventually(lambda: call.done() or self.model.api.describe([handle])[0].busy, what="a move that has begun")
+        call = self.api.future("MoveSequence", request(handle, 1))
+        eventually(lambda: call.done() or self.api.describe([handle])[0].busy, what="a move that has begun")
         return call
+
+    def release(self):
+        self.server.release_rank(1)
+
+    def release_later(self):
+        threading.Timer(HOLD_S, self.release).start()
+
+
+@pytest.fixture
+def held_server(shared_server):
+    return shared_server(ranks=3, pages=2048, test_faults="true", rank_stall_ms=0)
 
 
 # What moves
@@ -208,21 +212,26 @@ def test_a_move_to_a_rank_that_hangs_ends_and_the_sequence_stays(start_server):
 
 
 @pytest.mark.parametrize("via", ["stream", "unary"])
-def test_a_step_waits_for_the_move_and_is_not_lost(model, via):
+def test_a_step_waits_for_the_move_and_is_not_lost(held_server, via):
+    model = Model(held_server.api())
     other, handle = model.open_filled([10, 300], EXPLICIT, 0)
-    held = HeldRank(model)
-    moving = held.move_away(handle)
+    held = HeldRank(held_server)
+    moving = held.move_there(handle)
     assert not moving.done()
+    held.release_later()
+    begin = time.monotonic()
     model.step([other, handle], [1, 2], via=via)  # checked against the oracle
-    assert moving.result() and held.read.result()
+    assert time.monotonic() - begin > HOLD_S / 2
+    assert moving.result()
     assert place(model, handle) == (1, False)
     model.check_lengths([other, handle])
 
 
-def test_reads_do_not_wait_and_other_changes_are_refused_with_a_hint(model):
+def test_reads_do_not_wait_and_other_changes_are_refused_with_a_hint(held_server):
+    model = Model(held_server.api())
     (handle,) = model.open_filled([300], EXPLICIT, 0)
-    held = HeldRank(model)
-    moving = held.move_away(handle)
+    held = HeldRank(held_server)
+    moving = held.move_there(handle)
     errors = [
         model.api.error(name, message)
         for name, message in (
@@ -232,7 +241,9 @@ def test_reads_do_not_wait_and_other_changes_are_refused_with_a_hint(model):
         )
     ]
     child = model.fork(handle, 290)
+    model.read([handle, child])
     assert not moving.done()
+    held.release()
     for error in errors:
         expect(error, CODE.ABORTED, "on its way to another rank")
         assert int(pushback(error)) > 0
@@ -244,10 +255,11 @@ def test_reads_do_not_wait_and_other_changes_are_refused_with_a_hint(model):
 
 
 @pytest.mark.parametrize("via", ["stream", "unary"])
-def test_a_client_that_goes_while_its_step_waits_leaves_nothing(model, via):
+def test_a_client_that_goes_while_its_step_waits_leaves_nothing(held_server, via):
+    model = Model(held_server.api())
     (handle,) = model.open_filled([300], EXPLICIT, 0)
-    held = HeldRank(model)
-    moving = held.move_away(handle)
+    held = HeldRank(held_server)
+    moving = held.move_there(handle)
     layer = model.layer(1)
     if via == "stream":
         with model.api.stream() as stream:
@@ -259,19 +271,22 @@ def test_a_client_that_goes_while_its_step_waits_leaves_nothing(model, via):
         time.sleep(0.02)
         waiting.cancel()
     assert not moving.done()
+    held.release()
     moving.result()
     eventually(lambda: not model.api.describe([handle])[0].busy, what="a sequence that is free")
     assert place(model, handle) == (1, False)
     model.step([handle])
 
 
-def test_a_cancelled_move_leaves_the_sequence_where_it_was(model):
+def test_a_cancelled_move_leaves_the_sequence_where_it_was(held_server):
+    model = Model(held_server.api())
     (handle,) = model.open_filled([300], EXPLICIT, 0)
-    held = HeldRank(model)
-    moving = held.move_away(handle)
+    held = HeldRank(held_server)
+    moving = held.move_there(handle)
     assert not moving.done()
     moving.cancel()
-    held.read.result()
+    time.sleep(HOLD_S)  # until the server knows
+    held.release()
     eventually(lambda: not model.api.describe([handle])[0].busy, what="a sequence that is free")
     assert place(model, handle) == (0, False)
     model.step([handle])
