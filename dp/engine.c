@@ -215,6 +215,7 @@ void dp_engine_count(dp_engine *engine, dp_engine_counts *counts) {
         .moves_failed = engine->moves.failed,
         .moved_tokens = engine->moves.tokens,
         .moved_bytes = engine->moves.bytes,
+        .moves_direct = atomic_load(&engine->moves_direct),
     };
     pthread_mutex_unlock(&engine->lock);
 }

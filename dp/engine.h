@@ -61,6 +61,7 @@ typedef struct {
     int64_t sequence_idle_ns;             /* a sequence not used for so long is closed; 0: never */
     double rebalance_factor;              /* see dp_engine_reap; 0: never, else above 1 */
     uint64_t spread_above_tokens;         /* likewise; 0: never */
+    uint64_t direct_move_bytes;           /* as much moves from device to device where that can be; 0: nothing */
     int64_t rank_stall_ns;                /* a rank that has work and does not move for so long is lost; 0: never */
     int64_t rank_restart_ns;              /* a lost rank is restarted after so long, see "Loss" below; 0: never */
 } dp_config;
@@ -118,6 +119,7 @@ typedef struct {
     uint64_t steps_committed, steps_aborted; /* since start */
     uint64_t moves, moves_failed;            /* of sequences to other ranks, since start */
     uint64_t moved_tokens, moved_bytes;      /* by the moves that succeeded; bytes of keys and values */
+    uint64_t moves_direct;                   /* that went from device to device */
 } dp_engine_counts;
 
 void dp_engine_count(dp_engine *engine, dp_engine_counts *counts);

@@ -179,10 +179,12 @@ struct dp_engine {
     dp_results *results;
     dp_watchdog *watchdog;
     pthread_mutex_t lock;
-    dp_sequences sequences; /* guarded by lock */
-    dp_steps steps;         /* guarded by lock */
-    dp_moves moves;         /* guarded by lock */
-    uint32_t turn;          /* of round-robin placement; guarded by lock */
+    dp_sequences sequences;  /* guarded by lock */
+    dp_steps steps;          /* guarded by lock */
+    dp_moves moves;          /* guarded by lock */
+    uint32_t turn;           /* of round-robin placement; guarded by lock */
+    atomic_bool direct_busy; /* a direct transfer is under way: dp/direct.h */
+    atomic_uint_fast64_t moves_direct;
 };
 
 attn_status dp_steps_init(dp_steps *steps);

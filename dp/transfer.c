@@ -7,6 +7,8 @@
 #define _GNU_SOURCE
 #include "dp/transfer.h"
 
+#include "dp/direct.h"
+
 #include <stdlib.h>
 
 /* Keys and values of a chunk, at most, if that is a token or more: short enough for other calls to wait for. */
@@ -138,10 +140,9 @@ static void write_done(dp_upload_chunk *chunk, attn_status status) {
     go_on(transfer);
 }
 
-attn_status dp_transfer_start(dp_transfer *transfer) {
+static attn_status start_by_host(dp_transfer *transfer) {
     dp_engine *engine = transfer->engine;
     attn_status status;
-    transfer->bytes = transfer->position = transfer->layer = 0;
     transfer->export = NULL;
     transfer->upload = NULL;
     transfer->read = (dp_export_chunk){0};
@@ -159,4 +160,21 @@ attn_status dp_transfer_start(dp_transfer *transfer) {
     }
     go_on(transfer);
     return attn_ok();
+}
+
+/* Where the direct way did not work the usual one is taken. */
+static void direct_ended(dp_transfer *transfer, attn_status status) {
+    if (!attn_failed(status)) {
+        dp_count(&transfer->engine->moves_direct, 1);
+        transfer->bytes = transfer->from->length * transfer->engine->config.geometry.layers * row_bytes(transfer);
+        transfer->done(transfer, status);
+        return;
+    }
+    status = start_by_host(transfer);
+    if (attn_failed(status)) transfer->done(transfer, status);
+}
+
+attn_status dp_transfer_start(dp_transfer *transfer) {
+    transfer->bytes = transfer->position = transfer->layer = 0;
+    return dp_direct_start(transfer, direct_ended) ? attn_ok() : start_by_host(transfer);
 }

@@ -4,8 +4,8 @@
  * This is the one place that knows how bytes get from rank to rank. What is here goes through the host's memory and
  * works between any backends: for each layer, a bounded chunk of rows is read by the source rank (attn_backend_export)
  * and then written by the ranks it goes to (attn_backend_append), as jobs of their queues, so that calls of other
- * sequences run between two chunks. Another way, such as NCCL between GPUs, is another implementation of
- * dp_transfer_start.
+ * sequences run between two chunks. Much at once goes from device to device, where the backends have channels
+ * (dp/direct.h); if that fails, through the host's memory after all.
  *
  * What arrives is bitwise what was there. With an fp8 cache that holds because attn_backend_export gives the stored
  * number times its scale, and attn_backend_append stores that as the same number, except where the product is too

@@ -25,6 +25,11 @@ static const attn_backend_ops *find_kind(const char *kind) {
     return NULL;
 }
 
+bool attn_backend_kind_has_channels(const char *kind) {
+    const attn_backend_ops *ops = find_kind(kind);
+    return ops != NULL && ops->channels != NULL;
+}
+
 static attn_status refuse_kind(const char *kind) {
     if (strcmp(kind, "cuda") == 0) return attn_error(ATTN_UNAVAILABLE, "this build has no cuda backend");
     return attn_error(ATTN_INVALID_ARGUMENT,

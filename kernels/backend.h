@@ -19,9 +19,12 @@
 #include "kernels/split_plan.h"
 
 /* A kind's channels: operations as attn_channel_.. , whose arguments have been checked; count > 0. */
-typedef struct {
-    attn_status (*create)(attn_backend *first, attn_backend *second, attn_channel **channel);
+typedef struct attn_channel_ops {
+    /* Fills in where the backend's pool is. */
+    void (*describe)(attn_backend *backend, attn_channel_end *end);
+    attn_status (*create)(const attn_channel_end *first, const attn_channel_end *second, attn_channel **channel);
     void (*destroy)(attn_channel *channel);
+    void (*break_off)(attn_channel *channel, const char *why);
     attn_status (*send)(attn_channel *channel, attn_backend *own, const uint32_t *pages, uint32_t count,
                         int64_t timeout_ns);
     attn_status (*receive)(attn_channel *channel, attn_backend *own, const uint32_t *pages, uint32_t count,
@@ -31,7 +34,7 @@ typedef struct {
 /* The first member of every channel. */
 struct attn_channel {
     const attn_channel_ops *ops;
-    attn_backend *ends[2];
+    attn_channel_end ends[2];
 };
 
 typedef struct {

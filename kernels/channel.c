@@ -12,16 +12,22 @@ static bool same_geometry(const attn_geometry *first, const attn_geometry *secon
            first->page_size == second->page_size && attn_kv_dtype(first) == attn_kv_dtype(second);
 }
 
-attn_status attn_channel_create(attn_backend *first, attn_backend *second, attn_channel **channel) {
+attn_channel_end attn_channel_end_of(attn_backend *backend) {
+    attn_channel_end end = {.backend = backend, .ops = backend->ops->channels, .geometry = backend->geometry};
+    if (end.ops != NULL) end.ops->describe(backend, &end);
+    return end;
+}
+
+attn_status attn_channel_create(const attn_channel_end *first, const attn_channel_end *second, attn_channel **channel) {
     *channel = NULL;
     if (first->ops != second->ops || !same_geometry(&first->geometry, &second->geometry)) {
         return attn_error(ATTN_UNAVAILABLE, "no channel between backends of different kinds or geometries");
     }
-    if (first->ops->channels == NULL) {
-        return attn_error(ATTN_UNAVAILABLE, "the %s backend has no channels", first->ops->kind);
-    }
-    return first->ops->channels->create(first, second, channel);
+    if (first->ops == NULL) return attn_error(ATTN_UNAVAILABLE, "backends of the host have no channels");
+    return first->ops->create(first, second, channel);
 }
+
+void attn_channel_break(attn_channel *channel, const char *why) { channel->ops->break_off(channel, why); }
 
 void attn_channel_destroy(attn_channel *channel) {
     if (channel != NULL) channel->ops->destroy(channel);
@@ -29,7 +35,7 @@ void attn_channel_destroy(attn_channel *channel) {
 
 static attn_status check_pages(const attn_channel *channel, const attn_backend *own, const uint32_t *pages,
                                uint32_t count) {
-    if (own != channel->ends[0] && own != channel->ends[1]) {
+    if (own != channel->ends[0].backend && own != channel->ends[1].backend) {
         return attn_error(ATTN_INTERNAL, "a channel was used by a backend that is not at its end");
     }
     for (uint32_t i = 0; i < count; i++) {

@@ -15,13 +15,32 @@
 
 typedef struct attn_channel attn_channel;
 
+/* What a channel has to know of a backend: a copy, for the backend may be gone before the channel is. */
+typedef struct {
+    const attn_backend *backend; /* who calls is compared with it */
+    const struct attn_channel_ops *ops;
+    attn_geometry geometry;
+    char *pool; /* layer 0, page 0, where the device `device` has it */
+    size_t layer_bytes, page_bytes;
+    int device;
+} attn_channel_end;
+
+/* On the thread that drives the backend. */
+attn_channel_end attn_channel_end_of(attn_backend *backend);
+
 /*
- * Makes a channel between two backends that both outlive it. Any thread; the backends may be at work. The sides connect
- * when they first meet, which takes some tenths of a second.
+ * Makes a channel between two backends. Any thread; the backends may be at work, or gone. The sides connect when they
+ * first meet, which takes some tenths of a second.
  * ATTN_UNAVAILABLE: this kind of backend has no channels, or these two cannot have one: they share a device, or there
  * is no library (says which).
  */
-attn_status attn_channel_create(attn_backend *first, attn_backend *second, attn_channel **channel);
+attn_status attn_channel_create(const attn_channel_end *first, const attn_channel_end *second, attn_channel **channel);
+
+/* Whether backends of a kind have channels at all. */
+bool attn_backend_kind_has_channels(const char *kind);
+
+/* Breaks the channel: a side that waits gives up soon. Any thread; `why` is copied. */
+void attn_channel_break(attn_channel *channel, const char *why);
 
 /* No side may be in a call. NULL is fine. */
 void attn_channel_destroy(attn_channel *channel);

@@ -152,6 +152,7 @@ static attn_status create_engine_on(const char *backend) {
         .sequence_idle_ns = (int64_t)config->sequence_idle_ms * 1000000,
         .rebalance_factor = config->rebalance_factor,
         .spread_above_tokens = config->spread_above_tokens,
+        .direct_move_bytes = config->direct_move_bytes,
         .rank_stall_ns = (int64_t)config->rank_stall_ms * 1000000,
         .rank_restart_ns = (int64_t)config->rank_restart_backoff_ms * 1000000,
     };
@@ -217,6 +218,7 @@ static void total_metrics(void *context, attn_metrics_totals *values) {
         .moves_failed = counts.moves_failed,
         .moved_tokens = counts.moved_tokens,
         .moved_bytes = counts.moved_bytes,
+        .moves_direct = counts.moves_direct,
     };
 }
 

@@ -20,9 +20,6 @@
 
 #define MS INT64_C(1000000)
 
-/* Longer than any healthy launch of these tests, under a sanitizer on a busy machine too. */
-#define STALL_NS (500 * MS)
-
 /* From the stall's discovery on, the promise of dp/engine.h. */
 #define PROMISED_NS (1000 * MS)
 

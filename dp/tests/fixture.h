@@ -17,6 +17,13 @@
 
 #include "dp/engine.h"
 
+/* A stall limit: longer than any healthy job of these tests, under a sanitizer on a busy machine too. */
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#define STALL_NS INT64_C(3000000000)
+#else
+#define STALL_NS INT64_C(500000000)
+#endif
+
 enum { TENANT = 0, OTHER_TENANT = 1, TENANTS = 3 };
 
 /* 3 layers, 4 query heads on 2, 32 wide keys, 40 wide values, fp32, pages of 16; one reference rank of 256 pages. */

@@ -257,15 +257,12 @@ static void cuda_copy_page(attn_backend *backend, uint32_t from, uint32_t to) {
                            self->layer_bytes, bytes, backend->geometry.layers, cudaMemcpyDeviceToDevice, self->stream));
 }
 
-attn_cuda_place attn_cuda_place_of(attn_backend *backend) {
+void attn_cuda_describe_end(attn_backend *backend, attn_channel_end *end) {
     const cuda_backend *self = of(backend);
-    return (attn_cuda_place){
-        .pool = {.pool = self->layer.memory,
-                 .layer_bytes = self->layer_bytes,
-                 .page_bytes = (size_t)self->layer.tile_bytes * self->layer.heads_kv,
-                 .layers = backend->geometry.layers},
-        .device = self->device,
-    };
+    end->pool = self->layer.memory;
+    end->layer_bytes = self->layer_bytes;
+    end->page_bytes = (size_t)self->layer.tile_bytes * self->layer.heads_kv;
+    end->device = self->device;
 }
 
 static void cuda_poison(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots) {

@@ -61,7 +61,8 @@ static void find_nccl(void) {
 
 /* Owned by the thread that drives the side's backend, but for what the channel's lock guards. */
 typedef struct {
-    attn_cuda_place place;
+    attn_cuda_pages pool;    /* without a list of pages.. */
+    int device;              /* ..of this device */
     ncclComm_t communicator; /* NULL: not connected yet */
     cudaStream_t stream;
     char *staging;   /* device [batch pages, layers, page_bytes] */
@@ -81,8 +82,8 @@ typedef struct {
 static nccl_channel *of(attn_channel *channel) { return (nccl_channel *)channel; }
 
 static attn_status broken_status(nccl_channel *self) {
-    return attn_error(ATTN_UNAVAILABLE, "the channel between devices %d and %d is broken: %s",
-                      self->sides[0].place.device, self->sides[1].place.device, self->why);
+    return attn_error(ATTN_UNAVAILABLE, "the channel between devices %d and %d is broken: %s", self->sides[0].device,
+                      self->sides[1].device, self->why);
 }
 
 static bool is_broken(nccl_channel *self) {
@@ -92,12 +93,16 @@ static bool is_broken(nccl_channel *self) {
     return broken;
 }
 
-/* Breaks the channel, unless it is broken already, and lets go of this side's communicator. */
-static attn_status give_up(nccl_channel *self, channel_side *side, const char *what, const char *why) {
+static void break_channel(nccl_channel *self, const char *what, const char *why) {
     pthread_mutex_lock(&self->lock);
-    if (!self->broken) snprintf(self->why, sizeof self->why, "%s: %s", what, why);
+    if (!self->broken) snprintf(self->why, sizeof self->why, "%s%s%s", what, what[0] == '\0' ? "" : ": ", why);
     self->broken = true;
     pthread_mutex_unlock(&self->lock);
+}
+
+/* Breaks the channel, unless it is broken already, and lets go of this side's communicator. */
+static attn_status give_up(nccl_channel *self, channel_side *side, const char *what, const char *why) {
+    break_channel(self, what, why);
     if (side->communicator != NULL) nccl.abort(side->communicator);
     side->communicator = NULL;
     return broken_status(self);
@@ -135,7 +140,7 @@ static attn_status check_nccl(nccl_channel *self, channel_side *side, ncclResult
 }
 
 static size_t packed_bytes(const channel_side *side, uint32_t pages) {
-    return (size_t)pages * side->place.pool.layers * side->place.pool.page_bytes;
+    return (size_t)pages * side->pool.layers * side->pool.page_bytes;
 }
 
 static attn_status connect_side(nccl_channel *self, channel_side *side, int64_t deadline) {
@@ -152,8 +157,8 @@ static attn_status connect_side(nccl_channel *self, channel_side *side, int64_t 
 
 /* Finds the side, connected. */
 static attn_status take_side(nccl_channel *self, const attn_backend *own, int64_t deadline, channel_side **side) {
-    *side = &self->sides[own == self->base.ends[1]];
-    cudaError_t error = cudaSetDevice((*side)->place.device);
+    *side = &self->sides[own == self->base.ends[1].backend];
+    cudaError_t error = cudaSetDevice((*side)->device);
     if (is_broken(self)) return give_up(self, *side, "used again", "it was broken before");
     ATTN_TRY(check_cuda(self, *side, error, "device"));
     return connect_side(self, *side, deadline);
@@ -161,7 +166,7 @@ static attn_status take_side(nccl_channel *self, const attn_backend *own, int64_
 
 static attn_status list_pages(nccl_channel *self, channel_side *side, const uint32_t *pages, uint32_t count,
                               attn_cuda_pages *listed) {
-    *listed = side->place.pool;
+    *listed = side->pool;
     listed->pages = side->pages;
     listed->count = count;
     return check_cuda(self, side,
@@ -226,12 +231,14 @@ static attn_status channel_receive(attn_channel *channel, attn_backend *own, con
 /* Life */
 
 static void free_side(channel_side *side) {
-    cudaSetDevice(side->place.device);
+    cudaSetDevice(side->device);
     if (side->communicator != NULL) nccl.abort(side->communicator);
     if (side->stream != NULL) cudaStreamDestroy(side->stream);
     cudaFree(side->staging);
     cudaFree(side->pages);
 }
+
+static void channel_break_off(attn_channel *channel, const char *why) { break_channel(of(channel), "", why); }
 
 static void channel_destroy(attn_channel *channel) {
     nccl_channel *self = of(channel);
@@ -241,18 +248,26 @@ static void channel_destroy(attn_channel *channel) {
     free(self);
 }
 
-static attn_status channel_create(attn_backend *first, attn_backend *second, attn_channel **channel) {
+static channel_side side_of(const attn_channel_end *end) {
+    return (channel_side){.pool = {.pool = end->pool,
+                                   .layer_bytes = end->layer_bytes,
+                                   .page_bytes = end->page_bytes,
+                                   .layers = end->geometry.layers},
+                          .device = end->device};
+}
+
+static attn_status channel_create(const attn_channel_end *first, const attn_channel_end *second,
+                                  attn_channel **channel) {
     pthread_once(&nccl_once, find_nccl);
-    attn_cuda_place places[2] = {attn_cuda_place_of(first), attn_cuda_place_of(second)};
     if (nccl.missing[0] != '\0') return attn_error(ATTN_UNAVAILABLE, "no channel between devices: %s", nccl.missing);
-    if (places[0].device == places[1].device) {
-        return attn_error(ATTN_UNAVAILABLE, "no channel: both ends are on device %d", places[0].device);
+    if (first->device == second->device) {
+        return attn_error(ATTN_UNAVAILABLE, "no channel: both ends are on device %d", first->device);
     }
     nccl_channel *self = calloc(1, sizeof *self);
     if (self == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a channel");
-    self->base = (attn_channel){&attn_nccl_channel_ops, {first, second}};
-    self->sides[0].place = places[0];
-    self->sides[1].place = places[1];
+    self->base = (attn_channel){&attn_nccl_channel_ops, {*first, *second}};
+    self->sides[0] = side_of(first);
+    self->sides[1] = side_of(second);
     size_t page = packed_bytes(&self->sides[0], 1);
     self->batch = page < STAGING_BYTES ? (uint32_t)(STAGING_BYTES / page) : 1;
     ncclResult_t result = nccl.get_unique_id(&self->id);
@@ -266,8 +281,10 @@ static attn_status channel_create(attn_backend *first, attn_backend *second, att
 }
 
 const attn_channel_ops attn_nccl_channel_ops = {
+    .describe = attn_cuda_describe_end,
     .create = channel_create,
     .destroy = channel_destroy,
+    .break_off = channel_break_off,
     .send = channel_send,
     .receive = channel_receive,
 };

@@ -12,14 +12,8 @@
 #include "kernels/backend.h"
 #include "kernels/cuda/pages.h"
 
-/* A backend's pool, without a list of pages, and its device. */
-typedef struct {
-    attn_cuda_pages pool;
-    int device;
-} attn_cuda_place;
-
-/* Of a cuda backend; backend.c. Any thread. */
-attn_cuda_place attn_cuda_place_of(attn_backend *backend);
+/* attn_channel_ops.describe of a cuda backend; backend.c. */
+void attn_cuda_describe_end(attn_backend *backend, attn_channel_end *end);
 
 extern const attn_channel_ops attn_nccl_channel_ops;
 

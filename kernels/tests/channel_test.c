@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include <cmocka.h>
 
@@ -38,6 +39,11 @@ static attn_backend *open_backend(const char *kind, uint32_t device) {
     return backend;
 }
 
+static attn_status create_channel(attn_backend *first, attn_backend *second, attn_channel **channel) {
+    attn_channel_end ends[2] = {attn_channel_end_of(first), attn_channel_end_of(second)};
+    return attn_channel_create(&ends[0], &ends[1], channel);
+}
+
 /* Two backends on devices of their own; false: this machine or run has none, and the test is to be skipped. */
 static bool open_pair(attn_backend *pair[2]) {
     const char *only = getenv("ATTND_TEST_BACKEND");
@@ -46,7 +52,7 @@ static bool open_pair(attn_backend *pair[2]) {
     pair[1] = open_backend("cuda", 1);
     if (pair[0] == NULL || pair[1] == NULL) return false;
     attn_channel *channel = NULL;
-    attn_status status = attn_channel_create(pair[0], pair[1], &channel);
+    attn_status status = create_channel(pair[0], pair[1], &channel);
     attn_channel_destroy(channel);
     if (attn_failed(status)) print_message("%s\n", status.message);
     return !attn_failed(status);
@@ -152,7 +158,7 @@ static void pages_arrive_as_they_were_sent_both_ways(void **state) {
     for (uint32_t i = 0; i < 3; i++)
         fill_table(tables[i], 11 * i);
     attn_channel *channel = NULL;
-    assert_int_equal(ATTN_OK, attn_channel_create(pair[0], pair[1], &channel).code);
+    assert_int_equal(ATTN_OK, create_channel(pair[0], pair[1], &channel).code);
     write_rows(pair[0], tables[0], 1);
     send_between(channel, pair[0], tables[0], pair[1], tables[1]);
     assert_same_rows(pair[0], tables[0], pair[1], tables[1]);
@@ -176,7 +182,7 @@ static void a_side_that_nobody_meets_gives_up_in_time(void **state) {
     fill_table(other, 5);
     for (int sends = 0; sends < 2; sends++) {
         attn_channel *channel = NULL;
-        assert_int_equal(ATTN_OK, attn_channel_create(pair[0], pair[1], &channel).code);
+        assert_int_equal(ATTN_OK, create_channel(pair[0], pair[1], &channel).code);
         side alone = {channel, pair[0], table, SENT, sends, SECOND / 2, ATTN_OK};
         int64_t start = attn_now_ns();
         run_side(&alone);
@@ -191,10 +197,36 @@ static void a_side_that_nobody_meets_gives_up_in_time(void **state) {
     }
     /* The backends are as good as before, and so is another channel. */
     attn_channel *channel = NULL;
-    assert_int_equal(ATTN_OK, attn_channel_create(pair[0], pair[1], &channel).code);
+    assert_int_equal(ATTN_OK, create_channel(pair[0], pair[1], &channel).code);
     write_rows(pair[0], table, 3);
     send_between(channel, pair[0], table, pair[1], other);
     assert_same_rows(pair[0], table, pair[1], other);
+    attn_channel_destroy(channel);
+    close_pair(pair);
+}
+
+static void *break_soon(void *argument) {
+    nanosleep(&(struct timespec){.tv_nsec = 200000000}, NULL);
+    attn_channel_break(argument, "nobody will come");
+    return NULL;
+}
+
+static void a_side_that_waits_in_vain_can_be_told_so(void **state) {
+    (void)state;
+    attn_backend *pair[2];
+    if (!open_pair(pair)) skip();
+    uint32_t table[SENT];
+    fill_table(table, 0);
+    attn_channel *channel = NULL;
+    assert_int_equal(ATTN_OK, create_channel(pair[0], pair[1], &channel).code);
+    pthread_t thread;
+    assert_int_equal(0, pthread_create(&thread, NULL, break_soon, channel));
+    int64_t start = attn_now_ns();
+    attn_status status = attn_channel_send(channel, pair[0], table, SENT, 20 * SECOND);
+    assert_int_equal(ATTN_UNAVAILABLE, status.code);
+    assert_non_null(strstr(status.message, "nobody will come"));
+    assert_in_range(attn_now_ns() - start, SECOND / 10, 3 * SECOND);
+    pthread_join(thread, NULL);
     attn_channel_destroy(channel);
     close_pair(pair);
 }
@@ -206,7 +238,7 @@ static void a_connected_side_that_is_left_alone_gives_up_in_time(void **state) {
     uint32_t table[SENT];
     fill_table(table, 0);
     attn_channel *channel = NULL;
-    assert_int_equal(ATTN_OK, attn_channel_create(pair[0], pair[1], &channel).code);
+    assert_int_equal(ATTN_OK, create_channel(pair[0], pair[1], &channel).code);
     send_between(channel, pair[0], table, pair[1], table);
     side alone = {channel, pair[1], table, SENT, false, SECOND / 2, ATTN_OK};
     int64_t start = attn_now_ns();
@@ -226,7 +258,7 @@ static void pages_outside_the_pool_and_strangers_are_refused(void **state) {
     uint32_t table[SENT];
     fill_table(table, 0);
     attn_channel *channel = NULL;
-    assert_int_equal(ATTN_OK, attn_channel_create(pair[0], pair[1], &channel).code);
+    assert_int_equal(ATTN_OK, create_channel(pair[0], pair[1], &channel).code);
     assert_int_equal(ATTN_INTERNAL, attn_channel_send(channel, stranger, table, 1, SECOND).code);
     table[3] = PAGES;
     assert_int_equal(ATTN_INTERNAL, attn_channel_send(channel, pair[0], table, 4, SECOND).code);
@@ -243,7 +275,7 @@ static void two_ends_on_one_device_have_no_channel(void **state) {
     if (!open_pair(pair)) skip();
     attn_backend *neighbour = open_backend("cuda", 0);
     attn_channel *channel = NULL;
-    attn_status status = attn_channel_create(pair[0], neighbour, &channel);
+    attn_status status = create_channel(pair[0], neighbour, &channel);
     assert_int_equal(ATTN_UNAVAILABLE, status.code);
     assert_non_null(strstr(status.message, "both ends are on device 0"));
     assert_null(channel);
@@ -257,9 +289,10 @@ static void backends_of_the_host_have_no_channel(void **state) {
     for (int k = 0; k < 2; k++) {
         attn_backend *pair[2] = {open_backend(kinds[k], 0), open_backend(kinds[k], 1)};
         attn_channel *channel = NULL;
-        attn_status status = attn_channel_create(pair[0], pair[1], &channel);
+        attn_status status = create_channel(pair[0], pair[1], &channel);
         assert_int_equal(ATTN_UNAVAILABLE, status.code);
-        assert_non_null(strstr(status.message, kinds[k]));
+        assert_non_null(strstr(status.message, "have no channels"));
+        assert_false(attn_backend_kind_has_channels(kinds[k]));
         assert_null(channel);
         close_pair(pair);
     }
@@ -269,7 +302,7 @@ static void backends_of_two_kinds_have_no_channel(void **state) {
     (void)state;
     attn_backend *pair[2] = {open_backend("reference", 0), open_backend("cpu", 0)};
     attn_channel *channel = NULL;
-    assert_int_equal(ATTN_UNAVAILABLE, attn_channel_create(pair[0], pair[1], &channel).code);
+    assert_int_equal(ATTN_UNAVAILABLE, create_channel(pair[0], pair[1], &channel).code);
     assert_null(channel);
     attn_channel_destroy(channel);
     close_pair(pair);
@@ -279,6 +312,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(pages_arrive_as_they_were_sent_both_ways),
         cmocka_unit_test(a_side_that_nobody_meets_gives_up_in_time),
+        cmocka_unit_test(a_side_that_waits_in_vain_can_be_told_so),
         cmocka_unit_test(a_connected_side_that_is_left_alone_gives_up_in_time),
         cmocka_unit_test(pages_outside_the_pool_and_strangers_are_refused),
         cmocka_unit_test(two_ends_on_one_device_have_no_channel),

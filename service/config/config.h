@@ -57,6 +57,7 @@ typedef struct {
     bool pin_cpus;
     uint32_t pages;                   /* a rank; default: 1 GiB of them, 64 at least */
     float rebalance_factor;           /* see dp_config.rebalance_factor; 0: never, else above 1 */
+    uint64_t direct_move_bytes;       /* see dp_config.direct_move_bytes; 0: never */
     uint64_t spread_above_tokens;     /* see dp_config.spread_above_tokens; 0: never */
     uint32_t rank_stall_ms;           /* see dp_config.rank_stall_ns; 0: never */
     uint32_t rank_restart_backoff_ms; /* see dp_config.rank_restart_ns; 0: never */

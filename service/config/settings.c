@@ -76,6 +76,10 @@ const attn_setting attn_settings[] = {
     {"ranks", "spread_above_tokens", "spread-above-tokens", "N", "0",
      "A sequence longer than this is spread over all ranks, a second later or so. 0: never.", ATTN_SETTING_U64,
      AT(spread_above_tokens), 0, 1u << 30, 0, NULL},
+    {"ranks", "direct_move_bytes", "direct-move-bytes", "N", "268435456",
+     "A sequence of so many bytes of keys and values or more moves from GPU to GPU (NCCL), if both ranks have one of "
+     "their own; else through the host's memory. 0: never.",
+     ATTN_SETTING_U64, AT(direct_move_bytes), 0, UINT64_MAX, 0, NULL},
     {"ranks", "rank_stall_ms", "rank-stall-ms", "MS", "10000",
      "A rank that has work and does not move for so long is lost, as if its device had failed. 0: never.",
      ATTN_SETTING_U32, AT(rank_stall_ms), 0, 3600000, 0, NULL},

@@ -167,6 +167,8 @@ static void write_totals(FILE *text, const attn_metrics *metrics) {
     fprintf(text, "attnd_moved_tokens_total %" PRIu64 "\n", totals.moved_tokens);
     write_family(text, "attnd_moved_bytes_total", "counter", "Key and value bytes copied between ranks by moves.");
     fprintf(text, "attnd_moved_bytes_total %" PRIu64 "\n", totals.moved_bytes);
+    write_family(text, "attnd_moves_direct_total", "counter", "Moves whose pages went from device to device.");
+    fprintf(text, "attnd_moves_direct_total %" PRIu64 "\n", totals.moves_direct);
 }
 
 /* One series a rank: where in attn_metrics_rank its value is. */

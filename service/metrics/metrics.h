@@ -79,6 +79,7 @@ typedef struct {
     uint64_t moves_failed;
     uint64_t moved_tokens; /* by the moves that succeeded */
     uint64_t moved_bytes;
+    uint64_t moves_direct;
 } attn_metrics_totals;
 
 /* Where values come from at a scrape. The callbacks run on the HTTP thread and must not block for long. */

@@ -53,7 +53,8 @@ static void fake_totals(void *context, attn_metrics_totals *values) {
                                     .moves = 5,
                                     .moves_failed = 6,
                                     .moved_tokens = 7,
-                                    .moved_bytes = 8};
+                                    .moved_bytes = 8,
+                                    .moves_direct = 9};
 }
 
 static bool fake_serving(void *context) {
@@ -139,6 +140,7 @@ static void ranks_and_totals_come_from_the_source(void **state) {
         "attnd_moves_failed_total 6",
         "attnd_moved_tokens_total 7",
         "attnd_moved_bytes_total 8",
+        "attnd_moves_direct_total 9",
         "attnd_serving 1",
         "attnd_build_info{version=\"1.2\\\"3\\\\4\\n5\",backend=\"cpu\",instance_id=\"cafe\"} 1",
     };

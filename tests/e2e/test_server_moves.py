@@ -39,7 +39,7 @@ def pushback(error):
 
 @pytest.fixture
 def model(shared_server):
-    return Model(shared_server(ranks=3, pages=2048).api())
+    return Model(shared_server(ranks=3, pages=2048, direct_move_bytes=1).api())
 
 
 class HeldRank:
@@ -65,7 +65,7 @@ class HeldRank:
 
 @pytest.fixture
 def held_server(shared_server):
-    return shared_server(ranks=3, pages=2048, test_faults="true", rank_stall_ms=0)
+    return shared_server(ranks=3, pages=2048, test_faults="true", rank_stall_ms=0, direct_move_bytes=1)
 
 
 # What moves
@@ -73,7 +73,8 @@ def held_server(shared_server):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_a_moved_sequence_has_the_same_bits_and_outputs(shared_server, dtype):
-    model = Model(shared_server(ranks=3, dtype=dtype).api())
+    server = shared_server(ranks=3, dtype=dtype, direct_move_bytes=1)
+    model = Model(server.api())
     moved, twin = model.open_filled([600, 600], EXPLICIT, 0)
     model.api.truncate(twin, 0)
     model.stored[twin] = [(k[:0], v[:0]) for k, v in model.stored[twin]]
@@ -96,6 +97,8 @@ def test_a_moved_sequence_has_the_same_bits_and_outputs(shared_server, dtype):
         for one, other in zip(*answers, strict=True):
             assert (one.raw_out, one.response.lse) == (other.raw_out, other.response.lse)
     assert model.api.info().ranks[1].tokens == 0
+    uses_gpus = model.api.info().backend == "cuda" and len({rank.device for rank in model.api.info().ranks}) > 1
+    assert (value(server, "attnd_moves_direct_total") > 0) == uses_gpus
 
 
 def test_a_moved_fp8_sequence_has_the_same_bits(fp8):
