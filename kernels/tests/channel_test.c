@@ -152,7 +152,7 @@ static void send_between(attn_channel *channel, attn_backend *from, const uint32
 
 static void pages_arrive_as_they_were_sent_both_ways(void **state) {
     (void)state;
-    attn_backend *pair[2];
+    attn_backend *pair[2] = {NULL, NULL};
     if (!open_pair(pair)) skip();
     uint32_t tables[3][SENT];
     for (uint32_t i = 0; i < 3; i++)
@@ -175,7 +175,7 @@ static void pages_arrive_as_they_were_sent_both_ways(void **state) {
 
 static void a_side_that_nobody_meets_gives_up_in_time(void **state) {
     (void)state;
-    attn_backend *pair[2];
+    attn_backend *pair[2] = {NULL, NULL};
     if (!open_pair(pair)) skip();
     uint32_t table[SENT], other[SENT];
     fill_table(table, 0);
@@ -213,7 +213,7 @@ static void *break_soon(void *argument) {
 
 static void a_side_that_waits_in_vain_can_be_told_so(void **state) {
     (void)state;
-    attn_backend *pair[2];
+    attn_backend *pair[2] = {NULL, NULL};
     if (!open_pair(pair)) skip();
     uint32_t table[SENT];
     fill_table(table, 0);
@@ -233,7 +233,7 @@ static void a_side_that_waits_in_vain_can_be_told_so(void **state) {
 
 static void a_connected_side_that_is_left_alone_gives_up_in_time(void **state) {
     (void)state;
-    attn_backend *pair[2];
+    attn_backend *pair[2] = {NULL, NULL};
     if (!open_pair(pair)) skip();
     uint32_t table[SENT];
     fill_table(table, 0);
@@ -251,7 +251,7 @@ static void a_connected_side_that_is_left_alone_gives_up_in_time(void **state) {
 
 static void pages_outside_the_pool_and_strangers_are_refused(void **state) {
     (void)state;
-    attn_backend *pair[2];
+    attn_backend *pair[2] = {NULL, NULL};
     if (!open_pair(pair)) skip();
     attn_backend *stranger = open_backend("cuda", 0);
     assert_non_null(stranger);
@@ -271,7 +271,7 @@ static void pages_outside_the_pool_and_strangers_are_refused(void **state) {
 
 static void two_ends_on_one_device_have_no_channel(void **state) {
     (void)state;
-    attn_backend *pair[2];
+    attn_backend *pair[2] = {NULL, NULL};
     if (!open_pair(pair)) skip();
     attn_backend *neighbour = open_backend("cuda", 0);
     attn_channel *channel = NULL;
