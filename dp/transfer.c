@@ -7,9 +7,9 @@
 #define _GNU_SOURCE
 #include "dp/transfer.h"
 
-#include "dp/direct.h"
-
 #include <stdlib.h>
+
+#include "dp/direct.h"
 
 /* Keys and values of a chunk, at most, if that is a token or more: short enough for other calls to wait for. */
 #define CHUNK_BYTES ((size_t)1 << 20)

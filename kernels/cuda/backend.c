@@ -1,8 +1,8 @@
 /*
  * The cuda backend. A call's tables and rows are packed into pinned memory and uploaded at once; then, for the
- * geometries of decode.h, one launch stores the new rows, plans, attends and merges. For others the host walks the line
- * over the lengths of the call and uploads what the thread blocks have to do; append, attend and merge follow one
- * another (attend.cu). Kernels write outputs straight to pinned memory.
+ * geometries of decode.h, one launch stores the new rows, plans, attends and merges (three where prefixes are shared).
+ * For others the host walks the line over the lengths of the call and uploads what the thread blocks have to do;
+ * append, attend and merge follow one another (attend.cu). Kernels write outputs straight to pinned memory.
  *
  * What a call puts into an arena is laid out twice by the same function: with no memory, which measures, and in
  * earnest.

@@ -123,21 +123,6 @@ template <int THREADS> __device__ inline void named_barrier(uint32_t group) {
     asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
 }
 
-/* The same; it tells all whether any of them says so. */
-template <int THREADS> __device__ inline bool named_barrier_any(uint32_t group, bool says) {
-    uint32_t any;
-    asm volatile("{\n"
-                 ".reg .pred says, any;\n"
-                 "setp.ne.u32 says, %3, 0;\n"
-                 "bar.red.or.pred any, %1, %2, says;\n"
-                 "selp.u32 %0, 1, 0, any;\n"
-                 "}"
-                 : "=r"(any)
-                 : "r"(group + 1), "n"(THREADS), "r"((uint32_t)says)
-                 : "memory");
-    return any != 0;
-}
-
 /* ------------------------------------------------------------------------------------------- */
 /* Global memory */
 
