@@ -1,6 +1,6 @@
 /*
  * The cuda backend. A call's tables and rows are packed into pinned memory and uploaded at once; then, for the
- * geometries of decode.h, one launch stores the new rows, plans, attends and merges (three where prefixes are shared).
+ * geometries of decode.h, one launch stores the new rows, plans, attends and merges (two where prefixes are shared).
  * For others the host walks the line over the lengths of the call and uploads what the thread blocks have to do;
  * append, attend and merge follow one another (attend.cu). Kernels write outputs straight to pinned memory.
  *
@@ -22,7 +22,6 @@
 #include "kernels/cuda/export.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/nccl_channel.h"
-#include "kernels/cuda/prefixes.h"
 #include "kernels/cuda/probe.h"
 
 #define ALIGNMENT    256
@@ -519,11 +518,11 @@ static void pack_sequence(const cuda_backend *self, const attn_batch *batch, con
 }
 
 /*
- * Packs the sequences that share a prefix, which become parts without it: partial row j is of query row j. The prefix
- * becomes sequence `entry`, which reads with the queries of all of them: its partial rows are `shared_rows` behind.
+ * Packs the sequences that share a prefix, which go on after it. The prefix becomes sequence `entry`, which reads with
+ * the queries of all of them: its partial row j is of query row j.
  */
 static void pack_prefix(const cuda_backend *self, const attn_batch *batch, const call_memory *memory, packed *at,
-                        const attn_prefix *prefix, uint32_t shared_rows, uint32_t entry) {
+                        const attn_prefix *prefix, uint32_t entry) {
     attn_cuda_sequence *sequences = memory->sequences.host;
     uint32_t first_row = at->row, first_page = at->page;
     for (uint32_t m = 0; m < prefix->count; m++) {
@@ -531,28 +530,27 @@ static void pack_prefix(const cuda_backend *self, const attn_batch *batch, const
         ((uint32_t *)memory->order.host)[k] = prefix->members[m];
         pack_sequence(self, batch, memory, at, prefix->members[m]);
         sequences[k].length -= prefix->tokens;
+        sequences[k].total_length -= prefix->tokens;
         sequences[k].page_offset += prefix->tokens / self->base.geometry.page_size;
-        sequences[k].chunk_first = prefix->tokens / ATTN_CHUNK_TOKENS;
-        sequences[k].chunk_stride = 1;
+        sequences[k].sharing = ATTN_CUDA_SHARING;
     }
     sequences[entry] = (attn_cuda_sequence){
         .length = prefix->tokens,
         .query_length = at->row - first_row,
         .is_read = true,
-        .chunk_stride = 1,
         .page_offset = first_page,
         .first_query = first_row,
-        .first_out = shared_rows + first_row,
+        .first_out = first_row,
+        .sharing = ATTN_CUDA_PREFIX,
         .total_length = prefix->tokens,
     };
 }
 
 /* Packs the sequences that share a prefix before all others. `at->sequence` counts those that are packed. */
-static void pack_prefixes(const cuda_backend *self, const attn_batch *batch, const call_memory *memory, packed *at,
-                          uint32_t shared_rows) {
+static void pack_prefixes(const cuda_backend *self, const attn_batch *batch, const call_memory *memory, packed *at) {
     uint32_t *order = memory->order.host, *is_packed = memory->lengths.host;
     for (uint32_t p = 0; p < batch->prefix_count; p++)
-        pack_prefix(self, batch, memory, at, &batch->prefixes[p], shared_rows, batch->size + p);
+        pack_prefix(self, batch, memory, at, &batch->prefixes[p], batch->size + p);
     uint32_t packed_first = at->sequence, next = packed_first;
     /* The lengths by themselves are for calls without prefixes. */
     memset(is_packed, 0, batch->size * sizeof *is_packed);
@@ -573,7 +571,7 @@ static uint32_t sequence_at(const call_memory *memory, uint32_t k) {
 static void pack_tables(const cuda_backend *self, const attn_batch *batch, const call_memory *memory,
                         const tally *count) {
     packed at = {0};
-    if (count->prefixes > 0) pack_prefixes(self, batch, memory, &at, count->shared_rows);
+    if (count->prefixes > 0) pack_prefixes(self, batch, memory, &at);
     while (at.sequence < batch->size)
         pack_sequence(self, batch, memory, &at, sequence_at(memory, at.sequence));
     if (batch->sinks) memcpy(memory->sinks.host, batch->sinks, self->base.geometry.heads_q * sizeof(float));
@@ -818,11 +816,16 @@ static attn_status run_pieces(cuda_backend *self, const attn_batch *batch, const
 /* ------------------------------------------------------------------------------------------- */
 /* The fast path: stores, plans, attends and merges in one launch, from the live lengths */
 
-static attn_status launch_decode(cuda_backend *self, const attn_cuda_call *call, attn_cuda_expected expected) {
+static attn_status launch_tuned(cuda_backend *self, const attn_cuda_call *call, const attn_cuda_tuning *tuning,
+                                attn_cuda_expected expected) {
     const attn_cuda_workspace *workspace = call->batch_invariant ? &self->chunks : &self->runs;
-    CUDA_TRY(attn_cuda_decode_launch(call, &self->tuning, workspace, &expected, self->stream));
+    CUDA_TRY(attn_cuda_decode_launch(call, tuning, workspace, &expected, self->stream));
     self->launches++;
     return attn_ok();
+}
+
+static attn_status launch_decode(cuda_backend *self, const attn_cuda_call *call, attn_cuda_expected expected) {
+    return launch_tuned(self, call, &self->tuning, expected);
 }
 
 static attn_cuda_expected expected_of(const tally *count) {
@@ -847,24 +850,26 @@ static attn_status run_chunks(cuda_backend *self, attn_cuda_call call, const tal
 }
 
 /*
- * Prefixes, then the sequences' own tokens, as parts that a third launch merges. By themselves, since many queries on
- * one prefix are for the kernel with many rows a block, and few on each sequence's own tokens are not.
+ * Prefixes, then the sequences' own tokens, with which the prefixes' results are merged. By themselves, since many
+ * queries on one prefix are for the kernel with many rows a block, and few on each sequence's own tokens are not.
  */
 static attn_status run_prefixes(cuda_backend *self, attn_cuda_call call, const tally *count) {
-    size_t rows = 2 * (size_t)count->shared_rows * call.layer.heads_q;
+    size_t rows = (size_t)count->shared_rows * call.layer.heads_q;
     size_t out_bytes = rows * call.layer.head_dim_v * sizeof(float);
     attn_status status;
     if (!arena_reserve(&self->apart, out_bytes + rows * sizeof(float), &status)) return status;
-    call.partial_out = (void *)self->apart.device;
-    call.partial_lse = (void *)(self->apart.device + out_bytes);
+    call.shared_out = (void *)self->apart.device;
+    call.shared_lse = (void *)(self->apart.device + out_bytes);
     attn_cuda_call shared = call;
+    shared.partial_out = (void *)self->apart.device;
+    shared.partial_lse = (void *)(self->apart.device + out_bytes);
     shared.sequences += call.batch;
     shared.batch = count->prefixes;
     ATTN_TRY(launch_decode(self, &shared, (attn_cuda_expected){.most_queries = count->most_sharing_queries}));
-    ATTN_TRY(launch_decode(self, &call, (attn_cuda_expected){.most_queries = count->most_queries}));
-    CUDA_TRY(attn_cuda_merge_prefixes(&call, count->shared_rows, self->stream));
-    self->launches++;
-    return attn_ok();
+    /* All that it needs of the launch before are results, for which it waits before it writes its own. */
+    attn_cuda_tuning overlapping = self->tuning;
+    overlapping.overlap_launches = true;
+    return launch_tuned(self, &call, &overlapping, (attn_cuda_expected){.most_queries = count->most_queries});
 }
 
 static attn_status run_decode(cuda_backend *self, const attn_batch *batch, const call_memory *memory,

@@ -14,7 +14,7 @@ uint32_t group_of(const attn_cuda_layer &layer) { return layer.heads_q / layer.h
 /* Rows of a block: as few as hold a sequence's. In batch_invariant mode that must not depend on the batch. */
 uint32_t rows_a_block(const attn_cuda_call &call, uint32_t most_queries) {
     uint32_t group = group_of(call.layer), rows = call.batch_invariant ? group : most_queries * group;
-    return rows <= 8 ? 8 : rows <= 16 ? 16 : 64;
+    return rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 64 ? 64 : 128;
 }
 
 /* More rows than that are for the wide kernel, where it is built. */
@@ -58,8 +58,8 @@ extern "C" int attn_cuda_decode_launch(const attn_cuda_call *call, const attn_cu
     if (call->batch == 0) return cudaSuccess;
     uint32_t rows = rows_a_block(*call, expected->most_queries);
     if (is_wide(*call, *tuning, rows)) {
-        return call->layer.kv_dtype == ATTN_BF16 ? attn_cuda_launch_wide_bf16(call, tuning, workspace, stream)
-                                                 : attn_cuda_launch_wide_fp16(call, tuning, workspace, stream);
+        return call->layer.kv_dtype == ATTN_BF16 ? attn_cuda_launch_wide_bf16(call, tuning, workspace, rows, stream)
+                                                 : attn_cuda_launch_wide_fp16(call, tuning, workspace, rows, stream);
     }
     if (rows > MAX_NARROW_ROWS) rows = MAX_NARROW_ROWS;
     return launch_narrow(call, tuning, workspace, expected, rows, stream);

@@ -9,7 +9,7 @@
  * Two kernels, one contract:
  *     narrow   rows of a block 8 or 16; a token's keys are the rows of the matrix product. sm_80 and later: tiles come
  *              by cp.async; from sm_90 on as bulk copies.
- *     wide     up to 64 rows a block, which are the rows of the product (wgmma). sm_90a, 16-bit caches.
+ *     wide     up to 64 or 128 rows a block, which are the rows of the product (wgmma). sm_90a, 16-bit caches.
  *
  * Threads: stateless; calls on different streams need different workspaces.
  */
@@ -39,7 +39,10 @@ typedef struct {
     uint32_t patience_ns;
     /* Clusters of so many blocks that the device runs at once (attn_cuda_find_clusters); all 0: none are launched. */
     uint32_t clusters[ATTN_CUDA_MAX_CLUSTER + 1];
-    /* Programmatic dependent launch: nothing that a decode reads may come from the launch before. */
+    /*
+     * Programmatic dependent launch: nothing that a decode reads may come from the launch before, but for shared_out
+     * and shared_lse, and what it appends must not be read there.
+     */
     int overlap_launches;
     uint64_t *times; /* NULL, or device [blocks, 4]: multiprocessor, begin, share found, end; ns of the global timer */
 } attn_cuda_tuning;

@@ -5,6 +5,7 @@
  *     multiply   c[16 x 8] += a[16 x 16] b[16 x 8]
  *     pack       two floats as operands, the first in the low half
  *     TERMS      operands that a weight is the sum of: one alone would add an error of its own size to the output's
+ *     TALL_TERMS the same in blocks of 128 rows (wide.cuh), which wait for products and not for memory
  *     multiply_rows, multiply_columns   products of a warpgroup (instructions.cuh); 16 bits only
  */
 #ifndef ATTND_KERNELS_CUDA_ELEMENTS_CUH
@@ -17,11 +18,12 @@ namespace elements {
 
 struct bf16 {
     using IO = __nv_bfloat16;
-    static constexpr uint32_t BYTES = 2, TERMS = 2;
+    static constexpr uint32_t BYTES = 2, TERMS = 2, TALL_TERMS = 1;
     static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         ptx::multiply_add_bf16(c, a, b0, b1);
     }
-    static __device__ void multiply_rows(float (&c)[32], uint64_t a, uint64_t b, bool add) {
+    template <uint32_t COUNT>
+    static __device__ void multiply_rows(float (&c)[COUNT], uint64_t a, uint64_t b, bool add) {
         ptx::multiply_rows_bf16(c, a, b, add);
     }
     template <uint32_t COUNT>
@@ -46,11 +48,12 @@ struct bf16 {
 
 struct fp16 {
     using IO = __half;
-    static constexpr uint32_t BYTES = 2, TERMS = 2;
+    static constexpr uint32_t BYTES = 2, TERMS = 2, TALL_TERMS = 2;
     static __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         ptx::multiply_add_fp16(c, a, b0, b1);
     }
-    static __device__ void multiply_rows(float (&c)[32], uint64_t a, uint64_t b, bool add) {
+    template <uint32_t COUNT>
+    static __device__ void multiply_rows(float (&c)[COUNT], uint64_t a, uint64_t b, bool add) {
         ptx::multiply_rows_fp16(c, a, b, add);
     }
     template <uint32_t COUNT>

@@ -407,9 +407,13 @@ template <int COUNT> __device__ inline void take_registers() {
 #define ATTN_PTX_NAMES_16        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define ATTN_PTX_NAMES_32                                                                                              \
     ATTN_PTX_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define ATTN_PTX_NAMES_64                                                                                              \
+    ATTN_PTX_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "   \
+                      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 /*
- * multiply_rows: c[64 x 64] = a[64 x 16] b[64 x 16]^T, or += if `add`; both in shared memory, 16 numbers of a row.
+ * multiply_rows: c[64 x 64 or 128] = a[64 x 16] b[64 or 128 x 16]^T, or += if `add`; both in shared memory, 16 numbers
+ * of a row.
  * multiply_columns: c[64 x 64 or 32] += a[64 x 16] b[16 x 64 or 32]; a in registers, as sums are laid over them.
  */
 #define ATTN_PTX_WARPGROUP_PRODUCTS(NAME, TYPE)                                                                        \
@@ -421,6 +425,18 @@ template <int COUNT> __device__ inline void take_registers() {
                      "}, %32, %33, add, 1, 1, 0, 0;\n"                                                                 \
                      "}"                                                                                               \
                      : ATTN_PTX_FLOATS_16(c, 0), ATTN_PTX_FLOATS_16(c, 16)                                             \
+                     : "l"(a), "l"(b), "r"(add)                                                                        \
+                     : "memory");                                                                                      \
+    }                                                                                                                  \
+    __device__ inline void multiply_rows_##NAME(float(&c)[64], uint64_t a, uint64_t b, uint32_t add) {                 \
+        asm volatile("{\n"                                                                                             \
+                     ".reg .pred add;\n"                                                                               \
+                     "setp.ne.b32 add, %66, 0;\n"                                                                      \
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" ATTN_PTX_NAMES_64               \
+                     "}, %64, %65, add, 1, 1, 0, 0;\n"                                                                 \
+                     "}"                                                                                               \
+                     : ATTN_PTX_FLOATS_16(c, 0), ATTN_PTX_FLOATS_16(c, 16), ATTN_PTX_FLOATS_16(c, 32),                 \
+                       ATTN_PTX_FLOATS_16(c, 48)                                                                       \
                      : "l"(a), "l"(b), "r"(add)                                                                        \
                      : "memory");                                                                                      \
     }                                                                                                                  \
@@ -451,6 +467,7 @@ ATTN_PTX_WARPGROUP_PRODUCTS(bf16, "bf16")
 ATTN_PTX_WARPGROUP_PRODUCTS(fp16, "f16")
 
 #undef ATTN_PTX_WARPGROUP_PRODUCTS
+#undef ATTN_PTX_NAMES_64
 #undef ATTN_PTX_NAMES_32
 #undef ATTN_PTX_NAMES_16
 #undef ATTN_PTX_FLOATS_16

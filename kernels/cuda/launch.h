@@ -42,6 +42,13 @@ typedef struct {
     const float *key_scales, *value_scales;
 } attn_cuda_layer;
 
+/* What a sequence has to do with shared prefixes (attn_prefix). */
+enum {
+    ATTN_CUDA_APART = 0,
+    ATTN_CUDA_PREFIX = 1,  /* it is one: whole, but its results are partial */
+    ATTN_CUDA_SHARING = 2, /* it goes on after one: its results are merged with those in shared_out and shared_lse */
+};
+
 typedef struct {
     uint32_t length; /* in this pool */
     uint32_t query_length;
@@ -49,11 +56,11 @@ typedef struct {
     uint32_t chunk_first, chunk_stride; /* a part; stride 0: whole */
     uint32_t page_offset;               /* of its table in attn_cuda_call.page_table */
     uint32_t first_query;               /* its first row among all query rows */
-    uint32_t first_out;                 /* whole: among all out rows; a part: among all partial rows.. */
+    uint32_t first_out;                 /* whole: among all out rows; a part or prefix: among all partial rows.. */
     uint32_t chunk_rows;                /* ..of a chunk, if chunks are wanted apart; else 0 */
     uint32_t new_rows;                  /* to be stored at the end of `length`.. */
     uint32_t first_new;                 /* ..the first of them among all new rows */
-    uint32_t unused;
+    uint32_t sharing;                   /* ATTN_CUDA_APART, .. */
     uint64_t total_length;
 } attn_cuda_sequence;
 
@@ -77,6 +84,8 @@ typedef struct {
     float *lse;                /* [rows, heads_q] */
     float *partial_out;        /* [partial rows, heads_q, head_dim_v] */
     float *partial_lse;        /* [partial rows, heads_q] */
+    const float *shared_out;   /* ATTN_CUDA_SHARING: partial results of the prefix for out row i, [rows, heads_q, .. */
+    const float *shared_lse;   /* ..head_dim_v], [rows, heads_q]; may come from the launch before */
     uint32_t *status;          /* set to 1 when a page outside the pool is met; it is not read */
     float scale, softcap;
     uint32_t window;

@@ -136,6 +136,11 @@ __device__ inline uint32_t blocks_of(const attn_cuda_sequence &sequence, const c
     return (sequence.query_length + cut.block_queries - 1) / cut.block_queries;
 }
 
+/* Do all of a sequence's row blocks see the same, whichever their rows are? */
+__device__ inline bool are_blocks_alike(const attn_cuda_call &call, const attn_cuda_sequence &sequence) {
+    return sequence.is_read && sequence.chunk_stride == 0 && call.window == 0;
+}
+
 template <typename L>
 __device__ inline extent extent_of_block(const attn_cuda_call &call, const attn_cuda_sequence &sequence, const cut &cut,
                                          uint32_t block) {
@@ -156,6 +161,9 @@ __device__ inline extent extent_of_block(const attn_cuda_call &call, const attn_
 template <typename L>
 __device__ __noinline__ uint32_t count_tiles_a_head(const attn_cuda_call &call, const cut &cut, uint32_t i) {
     attn_cuda_sequence sequence = sequence_at<L>(call, i);
+    if (are_blocks_alike(call, sequence)) {
+        return blocks_of(sequence, cut) * extent_of_block<L>(call, sequence, cut, 0).tiles;
+    }
     uint32_t tiles = 0;
     for (uint32_t block = 0; block < blocks_of(sequence, cut); block++) {
         tiles += extent_of_block<L>(call, sequence, cut, block).tiles;
@@ -180,7 +188,8 @@ struct position {
 struct scan {
     uint32_t stretch;
     uint32_t own, through;
-    uint32_t least, most; /* tiles of a unit, if each sequence has one a head; else least is 0 */
+    uint32_t least, most; /* tiles of a unit; least is 0 where a sequence has several that are not alike */
+    uint32_t most_blocks; /* of a sequence */
 };
 
 __device__ inline uint32_t scan_lanes(uint32_t value, uint32_t lane) {
@@ -197,17 +206,23 @@ template <typename L> __device__ inline scan scan_batch(const attn_cuda_call &ca
     found.own = 0;
     found.least = UINT32_MAX;
     found.most = 0;
+    found.most_blocks = 1;
     uint32_t first = lane * found.stretch;
     if (!L::SIMPLE && call.sequences != nullptr) { /* else one would be waited for after the other */
         for (uint32_t i = first + 1; i < first + found.stretch && i < call.batch; i++)
             ptx::prefetch_l2(&call.sequences[i]);
     }
     for (uint32_t i = first; i < first + found.stretch && i < call.batch; i++) {
-        uint32_t tiles = tiles_a_head<L>(call, cut, i);
+        uint32_t tiles = tiles_a_head<L>(call, cut, i), unit = tiles;
         found.own += tiles;
-        found.least = min(found.least, tiles);
-        found.most = max(found.most, tiles);
-        if (!L::SIMPLE && blocks_of(sequence_at<L>(call, i), cut) > 1) found.least = 0;
+        if (!L::SIMPLE) {
+            attn_cuda_sequence sequence = sequence_at<L>(call, i);
+            uint32_t blocks = blocks_of(sequence, cut);
+            found.most_blocks = max(found.most_blocks, blocks);
+            if (blocks > 1) unit = are_blocks_alike(call, sequence) ? tiles / blocks : 0;
+        }
+        found.least = min(found.least, unit);
+        found.most = max(found.most, unit);
     }
     found.through = scan_lanes(found.own, lane);
     return found;
@@ -268,6 +283,10 @@ __device__ inline unit unit_at(const attn_cuda_call &call, const cut &cut, const
     uint32_t a_head = L::SIMPLE ? found.sees.tiles : tiles_a_head<L>(call, cut, place.sequence);
     found.head = (tile - place.begin) / a_head;
     found.begin = place.begin + found.head * a_head;
+    if (!L::SIMPLE && are_blocks_alike(call, found.of)) {
+        found.block = (tile - found.begin) / found.sees.tiles;
+        found.begin += found.block * found.sees.tiles;
+    }
     while (!L::SIMPLE && tile >= found.begin + found.sees.tiles) {
         found.begin += found.sees.tiles;
         found.block++;
@@ -332,7 +351,7 @@ __device__ inline void take_part(share &mine, uint32_t worker, uint32_t total, u
 
 /*
  * Where the share begins, and whether its last run is cut off, so that it comes first. `unit`: tiles of a unit where
- * all are alike, and need not be looked for, else 0.
+ * all are alike, one a head, and need not be looked for, else 0.
  */
 template <typename L>
 __device__ inline void locate_share(share &mine, const attn_cuda_call &call, const cut &cut, const scan &batch,
@@ -362,8 +381,9 @@ __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, u
     uint32_t chunk = (1u << chunk_shift<L>(call)) - 1;
 #if __CUDA_ARCH__ >= 800
     uint32_t least = __reduce_min_sync(ALL_LANES, batch.least), most = __reduce_max_sync(ALL_LANES, batch.most);
+    uint32_t most_blocks = L::SIMPLE ? 1 : __reduce_max_sync(ALL_LANES, batch.most_blocks);
 #else
-    uint32_t least = 0, most = 1;
+    uint32_t least = 0, most = 1, most_blocks = 1;
 #endif
     share mine;
     uint32_t tiles = choose_share(total, workers, least, most, cut);
@@ -378,7 +398,7 @@ __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, u
     }
     mine.at_begin = mine.at_turn = {0, 0};
     if (mine.begin == mine.end) return mine;
-    locate_share<L>(mine, call, cut, batch, !L::SIMPLE && least == most ? most : 0, lane);
+    locate_share<L>(mine, call, cut, batch, !L::SIMPLE && least == most && most_blocks == 1 ? most : 0, lane);
     return mine;
 }
 

@@ -90,6 +90,7 @@ __device__ inline tile_source<L::TOKENS> locate_tile(const attn_cuda_call &call,
     uint32_t a_head = L::SIMPLE ? sees.tiles : walk.tiles / call.layer.heads_kv;
     source.head = within / a_head;
     within -= source.head * a_head;
+    if (!L::SIMPLE && line::are_blocks_alike(call, sequence)) within %= sees.tiles;
     for (uint32_t block = 1; !L::SIMPLE && within >= sees.tiles; block++) {
         within -= sees.tiles;
         sees = line::extent_of_block<L>(call, sequence, cut, block);

@@ -193,11 +193,29 @@ __device__ inline results::destination destination_of(const attn_cuda_call &call
                                      at.unit.head * at.cut.group + at.index - query * at.cut.group, chunk);
 }
 
-/* Writes a finished row, adding the sink. */
+/* Does the unit's sequence go on after a prefix that was attended to apart? */
+template <typename L> __device__ inline bool is_sharing(const line::unit &unit) {
+    return !L::SIMPLE && unit.of.sharing == ATTN_CUDA_SHARING;
+}
+
+/* Adds what the row has of the prefix, in units of log2; its sum is 1, since it is normalised. */
+template <uint32_t COLUMNS>
+__device__ inline void add_shared(const attn_cuda_call &call, size_t row, row_state<COLUMNS> &state, uint32_t lane) {
+    merge_state(state, load_row_of_others<COLUMNS>(call.shared_out + row * COLUMNS, lane),
+                __ldcg(&call.shared_lse[row]) * LOG2_E, 1.0f);
+}
+
+/* Writes a finished row, adding the prefix and the sink. */
 template <typename L, typename IO, uint32_t COLUMNS>
 __device__ inline void write_row(const attn_cuda_call &call, const place &at, row_state<COLUMNS> &state,
                                  uint32_t lane) {
     results::destination to = destination_of<L>(call, at, 0);
+    float scale = value_scale(call, at.unit.head);
+    if (is_sharing<L>(at.unit)) {
+        scale_row(state.out, scale);
+        scale = 1.0f;
+        add_shared(call, to.row, state, lane);
+    }
     if (to.sink != nullptr) {
         float sink = *to.sink * LOG2_E, most = fmaxf(state.maximum, sink);
         float keep = decay(state.maximum, most);
@@ -205,7 +223,7 @@ __device__ inline void write_row(const attn_cuda_call &call, const place &at, ro
         state.sum = fmaf(state.sum, keep, decay(sink, most));
         state.maximum = most;
     }
-    scale_row(state.out, normaliser(state.sum) * value_scale(call, at.unit.head));
+    scale_row(state.out, normaliser(state.sum) * scale);
     if (!L::SIMPLE && to.is_partial) {
         store_row(call.partial_out + to.row * COLUMNS, state.out, lane);
     } else {
@@ -228,6 +246,7 @@ __device__ inline void merge_partials(const attn_cuda_call &call, const workspac
     row<COLUMNS> early[EARLY];
 #pragma unroll
     for (uint32_t i = 0; i < EARLY; i++) {
+        clear_row(early[i]); /* or the compiler keeps registers for what it might be, in all loops around */
         if (i < count) early[i] = load_row_of_others<COLUMNS>(outs + (i == 0 ? OUT_STEP / 2 : i * OUT_STEP), lane);
     }
     float maximum = -INFINITY;
@@ -312,6 +331,7 @@ __device__ __noinline__ void merge_chunks(const attn_cuda_call &call, const floa
 #pragma unroll
         for (uint32_t i = 0; i < AHEAD; i++) {
             const float *out = outs + (size_t)(first + i) * ROWS * COLUMNS;
+            clear_row(loaded[i]); /* likewise */
             if (first + i < count) loaded[i] = load_row_of_others<COLUMNS>(out, lane);
         }
         if (first % 32 == 0) {

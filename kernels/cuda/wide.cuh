@@ -1,12 +1,17 @@
 /*
- * The wide kernel: up to 64 rows a block (query rows x heads of the group), which are the rows of a warpgroup's
- * products,
- *     S [64 rows x 64 tokens] = Q K^T        O [64 rows x head_dim_v] += P V
+ * The wide kernel: up to 64 or 128 rows a block (query rows x heads of the group), 64 of which are the rows of a
+ * warpgroup's products,
+ *     S [64 rows x tile's tokens] = Q K^T        O [64 rows x head_dim_v] += P V
  * Q, K and V in shared memory, S, P and O in registers.
  *
- * Two groups (a warpgroup each) take the block's tiles in turn, so that one's products and the other's powers overlap,
- * and keep a maximum, sum and output (m, l, O) each. At the end of a run one gives its state to the other, which ends
- * the run, by itself; they take turns at that, too. What the block's last run leaves to be merged all merge.
+ * Blocks of 64 rows: two groups (a warpgroup each) take the block's tiles of 64 tokens in turn, so that one's products
+ * and the other's powers overlap, and keep a maximum, sum and output (m, l, O) each. At the end of a run one gives its
+ * state to the other, which ends the run, by itself; they take turns at that, too. What the block's last run leaves to
+ * be merged all merge.
+ *
+ * Blocks of 128 rows, the tall ones: each group has 64 of the rows, and consumes every tile, of 128 tokens. For where
+ * rows are many and what they read comes from the L2 cache: a tile is loaded half as often, and is the longer stretch
+ * of work. Whatever a run leaves to be merged both groups merge.
  *
  * Where runs change the groups have no time to wait for a memory that is busy with tiles. So a warp of its own, the
  * scout, is ahead of them: it finds out what they have to know of a run, and loads its queries.
@@ -28,14 +33,21 @@ using narrow::softness;
 using narrow::WARPS;
 using rows::LOG2_E;
 
-constexpr uint32_t ROWS = 64, TOKENS = 64;
+constexpr uint32_t GROUP_ROWS = 64, TALL_ROWS = 128;
 constexpr uint32_t STEP = 16; /* what a product sums over */
 
 /* A kernel's shape. */
-template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t GROUPS_, bool SIMPLE> struct shape {
+template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t GROUPS_, bool SIMPLE, bool TALL_ = false>
+struct shape {
     using KV = KV_;
     using IO = typename KV::IO;
+    static constexpr bool TALL = TALL_;
     static constexpr uint32_t DIM = DIM_, DIM_V = DIM_V_, GROUPS = GROUPS_;
+    static constexpr uint32_t ROWS = TALL ? TALL_ROWS : GROUP_ROWS, TOKENS = TALL ? 128 : 64;
+    static constexpr bool BENDS = !SIMPLE && !TALL;      /* can softcap */
+    static constexpr uint32_t TURNS = TALL ? 1 : GROUPS; /* of how many tiles a group consumes one */
+    static constexpr uint32_t TERMS = TALL ? KV::TALL_TERMS : KV::TERMS;
+    static_assert(!TALL || GROUPS * GROUP_ROWS == TALL_ROWS, "");
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true>;
     using rules = line::rules<TOKENS, SIMPLE, false>;
     static constexpr uint32_t WIDTH = stage::VALUE_CHUNK / KV::BYTES; /* columns of a product with V */
@@ -50,8 +62,8 @@ constexpr uint32_t MAX_STAGES = 12;
  */
 constexpr uint32_t ON_THE_WAY = 96 * 1024;
 
-/* With 64 rows a merge is as long as that many tiles, so shares may be larger by so many to cut no unit (line.cuh). */
-constexpr uint32_t ALIGN_TILES = 12;
+/* A merge is as long as that many tokens' tiles, so shares may be larger by so many to cut no unit (line.cuh). */
+constexpr uint32_t ALIGN_TOKENS = 768;
 
 constexpr uint32_t NO_TILE = UINT32_MAX;
 
@@ -75,10 +87,10 @@ struct found_run {
  * a warp after __syncwarp: of what is passed on so compute-sanitizer's racecheck would know nothing.
  */
 template <typename S> struct block_memory {
-    alignas(1024) char queries[S::GROUPS][ROWS * S::stage::KEY_BYTES]; /* of a run, in columns (layout.cuh) */
-    uint2 visible[S::GROUPS][ROWS]; /* tokens that a row of a run sees, from .x to before .y */
+    alignas(1024) char queries[S::GROUPS][S::ROWS * S::stage::KEY_BYTES]; /* of a run, in columns (layout.cuh) */
+    uint2 visible[S::GROUPS][S::ROWS]; /* tokens that a row of a run sees, from .x to before .y */
     found_run runs[S::GROUPS];
-    float2 given[ROWS];         /* maxima and sums that one group gives to the other */
+    float2 given[GROUP_ROWS];   /* maxima and sums that one group gives to the other */
     uint32_t merged[S::GROUPS]; /* of a unit that was cut: what is to be merged (joint.cuh) */
     uint64_t full[MAX_STAGES];
     uint64_t empty[MAX_STAGES];
@@ -93,13 +105,18 @@ struct group_place {
 
     __device__ uint32_t thread() const { return warp * 32 + lane; }
 
-    /* The first or second row that a thread holds. */
-    __device__ uint32_t row(uint32_t half) const { return warp * 16 + lane / 4 + half * 8; }
+    /* The first or second row that a thread holds, of its group's.. */
+    __device__ uint32_t group_row(uint32_t half) const { return warp * 16 + lane / 4 + half * 8; }
 };
+
+/* ..and of the block's. */
+template <typename S> __device__ inline uint32_t row_of(const group_place &own, uint32_t half) {
+    return (S::TALL ? own.group * GROUP_ROWS : 0) + own.group_row(half);
+}
 
 /* Does the group end this run? */
 template <typename S> __device__ inline bool is_ender(uint32_t run, uint32_t group) {
-    return S::GROUPS == 1 || run % S::GROUPS == group;
+    return S::TURNS == 1 || run % S::GROUPS == group;
 }
 
 /* What a launch passes to a block, and where it works. */
@@ -161,10 +178,10 @@ __device__ inline void copy_queries(const attn_cuda_call &call, const line::cut 
     size_t first = query_row * call.layer.heads_q + unit.head * cut.group;
     const char *from = (const char *)call.queries + first * KEY_BYTES;
 #pragma unroll 4
-    for (uint32_t i = lane; i < ROWS * PIECES; i += 32) {
+    for (uint32_t i = lane; i < S::ROWS * PIECES; i += 32) {
         uint32_t row = i / PIECES, piece = i % PIECES, skipped = 0;
         if (!S::rules::SIMPLE) skipped = line::query_of(cut, row) * between_queries;
-        uint32_t to = queries + layout::piece_offset(KEY_BYTES, ROWS, row, piece);
+        uint32_t to = queries + layout::piece_offset(KEY_BYTES, S::ROWS, row, piece);
         if (row < count) {
             ptx::copy_16_bytes(to, from + (size_t)(row + skipped) * KEY_BYTES + piece * layout::PIECE_BYTES);
         } else {
@@ -179,7 +196,7 @@ template <typename S>
 __device__ inline void write_visible(const attn_cuda_call &call, const line::cut &cut, const line::unit &unit,
                                      uint2 *visible, uint32_t lane) {
     uint32_t count = count_rows<S>(cut, unit);
-    for (uint32_t row = lane; row < ROWS; row += 32) {
+    for (uint32_t row = lane; row < S::ROWS; row += 32) {
         uint32_t query = unit.block * cut.block_queries + line::query_of(cut, row);
         visible[row] = row < count ? results::row_visible(unit.of, call.window, query) : make_uint2(0, unit.sees.end);
     }
@@ -200,7 +217,7 @@ __device__ inline found_run describe_run(scout &own, const attn_cuda_call &call,
     found.tiles_before = own.tiles_done;
     found.given = NO_TILE;
     found.given_parity = own.gave >> number % S::GROUPS & 1;
-    if (S::GROUPS > 1) {
+    if (S::TURNS > 1) {
         uint32_t last = own.tiles_done + tiles - 1;
         if (is_ender<S>(number, last % S::GROUPS)) last = tiles > 1 ? last - 1 : NO_TILE;
         found.given = last;
@@ -268,33 +285,37 @@ template <typename S> __device__ inline void hold_out(warp_state<S> &state) {
         ptx::hold(state.out[d]);
 }
 
-/* Starts scores = Q K^T. */
-template <typename S>
-__device__ inline void multiply_keys(float (&scores)[TOKENS / 2], uint32_t queries, uint32_t stage) {
+/* The group's scores of a tile: of token 8 * i + lane % 4 * 2 + e, row group_row(half), is [4 * i + 2 * half + e]. */
+template <typename S> using tile_scores = float[S::TOKENS / 2];
+
+/* Starts scores = Q K^T. `queries`: the group's first row. */
+template <typename S> __device__ inline void multiply_keys(tile_scores<S> &scores, uint32_t queries, uint32_t stage) {
     using T = typename S::stage;
     constexpr uint32_t STEP_BYTES = STEP * S::KV::BYTES;
     ptx::matrix<T::KEY_CHUNK> a(queries, 16), b(stage, 16);
 #pragma unroll
     for (uint32_t byte = 0; byte < T::KEY_BYTES; byte += STEP_BYTES) {
-        uint32_t skip = byte / T::KEY_CHUNK * TOKENS * T::KEY_CHUNK + byte % T::KEY_CHUNK;
-        S::KV::multiply_rows(scores, a.at(skip), b.at(skip), byte != 0);
+        uint32_t column = byte / T::KEY_CHUNK * T::KEY_CHUNK, within = byte % T::KEY_CHUNK;
+        S::KV::multiply_rows(scores, a.at(column * S::ROWS + within), b.at(column * S::TOKENS + within), byte != 0);
     }
 }
 
+/* Of STEP tokens each, as a product takes them. */
+template <typename S> using tile_weights = uint32_t[S::TERMS][S::TOKENS / STEP][4];
+
 /* Starts out += P V. */
 template <typename S>
-__device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&weights)[S::KV::TERMS][TOKENS / STEP][4],
-                                       uint32_t stage) {
+__device__ inline void multiply_values(warp_state<S> &state, const tile_weights<S> &weights, uint32_t stage) {
     using T = typename S::stage;
-    constexpr uint32_t COLUMN_BYTES = TOKENS * T::VALUE_CHUNK;
-    ptx::matrix<T::VALUE_CHUNK> b(stage + TOKENS * T::KEY_BYTES, COLUMN_BYTES);
+    constexpr uint32_t COLUMN_BYTES = S::TOKENS * T::VALUE_CHUNK;
+    ptx::matrix<T::VALUE_CHUNK> b(stage + S::TOKENS * T::KEY_BYTES, COLUMN_BYTES);
 #pragma unroll
-    for (uint32_t k = 0; k < TOKENS / STEP; k++) {
+    for (uint32_t k = 0; k < S::TOKENS / STEP; k++) {
 #pragma unroll
         for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
             uint32_t skip = d * COLUMN_BYTES + k * STEP * T::VALUE_CHUNK;
 #pragma unroll
-            for (uint32_t t = 0; t < S::KV::TERMS; t++)
+            for (uint32_t t = 0; t < S::TERMS; t++)
                 S::KV::multiply_columns(state.out[d], weights[t][k], b.at(skip));
         }
     }
@@ -315,11 +336,11 @@ struct tile_run {
 template <typename S> __device__ inline tile_run tiles_of_group(const found_run &found, uint32_t group) {
     const line::unit &unit = found.unit;
     uint32_t tiles = found.run.end - found.run.begin;
-    uint32_t skipped = (group + found.tiles_before) % S::GROUPS; /* tiles of the run before the group's first */
+    uint32_t skipped = (group + found.tiles_before) % S::TURNS; /* tiles of the run before the group's first */
     tile_run run;
-    run.tiles = (tiles + S::GROUPS - 1 - skipped) / S::GROUPS;
+    run.tiles = (tiles + S::TURNS - 1 - skipped) / S::TURNS;
     run.first_number = found.tiles_before + skipped;
-    run.first = unit.sees.first_token + (found.run.begin - unit.begin + skipped) * TOKENS;
+    run.first = unit.sees.first_token + (found.run.begin - unit.begin + skipped) * S::TOKENS;
     run.sees = make_uint2(unit.sees.begin, unit.sees.end);
     run.all = found.all;
     run.soft = found.soft;
@@ -334,50 +355,60 @@ __device__ inline float bend_score(float score, const softness &soft) {
 
 /* Hides the scores of tokens that a row does not see. */
 template <typename S>
-__device__ inline void mask_scores(const group_place &own, float (&scores)[TOKENS / 2], const tile_run &run,
+__device__ inline void mask_scores(const group_place &own, tile_scores<S> &scores, const tile_run &run,
                                    const uint2 *visible) {
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
         uint2 sees = make_uint2(0, run.sees.y);
-        if (!S::rules::SIMPLE) sees = visible[own.row(half)];
+        if (!S::rules::SIMPLE) sees = visible[row_of<S>(own, half)];
 #pragma unroll
-        for (uint32_t i = 0; i < TOKENS / 4; i++) {
+        for (uint32_t i = 0; i < S::TOKENS / 4; i++) {
             uint32_t token = run.first + i / 2 * 8 + own.lane % 4 * 2 + i % 2;
             if (token < sees.x || token >= sees.y) scores[i / 2 * 4 + half * 2 + i % 2] = -INFINITY;
         }
     }
 }
 
-__device__ inline bool is_partly_unseen(const tile_run &run) {
-    return run.first < run.sees.x || run.first + TOKENS > run.sees.y;
+template <typename S> __device__ inline bool is_partly_unseen(const tile_run &run) {
+    return run.first < run.sees.x || run.first + S::TOKENS > run.sees.y;
 }
 
-/* Zeros values that no row sees, since a weight of 0 does not hide what they may be. By the group. */
+/* Zeros values that no row sees, since a weight of 0 does not hide what they may be. By all who consume the tile. */
 template <typename S> __device__ inline void clear_unseen(const group_place &own, const tile_run &run, uint32_t stage) {
     using T = typename S::stage;
-    constexpr uint32_t PIECES = T::VALUE_BYTES / 16;
+    constexpr uint32_t PIECES = T::VALUE_BYTES / 16, THREADS = S::GROUPS / S::TURNS * GROUP_THREADS;
+    uint32_t first = (S::TALL ? own.group * GROUP_THREADS : 0) + own.thread();
 #pragma unroll 1
-    for (uint32_t i = own.thread(); i < TOKENS * PIECES; i += GROUP_THREADS) {
+    for (uint32_t i = first; i < S::TOKENS * PIECES; i += THREADS) {
         uint32_t row = i / PIECES, token = run.first + row;
         if (token >= run.sees.x && token < run.sees.y) continue;
-        uint32_t at = layout::piece_offset(T::VALUE_BYTES, TOKENS, row, i % PIECES);
-        ptx::store_zeros(stage + TOKENS * T::KEY_BYTES + at);
+        uint32_t at = layout::piece_offset(T::VALUE_BYTES, S::TOKENS, row, i % PIECES);
+        ptx::store_zeros(stage + S::TOKENS * T::KEY_BYTES + at);
     }
     ptx::shared_proxy_fence();
-    ptx::named_barrier<GROUP_THREADS>(own.group);
+    ptx::named_barrier<THREADS>(S::TALL ? S::GROUPS : own.group);
 }
 
-/* Weights are relative to a maximum that moves only when they would exceed 2^SLACK: then the sums have to, too. */
-constexpr float SLACK = 8.0f;
+/*
+ * Weights are relative to a maximum that moves only when they would exceed 2^SLACK: then the sums have to, too. Where
+ * weights are rounded, it moves at once: so the largest are 1, or near to it, and a row that is nearly all one token's
+ * has no error by it.
+ */
+template <typename S> constexpr float SLACK = S::TERMS == 1 ? 0.0f : 8.0f;
 
-/* The largest, or the sum, of a row's scores of the lane: as a tree, since what waits for each other is slow. */
-template <typename Add> __device__ inline float reduce_row(const float (&scores)[TOKENS / 2], uint32_t half, Add add) {
-    float part[TOKENS / 8];
+/* The largest, or the sum, of a row's scores of the lane: as a tree, since what waits for each other is slow; but not
+ * a wide one, which would take registers. */
+template <uint32_t COUNT, typename Add>
+__device__ inline float reduce_row(const float (&scores)[COUNT], uint32_t half, Add add) {
+    constexpr uint32_t WIDTH = 8;
+    float part[WIDTH];
 #pragma unroll
-    for (uint32_t i = 0; i < TOKENS / 8; i++)
-        part[i] = add(scores[4 * i + 2 * half], scores[4 * i + 2 * half + 1]);
+    for (uint32_t i = 0; i < COUNT / 4; i++) {
+        float pair = add(scores[4 * i + 2 * half], scores[4 * i + 2 * half + 1]);
+        part[i % WIDTH] = i < WIDTH ? pair : add(part[i % WIDTH], pair);
+    }
 #pragma unroll
-    for (uint32_t width = TOKENS / 16; width > 0; width /= 2) {
+    for (uint32_t width = WIDTH / 2; width > 0; width /= 2) {
 #pragma unroll
         for (uint32_t i = 0; i < width; i++)
             part[i] = add(part[i], part[i + width]);
@@ -387,13 +418,13 @@ template <typename Add> __device__ inline float reduce_row(const float (&scores)
 
 /* Moves the maxima for a tile's scores; `factors`: what was summed before is to be multiplied by them. */
 template <typename S>
-__device__ inline void move_maxima(const float (&scores)[TOKENS / 2], warp_state<S> &state, float (&factors)[2],
+__device__ inline void move_maxima(const tile_scores<S> &scores, warp_state<S> &state, float (&factors)[2],
                                    float scale_log2) {
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
         float largest = reduce_row(scores, half, [](float x, float y) { return fmaxf(x, y); });
         largest = ptx::quad_max(largest) * scale_log2;
-        float maximum = largest > state.maximum[half] + SLACK ? largest : state.maximum[half];
+        float maximum = largest > state.maximum[half] + SLACK<S> ? largest : state.maximum[half];
         factors[half] = maximum == -INFINITY ? 1.0f : ptx::exp2_fast(state.maximum[half] - maximum);
         state.maximum[half] = maximum;
     }
@@ -418,21 +449,21 @@ template <typename S> __device__ inline void rescale(warp_state<S> &state, const
 
 /* Scores become weights, which are summed and packed. */
 template <typename S>
-__device__ inline void soften(float (&scores)[TOKENS / 2], warp_state<S> &state,
-                              uint32_t (&weights)[S::KV::TERMS][TOKENS / STEP][4], float scale_log2) {
-    constexpr uint32_t LAST = S::KV::TERMS - 1;
+__device__ inline void soften(tile_scores<S> &scores, warp_state<S> &state, tile_weights<S> &weights,
+                              float scale_log2) {
+    constexpr uint32_t LAST = S::TERMS - 1;
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
         float base = state.maximum[half] == -INFINITY ? 0.0f : state.maximum[half];
 #pragma unroll
-        for (uint32_t i = half * 2; i < TOKENS / 2; i += 4) {
+        for (uint32_t i = half * 2; i < S::TOKENS / 2; i += 4) {
             scores[i] = ptx::exp2_fast(fmaf(scores[i], scale_log2, -base));
             scores[i + 1] = ptx::exp2_fast(fmaf(scores[i + 1], scale_log2, -base));
         }
         state.sum[half] += reduce_row(scores, half, [](float x, float y) { return x + y; });
     }
 #pragma unroll
-    for (uint32_t i = 0; i < TOKENS / 4; i++) {
+    for (uint32_t i = 0; i < S::TOKENS / 4; i++) {
         uint32_t packed = S::KV::pack(scores[2 * i], scores[2 * i + 1]);
         weights[0][i / 4][i % 4] = packed;
         if (LAST == 1) weights[LAST][i / 4][i % 4] = S::KV::pack_rest(scores[2 * i], scores[2 * i + 1], packed);
@@ -441,14 +472,14 @@ __device__ inline void soften(float (&scores)[TOKENS / 2], warp_state<S> &state,
 
 /* Bends and hides scores of the tile that begins at run.first, and moves the maxima for them. */
 template <typename S>
-__device__ inline void weigh(const group_place &own, float (&scores)[TOKENS / 2], warp_state<S> &state,
-                             float (&factors)[2], const tile_run &run, const uint2 *visible) {
-    if (!S::rules::SIMPLE && run.soft.softcap > 0) {
+__device__ inline void weigh(const group_place &own, tile_scores<S> &scores, warp_state<S> &state, float (&factors)[2],
+                             const tile_run &run, const uint2 *visible) {
+    if (S::BENDS && run.soft.softcap > 0) {
 #pragma unroll
-        for (uint32_t i = 0; i < TOKENS / 2; i++)
+        for (uint32_t i = 0; i < S::TOKENS / 2; i++)
             scores[i] = bend_score(scores[i], run.soft);
     }
-    if (run.first < run.all.x || run.first + TOKENS > run.all.y) mask_scores<S>(own, scores, run, visible);
+    if (run.first < run.all.x || run.first + S::TOKENS > run.all.y) mask_scores<S>(own, scores, run, visible);
     move_maxima<S>(scores, state, factors, run.soft.scale_log2);
 }
 
@@ -465,13 +496,15 @@ __device__ inline void consume_tiles(warp_state<S> &state, const block_memory<S>
                                      const produce::ring &ring, const group_place &own, tile_run run, bool keeps_last) {
     clear_state(state);
     uint32_t queries = ptx::shared_address(memory.queries[slot]);
+    if (S::TALL) queries += own.group * GROUP_ROWS * S::stage::KEY_CHUNK;
     uint32_t stage = run.first_number % ring.stages, parity = run.first_number / ring.stages % 2;
 #pragma unroll 1
     for (; run.tiles > 0; run.tiles--) {
         uint32_t at = ring.memory + stage * S::stage::BYTES;
         ptx::barrier_wait(ring.full + stage * 8, parity);
         __syncwarp();
-        float scores[TOKENS / 2], factors[2];
+        tile_scores<S> scores;
+        float factors[2];
         ptx::warpgroup_fence();
         multiply_keys<S>(scores, queries, at);
         ptx::warpgroup_commit();
@@ -479,17 +512,17 @@ __device__ inline void consume_tiles(warp_state<S> &state, const block_memory<S>
         ptx::hold(scores);
         weigh<S>(own, scores, state, factors, run, memory.visible[slot]);
         if (have_moved(factors)) rescale(state, factors);
-        uint32_t weights[S::KV::TERMS][TOKENS / STEP][4];
+        tile_weights<S> weights;
         soften<S>(scores, state, weights, run.soft.scale_log2);
-        if (is_partly_unseen(run)) clear_unseen<S>(own, run, at);
+        if (is_partly_unseen<S>(run)) clear_unseen<S>(own, run, at);
         ptx::warpgroup_fence();
         multiply_values<S>(state, weights, at);
         ptx::warpgroup_commit();
         ptx::warpgroup_wait<0>();
         hold_out(state);
         if (own.lane == 0 && !(keeps_last && run.tiles == 1)) ptx::barrier_arrive(ring.empty + stage * 8);
-        run.first += S::GROUPS * TOKENS;
-        stage += S::GROUPS;
+        run.first += S::TURNS * S::TOKENS;
+        stage += S::TURNS;
         if (stage >= ring.stages) {
             stage -= ring.stages;
             parity ^= 1;
@@ -504,7 +537,7 @@ __device__ inline void consume_tiles(warp_state<S> &state, const block_memory<S>
 template <typename S>
 __device__ inline void give_state(const group_place &own, block_memory<S> &memory, uint32_t slot, char *stage,
                                   const warp_state<S> &state) {
-    static_assert(S::stage::BYTES >= ROWS * S::DIM_V * sizeof(float), "");
+    static_assert(S::stage::BYTES >= GROUP_ROWS * S::DIM_V * sizeof(float), "");
     ptx::named_barrier<GROUP_THREADS>(own.group); /* all have consumed it */
     float4 *out = (float4 *)stage + own.thread();
 #pragma unroll
@@ -518,7 +551,7 @@ __device__ inline void give_state(const group_place &own, block_memory<S> &memor
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
         float sum = ptx::quad_sum(state.sum[half]);
-        if (own.lane % 4 == 0) memory.given[own.row(half)] = make_float2(state.maximum[half], sum);
+        if (own.lane % 4 == 0) memory.given[own.group_row(half)] = make_float2(state.maximum[half], sum);
     }
     ptx::shared_proxy_fence(); /* it will be filled again */
     ptx::barrier_arrive(ptx::shared_address(&memory.given_away[slot]));
@@ -533,7 +566,7 @@ __device__ inline void take_state(const group_place &own, const block_memory<S> 
     float keep[2], factors[2];
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        float2 given = memory.given[own.row(half)];
+        float2 given = memory.given[own.group_row(half)];
         float most = fmaxf(state.maximum[half], given.x), sum = own.lane % 4 == 0 ? given.y : 0.0f;
         keep[half] = rows::decay(state.maximum[half], most);
         factors[half] = rows::decay(given.x, most);
@@ -615,30 +648,53 @@ __device__ inline void store_partial(const block_place<S> &block, const group_pl
                                      const warp_state<S> &state) {
     rows::workspace work = rows::view_workspace(block.with.workspace);
     uint32_t slot = rows::slot_of<typename S::rules>(block.call, found.unit, found.run, found.by), count = found.rows;
-    if (slot >= work.slots) count = 0; /* never, if the host has counted as the device does */
+    if ((slot + 1) * S::ROWS > work.slots * GROUP_ROWS)
+        count = 0; /* never, if the host has counted as the device does */
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        uint32_t row = own.row(half);
+        uint32_t row = row_of<S>(own, half);
         float sum = ptx::quad_sum(state.sum[half]);
         if (row >= count) continue;
-        size_t at = (size_t)slot * ROWS + row;
+        size_t at = (size_t)slot * S::ROWS + row;
         if (own.lane % 4 == 0) work.states[at] = make_float2(state.maximum[half], sum);
         store_floats(state, half, 1.0f, work.outs + at * S::DIM_V, own.lane);
     }
 }
 
+/* Adds what a row has of its sequence's prefix, as rows::add_shared does; `sum` and `maximum`: the row's. */
+template <typename S>
+__device__ inline void add_shared(const attn_cuda_call &call, size_t row, warp_state<S> &state, uint32_t half,
+                                  float &maximum, float &sum, uint32_t lane) {
+    float shared = __ldcg(&call.shared_lse[row]) * LOG2_E, most = fmaxf(maximum, shared);
+    float keep = rows::decay(maximum, most), factor = rows::decay(shared, most);
+    const float *out = call.shared_out + row * S::DIM_V + lane % 4 * 2;
+#pragma unroll
+    for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
+#pragma unroll
+        for (uint32_t i = half * 2; i < S::WIDTH / 2; i += 4) {
+            float2 added = __ldcg((const float2 *)(out + d * S::WIDTH + i / 4 * 8));
+            state.out[d][i] = fmaf(added.x, factor, state.out[d][i] * keep);
+            state.out[d][i + 1] = fmaf(added.y, factor, state.out[d][i + 1] * keep);
+        }
+    }
+    sum = fmaf(sum, keep, factor);
+    maximum = most;
+}
+
 /* Writes a warp's rows, which are finished, as rows::write_row does. */
 template <typename S>
 __device__ inline void write_unit(const block_place<S> &block, const group_place &own, const found_run &found,
-                                  const warp_state<S> &state) {
-    float value_scale = rows::value_scale(block.call, found.unit.head);
+                                  warp_state<S> &state) {
+    static_assert(S::KV::BYTES == 2, "no scales");
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        uint32_t row = own.row(half);
+        uint32_t row = row_of<S>(own, half);
         bool is_row = row < found.rows;
-        float sum = ptx::quad_sum(state.sum[half]), maximum = state.maximum[half], factor = value_scale;
+        float sum = ptx::quad_sum(state.sum[half]), maximum = state.maximum[half], factor = 1.0f;
         results::destination to = rows::destination_of<typename S::rules>(
             block.call, {found.unit, block.with.cut, min(row, found.rows - 1)}, 0);
+        if (rows::is_sharing<typename S::rules>(found.unit))
+            add_shared<S>(block.call, to.row, state, half, maximum, sum, own.lane);
         if (to.sink != nullptr) {
             float sink = *to.sink * LOG2_E, most = fmaxf(maximum, sink), keep = rows::decay(maximum, most);
             sum = fmaf(sum, keep, rows::decay(sink, most));
@@ -662,7 +718,7 @@ __device__ inline void write_unit(const block_place<S> &block, const group_place
  * Where the partials of a unit's rows are: those of the first row. Partial i is in slot 2 * (first worker + i), but the
  * first is in its worker's tail slot.
  */
-struct unit_partials {
+template <uint32_t ROWS> struct unit_partials {
     const float *outs;
     const float2 *states;
     uint32_t count;
@@ -689,17 +745,20 @@ template <typename S> struct merged_rows {
 };
 
 template <typename S>
-__device__ inline void load_partial(merged_rows<S> &own, const unit_partials &of, uint32_t ahead, uint32_t i,
+__device__ inline void load_partial(merged_rows<S> &own, const unit_partials<S::ROWS> &of, uint32_t ahead, uint32_t i,
                                     uint32_t lane) {
-    if (i >= of.count) return;
     const float *outs = of.outs + (size_t)of.place(i) * S::DIM_V;
 #pragma unroll
-    for (uint32_t r = 0; r < own.COUNT; r++)
-        own.coming[ahead][r] = rows::load_row_of_others<S::DIM_V>(outs + own.indices[r] * S::DIM_V, lane);
+    for (uint32_t r = 0; r < own.COUNT; r++) {
+        rows::clear_row(own.coming[ahead][r]); /* as in rows::merge_partials */
+        if (i < of.count)
+            own.coming[ahead][r] = rows::load_row_of_others<S::DIM_V>(outs + own.indices[r] * S::DIM_V, lane);
+    }
 }
 
 /* Loads the lane's states; of a partial that is not there, nothing has been seen. */
-template <typename S> __device__ inline void load_states(merged_rows<S> &own, const unit_partials &of, uint32_t i) {
+template <typename S>
+__device__ inline void load_states(merged_rows<S> &own, const unit_partials<S::ROWS> &of, uint32_t i) {
 #pragma unroll
     for (uint32_t r = 0; r < own.COUNT; r++) {
         own.states[r] = make_float2(-INFINITY, 0.0f);
@@ -714,7 +773,8 @@ template <typename S> __device__ inline void find_factors(merged_rows<S> &own) {
 }
 
 /* Finds maxima and sums of the rows, and leaves the states and factors of their first partials. */
-template <typename S> __device__ inline void total_rows(merged_rows<S> &own, const unit_partials &of, uint32_t lane) {
+template <typename S>
+__device__ inline void total_rows(merged_rows<S> &own, const unit_partials<S::ROWS> &of, uint32_t lane) {
     uint32_t last = (of.count - 1) / 32 * 32;
 #pragma unroll 1
     for (uint32_t base = last + 32; base > 0; base -= 32) {
@@ -746,7 +806,8 @@ template <typename S> __device__ inline void total_rows(merged_rows<S> &own, con
 }
 
 /* Adds the partials of the rows, in their order. */
-template <typename S> __device__ inline void add_partials(merged_rows<S> &own, const unit_partials &of, uint32_t lane) {
+template <typename S>
+__device__ inline void add_partials(merged_rows<S> &own, const unit_partials<S::ROWS> &of, uint32_t lane) {
 #pragma unroll 1
     for (uint32_t i = 0; i < of.count; i += PARTIALS_AHEAD) {
         if (i > 0 && i % 32 == 0) {
@@ -776,8 +837,8 @@ __device__ __noinline__ void merge_rows(const block_place<S> &block, const found
     rows::workspace work = rows::view_workspace(block.with.workspace);
     uint32_t begin = found.unit.begin, tiles_a_worker = found.by.tiles_a_worker, count = found.rows;
     uint32_t first = begin / tiles_a_worker, end = (begin + found.unit.sees.tiles - 1) / tiles_a_worker + 1;
-    size_t first_row = (size_t)2 * first * ROWS;
-    unit_partials of = {work.outs + first_row * S::DIM_V, work.states + first_row, end - first};
+    size_t first_row = (size_t)2 * first * S::ROWS;
+    unit_partials<S::ROWS> of = {work.outs + first_row * S::DIM_V, work.states + first_row, end - first};
 #pragma unroll 1
     for (; index < count; index += MERGED_ROWS<S> * step) {
         merged_rows<S> own;
@@ -810,7 +871,7 @@ __device__ __noinline__ void merge_few_rows(const block_place<S> &block, const f
         rows::place at = {found.unit, block.with.cut, index};
         uint32_t first = found.unit.begin / found.by.tiles_a_worker;
         uint32_t last = (found.unit.begin + found.unit.sees.tiles - 1) / found.by.tiles_a_worker;
-        rows::merge_partials<L, typename S::IO, S::DIM_V, ROWS>(block.call, work, at, first, last - first + 1, lane);
+        rows::merge_partials<L, typename S::IO, S::DIM_V, S::ROWS>(block.call, work, at, first, last - first + 1, lane);
     }
 }
 
@@ -856,7 +917,7 @@ __device__ inline void do_run(const block_place<S> &block, const group_place &ow
     bool ends = is_ender<S>(number, own.group);
     warp_state<S> state;
     consume_tiles<S>(state, block.memory, slot, ring, own, tiles_of_group<S>(found, own.group), !ends);
-    bool is_given = S::GROUPS > 1 && found.given != NO_TILE;
+    bool is_given = S::TURNS > 1 && found.given != NO_TILE;
     uint32_t stage = is_given ? found.given % ring.stages : 0;
     char *given = ring_memory + stage * S::stage::BYTES;
     if (!ends) {
@@ -869,7 +930,10 @@ __device__ inline void do_run(const block_place<S> &block, const group_place &ow
         write_unit(block, own, found, state);
     } else {
         store_partial(block, own, found, state);
-        if (!found.is_last) merge_unit<S, WARPS>(block, found, own.group, own.warp, own.lane);
+        if (S::TALL)
+            merge_unit<S, S::GROUPS * WARPS>(block, found, S::GROUPS, own.group * WARPS + own.warp, own.lane);
+        else if (!found.is_last)
+            merge_unit<S, WARPS>(block, found, own.group, own.warp, own.lane);
     }
 }
 
@@ -890,7 +954,7 @@ __device__ inline void consume(const block_place<S> &block, const group_place &o
     }
     const found_run &found = memory.runs[slot];
     /* The last run's unit all warps merge. */
-    if (found.is_cut) {
+    if (found.is_cut && !S::TALL) {
         merge_unit<S, S::GROUPS * WARPS>(block, found, S::GROUPS, own.group * WARPS + own.warp, own.lane);
     }
 }
@@ -919,7 +983,7 @@ __global__ void __launch_bounds__(block_threads<S>(), 1)
         launching::prefetch_page_table(call);
         for (uint32_t stage = 0; stage < with.stages; stage++) {
             ptx::barrier_init(ring.full + stage * 8, produce::full_arrivals());
-            ptx::barrier_init(ring.empty + stage * 8, WARPS);
+            ptx::barrier_init(ring.empty + stage * 8, S::GROUPS / S::TURNS * WARPS);
         }
         for (uint32_t slot = 0; slot < S::GROUPS; slot++) {
             ptx::barrier_init(ptx::shared_address(&memory.found[slot]), 32);
@@ -962,43 +1026,51 @@ template <typename S>
 cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_workspace &workspace,
                    cudaStream_t stream) {
     uint32_t group = call.layer.heads_q / call.layer.heads_kv;
-    if (workspace.rows < ROWS || group > ROWS || tuning.blocks_per_sm == 2) return cudaErrorInvalidValue;
+    if (workspace.rows < GROUP_ROWS || group > GROUP_ROWS || tuning.blocks_per_sm == 2) return cudaErrorInvalidValue;
+    if (workspace.slots * GROUP_ROWS < 2 * tuning.workers * S::ROWS) return cudaErrorInvalidValue;
     if (tuning.shared_bytes < sizeof(block_memory<S>) + S::GROUPS * S::stage::BYTES) return cudaErrorInvalidValue;
     uint32_t stages = (tuning.shared_bytes - (uint32_t)sizeof(block_memory<S>)) / S::stage::BYTES;
     uint32_t most = S::GROUPS + (ON_THE_WAY + S::stage::BYTES - 1) / S::stage::BYTES;
     if (tuning.stages != 0) most = tuning.stages;
     stages = min(min(stages, most), MAX_STAGES) / S::GROUPS * S::GROUPS;
     attn_cuda_workspace slots = workspace;
-    slots.rows = ROWS;
-    arguments with = {line::make_cut(call.layer, tuning, ROWS, tuning.workers, 1), slots, stages, tuning.patience_ns,
+    slots.rows = GROUP_ROWS;
+    arguments with = {line::make_cut(call.layer, tuning, S::ROWS, tuning.workers, 1), slots, stages, tuning.patience_ns,
                       tuning.times};
-    with.cut.align_tiles = max(tuning.align_tiles, ALIGN_TILES);
+    with.cut.align_tiles = max(tuning.align_tiles, ALIGN_TOKENS / S::TOKENS);
     launching::grid size = {tuning.workers, block_threads<S>(), 1, stages * S::stage::BYTES + sizeof(block_memory<S>)};
     return launching::launch_kernel(wide_kernel<S>, size, tuning, call, with, stream);
 }
 
-/* Two groups have 168 registers a thread, one has 255, and takes less shared memory: wide heads have one. */
+/*
+ * Two groups have 168 registers a thread, one has 255, and takes less shared memory: wide heads have one, and no tall
+ * blocks. With one query row a sequence there are no more than 64 rows.
+ */
 template <typename KV, uint32_t DIM, uint32_t DIM_V>
 cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
-                         const attn_cuda_workspace &workspace, cudaStream_t stream) {
+                         const attn_cuda_workspace &workspace, uint32_t rows, cudaStream_t stream) {
     constexpr uint32_t GROUPS = DIM > 128 ? 1 : 2;
+    if constexpr (GROUPS == 2) {
+        if (rows > GROUP_ROWS && call.softcap == 0)
+            return launch<shape<KV, DIM, DIM_V, GROUPS, false, true>>(call, tuning, workspace, stream);
+    }
     return line::is_simple(call) ? launch<shape<KV, DIM, DIM_V, GROUPS, true>>(call, tuning, workspace, stream)
                                  : launch<shape<KV, DIM, DIM_V, GROUPS, false>>(call, tuning, workspace, stream);
 }
 
 template <typename KV>
 cudaError_t launch_dims(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
-                        const attn_cuda_workspace &workspace, cudaStream_t stream) {
+                        const attn_cuda_workspace &workspace, uint32_t rows, cudaStream_t stream) {
     uint32_t dim = call.layer.head_dim, dim_v = call.layer.head_dim_v;
     if (call.batch_invariant) return cudaErrorInvalidValue;
-    if (dim == 192 && dim_v == 128) return launch_shape<KV, 192, 128>(call, tuning, workspace, stream);
+    if (dim == 192 && dim_v == 128) return launch_shape<KV, 192, 128>(call, tuning, workspace, rows, stream);
     if (dim != dim_v) return cudaErrorInvalidValue;
     switch (dim) {
-    case 64: return launch_shape<KV, 64, 64>(call, tuning, workspace, stream);
-    case 96: return launch_shape<KV, 96, 96>(call, tuning, workspace, stream);
-    case 128: return launch_shape<KV, 128, 128>(call, tuning, workspace, stream);
-    case 192: return launch_shape<KV, 192, 192>(call, tuning, workspace, stream);
-    case 256: return launch_shape<KV, 256, 256>(call, tuning, workspace, stream);
+    case 64: return launch_shape<KV, 64, 64>(call, tuning, workspace, rows, stream);
+    case 96: return launch_shape<KV, 96, 96>(call, tuning, workspace, rows, stream);
+    case 128: return launch_shape<KV, 128, 128>(call, tuning, workspace, rows, stream);
+    case 192: return launch_shape<KV, 192, 192>(call, tuning, workspace, rows, stream);
+    case 256: return launch_shape<KV, 256, 256>(call, tuning, workspace, rows, stream);
     default: return cudaErrorInvalidValue;
     }
 }
