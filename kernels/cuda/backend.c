@@ -357,7 +357,8 @@ static attn_status cuda_export(attn_backend *backend, uint32_t layer, const uint
 typedef struct {
     uint32_t rows;         /* query rows of all sequences */
     uint32_t partial_rows; /* of parts, times their chunks if those stay apart */
-    uint32_t shared_rows;  /* query rows of the sequences whose prefixes are attended to together */
+    uint32_t sharing;      /* sequences whose prefixes are attended to together.. */
+    uint32_t shared_rows;  /* ..their query rows */
     uint32_t prefixes;     /* ..and how many those are: all or none of the batch's */
     uint32_t new_rows;
     uint32_t pages;
@@ -370,7 +371,9 @@ typedef struct {
 /* What is uploaded, and what comes back. */
 typedef struct {
     place sequences, lengths, page_offsets, page_table, places, queries, keys, values, sinks;
-    place order; /* the sequences as their rows are packed: first those that share a prefix; only if there are any */
+    /* The sequences as their rows are packed: first those that share a prefix; and which those are. If there are any.
+     */
+    place order, is_sharing;
     place first_pieces, pieces, merges, slots;
     place out, lse, partial_out, partial_lse;
 } call_memory;
@@ -407,6 +410,7 @@ static void count_prefixes(const attn_batch *batch, tally *count) {
     count->prefixes = batch->prefix_count;
     for (uint32_t p = 0; p < batch->prefix_count; p++) {
         uint32_t rows = rows_of_prefix(batch, &batch->prefixes[p]);
+        count->sharing += batch->prefixes[p].count;
         count->shared_rows += rows;
         if (rows > count->most_sharing_queries) count->most_sharing_queries = rows;
     }
@@ -445,7 +449,10 @@ static void lay_out(const cuda_backend *self, const attn_batch *batch, const tal
            new_rows = (size_t)count->new_rows * geometry->heads_kv;
     size_t partial_rows = (size_t)count->partial_rows * geometry->heads_q;
     memory->sequences = carve(up, (batch->size + count->prefixes) * sizeof(attn_cuda_sequence));
-    if (count->prefixes > 0) memory->order = carve(up, batch->size * sizeof(uint32_t));
+    if (count->prefixes > 0) {
+        memory->order = carve(up, batch->size * sizeof(uint32_t));
+        memory->is_sharing = carve(up, batch->size * sizeof(uint32_t));
+    }
     memory->lengths = carve(up, batch->size * sizeof(uint32_t));
     memory->page_offsets = carve(up, batch->size * sizeof(uint32_t));
     memory->page_table = carve(up, count->pages * sizeof(uint32_t));
@@ -532,7 +539,8 @@ static void pack_prefix(const cuda_backend *self, const attn_batch *batch, const
         sequences[k].length -= prefix->tokens;
         sequences[k].total_length -= prefix->tokens;
         sequences[k].page_offset += prefix->tokens / self->base.geometry.page_size;
-        sequences[k].sharing = ATTN_CUDA_SHARING;
+        ((uint32_t *)memory->lengths.host)[k] = sequences[k].length;
+        ((uint32_t *)memory->page_offsets.host)[k] = sequences[k].page_offset;
     }
     sequences[entry] = (attn_cuda_sequence){
         .length = prefix->tokens,
@@ -541,23 +549,22 @@ static void pack_prefix(const cuda_backend *self, const attn_batch *batch, const
         .page_offset = first_page,
         .first_query = first_row,
         .first_out = first_row,
-        .sharing = ATTN_CUDA_PREFIX,
+        .is_prefix = true,
         .total_length = prefix->tokens,
     };
 }
 
 /* Packs the sequences that share a prefix before all others. `at->sequence` counts those that are packed. */
 static void pack_prefixes(const cuda_backend *self, const attn_batch *batch, const call_memory *memory, packed *at) {
-    uint32_t *order = memory->order.host, *is_packed = memory->lengths.host;
+    uint32_t *order = memory->order.host, *is_sharing = memory->is_sharing.host;
     for (uint32_t p = 0; p < batch->prefix_count; p++)
         pack_prefix(self, batch, memory, at, &batch->prefixes[p], batch->size + p);
-    uint32_t packed_first = at->sequence, next = packed_first;
-    /* The lengths by themselves are for calls without prefixes. */
-    memset(is_packed, 0, batch->size * sizeof *is_packed);
-    for (uint32_t k = 0; k < packed_first; k++)
-        is_packed[order[k]] = 1;
+    uint32_t next = at->sequence;
+    memset(is_sharing, 0, batch->size * sizeof *is_sharing);
+    for (uint32_t k = 0; k < at->sequence; k++)
+        is_sharing[order[k]] = 1;
     for (uint32_t i = 0; i < batch->size; i++) {
-        if (!is_packed[i]) order[next++] = i;
+        if (!is_sharing[i]) order[next++] = i;
     }
 }
 
@@ -832,6 +839,17 @@ static attn_cuda_expected expected_of(const tally *count) {
     return (attn_cuda_expected){count->most_queries, count->shortest, count->longest};
 }
 
+/* The same without the prefixes. */
+static attn_cuda_expected expected_of_own(const call_memory *memory, uint32_t batch, uint32_t most_queries) {
+    const uint32_t *lengths = memory->lengths.host;
+    attn_cuda_expected expected = {most_queries, UINT32_MAX, 0};
+    for (uint32_t k = 0; k < batch; k++) {
+        if (lengths[k] < expected.shortest) expected.shortest = lengths[k];
+        if (lengths[k] > expected.longest) expected.longest = lengths[k];
+    }
+    return expected;
+}
+
 /* batch_invariant: as many sequences at a time as the chunks' slots are enough for. */
 static attn_status run_chunks(cuda_backend *self, attn_cuda_call call, const tally *count, bool is_plain) {
     const attn_line *line = &self->base.line;
@@ -853,23 +871,26 @@ static attn_status run_chunks(cuda_backend *self, attn_cuda_call call, const tal
  * Prefixes, then the sequences' own tokens, with which the prefixes' results are merged. By themselves, since many
  * queries on one prefix are for the kernel with many rows a block, and few on each sequence's own tokens are not.
  */
-static attn_status run_prefixes(cuda_backend *self, attn_cuda_call call, const tally *count) {
+static attn_status run_prefixes(cuda_backend *self, attn_cuda_call call, const call_memory *memory, const tally *count,
+                                bool is_plain) {
     size_t rows = (size_t)count->shared_rows * call.layer.heads_q;
     size_t out_bytes = rows * call.layer.head_dim_v * sizeof(float);
     attn_status status;
     if (!arena_reserve(&self->apart, out_bytes + rows * sizeof(float), &status)) return status;
-    call.shared_out = (void *)self->apart.device;
-    call.shared_lse = (void *)(self->apart.device + out_bytes);
     attn_cuda_call shared = call;
     shared.partial_out = (void *)self->apart.device;
     shared.partial_lse = (void *)(self->apart.device + out_bytes);
     shared.sequences += call.batch;
     shared.batch = count->prefixes;
     ATTN_TRY(launch_decode(self, &shared, (attn_cuda_expected){.most_queries = count->most_sharing_queries}));
+    if (is_plain) call.sequences = NULL;
+    call.sharing = count->sharing;
+    call.shared_out = shared.partial_out;
+    call.shared_lse = shared.partial_lse;
     /* All that it needs of the launch before are results, for which it waits before it writes its own. */
     attn_cuda_tuning overlapping = self->tuning;
     overlapping.overlap_launches = true;
-    return launch_tuned(self, &call, &overlapping, (attn_cuda_expected){.most_queries = count->most_queries});
+    return launch_tuned(self, &call, &overlapping, expected_of_own(memory, call.batch, count->most_queries));
 }
 
 static attn_status run_decode(cuda_backend *self, const attn_batch *batch, const call_memory *memory,
@@ -877,11 +898,12 @@ static attn_status run_decode(cuda_backend *self, const attn_batch *batch, const
     attn_cuda_call call = describe_call(self, batch, memory);
     bool has_new = count->new_rows > 0;
     if (!has_new) call.keys = call.values = NULL;
-    bool is_plain = count->most_queries == 1 && count->partial_rows == 0 && count->prefixes == 0 &&
+    bool is_plain = count->most_queries == 1 && count->partial_rows == 0 &&
                     (!has_new || count->new_rows == batch->size); /* as without call.sequences */
     if (batch->batch_invariant) return run_chunks(self, call, count, is_plain);
+    if (count->prefixes > 0) return run_prefixes(self, call, memory, count, is_plain);
     if (is_plain) call.sequences = NULL;
-    return count->prefixes > 0 ? run_prefixes(self, call, count) : launch_decode(self, &call, expected_of(count));
+    return launch_decode(self, &call, expected_of(count));
 }
 
 /* ------------------------------------------------------------------------------------------- */

@@ -42,13 +42,6 @@ typedef struct {
     const float *key_scales, *value_scales;
 } attn_cuda_layer;
 
-/* What a sequence has to do with shared prefixes (attn_prefix). */
-enum {
-    ATTN_CUDA_APART = 0,
-    ATTN_CUDA_PREFIX = 1,  /* it is one: whole, but its results are partial */
-    ATTN_CUDA_SHARING = 2, /* it goes on after one: its results are merged with those in shared_out and shared_lse */
-};
-
 typedef struct {
     uint32_t length; /* in this pool */
     uint32_t query_length;
@@ -60,7 +53,7 @@ typedef struct {
     uint32_t chunk_rows;                /* ..of a chunk, if chunks are wanted apart; else 0 */
     uint32_t new_rows;                  /* to be stored at the end of `length`.. */
     uint32_t first_new;                 /* ..the first of them among all new rows */
-    uint32_t sharing;                   /* ATTN_CUDA_APART, .. */
+    uint32_t is_prefix;                 /* that others share (attn_prefix): whole, but its results are partial */
     uint64_t total_length;
 } attn_cuda_sequence;
 
@@ -84,8 +77,12 @@ typedef struct {
     float *lse;                /* [rows, heads_q] */
     float *partial_out;        /* [partial rows, heads_q, head_dim_v] */
     float *partial_lse;        /* [partial rows, heads_q] */
-    const float *shared_out;   /* ATTN_CUDA_SHARING: partial results of the prefix for out row i, [rows, heads_q, .. */
-    const float *shared_lse;   /* ..head_dim_v], [rows, heads_q]; may come from the launch before */
+    /*
+     * The first so many sequences go on after a prefix: their results are merged with what their rows have of it,
+     * [rows, heads_q, head_dim_v] and [rows, heads_q], which may come from the launch before.
+     */
+    uint32_t sharing;
+    const float *shared_out, *shared_lse;
     uint32_t *status;          /* set to 1 when a page outside the pool is met; it is not read */
     float scale, softcap;
     uint32_t window;

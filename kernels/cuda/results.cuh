@@ -84,7 +84,7 @@ __device__ inline destination find_destination(const attn_cuda_call &call, const
     size_t query_row = (size_t)sequence.first_out + (size_t)chunk * sequence.chunk_rows + query;
     destination to;
     to.row = query_row * call.layer.heads_q + query_head;
-    to.is_partial = sequence.chunk_stride != 0 || sequence.sharing == ATTN_CUDA_PREFIX;
+    to.is_partial = sequence.chunk_stride != 0 || sequence.is_prefix;
     to.sink = call.sinks != nullptr && !to.is_partial ? &call.sinks[query_head] : nullptr;
     return to;
 }

@@ -194,8 +194,8 @@ __device__ inline results::destination destination_of(const attn_cuda_call &call
 }
 
 /* Does the unit's sequence go on after a prefix that was attended to apart? */
-template <typename L> __device__ inline bool is_sharing(const line::unit &unit) {
-    return !L::SIMPLE && unit.of.sharing == ATTN_CUDA_SHARING;
+__device__ inline bool is_sharing(const attn_cuda_call &call, const line::unit &unit) {
+    return unit.sequence < call.sharing;
 }
 
 /* Adds what the row has of the prefix, in units of log2; its sum is 1, since it is normalised. */
@@ -211,7 +211,7 @@ __device__ inline void write_row(const attn_cuda_call &call, const place &at, ro
                                  uint32_t lane) {
     results::destination to = destination_of<L>(call, at, 0);
     float scale = value_scale(call, at.unit.head);
-    if (is_sharing<L>(at.unit)) {
+    if (is_sharing(call, at.unit)) {
         scale_row(state.out, scale);
         scale = 1.0f;
         add_shared(call, to.row, state, lane);

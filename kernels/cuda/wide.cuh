@@ -693,7 +693,7 @@ __device__ inline void write_unit(const block_place<S> &block, const group_place
         float sum = ptx::quad_sum(state.sum[half]), maximum = state.maximum[half], factor = 1.0f;
         results::destination to = rows::destination_of<typename S::rules>(
             block.call, {found.unit, block.with.cut, min(row, found.rows - 1)}, 0);
-        if (rows::is_sharing<typename S::rules>(found.unit))
+        if (rows::is_sharing(block.call, found.unit))
             add_shared<S>(block.call, to.row, state, half, maximum, sum, own.lane);
         if (to.sink != nullptr) {
             float sink = *to.sink * LOG2_E, most = fmaxf(maximum, sink), keep = rows::decay(maximum, most);
