@@ -1044,7 +1044,8 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
 
 /*
  * Two groups have 168 registers a thread, one has 255, and takes less shared memory: wide heads have one, and no tall
- * blocks. With one query row a sequence there are no more than 64 rows.
+ * blocks. Simple calls have a query row a sequence, so they come here only with more than 16 heads a group, which one
+ * kind of model has.
  */
 template <typename KV, uint32_t DIM, uint32_t DIM_V>
 cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
@@ -1054,8 +1055,10 @@ cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tun
         if (rows > GROUP_ROWS && call.softcap == 0)
             return launch<shape<KV, DIM, DIM_V, GROUPS, false, true>>(call, tuning, workspace, stream);
     }
-    return line::is_simple(call) ? launch<shape<KV, DIM, DIM_V, GROUPS, true>>(call, tuning, workspace, stream)
-                                 : launch<shape<KV, DIM, DIM_V, GROUPS, false>>(call, tuning, workspace, stream);
+    if constexpr (DIM == 128) {
+        if (line::is_simple(call)) return launch<shape<KV, DIM, DIM_V, GROUPS, true>>(call, tuning, workspace, stream);
+    }
+    return launch<shape<KV, DIM, DIM_V, GROUPS, false>>(call, tuning, workspace, stream);
 }
 
 template <typename KV>
