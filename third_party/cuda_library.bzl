@@ -38,7 +38,7 @@ def _cuda_library_impl(ctx):
                         # nvcc names its files in /tmp by its process number, which is the same in every sandbox.
                         ["--objdir-as-tempdir"] +
                         ["-ccbin", toolchain.compiler_executable, "-Xcompiler=-fPIC,-Wall,-Wextra", "-Werror=all-warnings"] +
-                        _ARCHITECTURES + include_flags + ctx.attr.copts,
+                        ctx.attr.architectures + include_flags + ctx.attr.copts,
             inputs = depset([source] + ctx.files.hdrs, transitive = [context.headers, toolchain.all_files]),
             outputs = [object],
             env = {"PATH": "/bin:/usr/bin:/usr/local/bin"},
@@ -71,6 +71,7 @@ _cuda_library = rule(
         "hdrs": attr.label_list(allow_files = [".h", ".cuh"]),
         "deps": attr.label_list(providers = [CcInfo]),
         "copts": attr.string_list(),
+        "architectures": attr.string_list(),
         "_cc_toolchain": attr.label(default = "@bazel_tools//tools/cpp:current_cc_toolchain"),
     },
     fragments = ["cpp"],
@@ -96,6 +97,10 @@ def cuda_library(name, srcs, hdrs = [], deps = [], copts = [], **kwargs):
         copts = copts + select({
             "//:checked": ["-DATTN_CUDA_CHECKED"],
             "//conditions:default": [],
+        }),
+        architectures = select({
+            "//:generic": ["-gencode=arch=compute_80,code=compute_80"],
+            "//conditions:default": _ARCHITECTURES,
         }),
         target_compatible_with = CUDA_BUILT,
         **kwargs

@@ -24,6 +24,13 @@
 #include "kernels/cuda/nccl_channel.h"
 #include "kernels/cuda/probe.h"
 
+/* Builds that take every device for one from before Hopper, to try the kernels for those (.bazelrc). */
+#ifdef ATTN_CUDA_GENERIC
+#define HOPPER_MAJOR 0
+#else
+#define HOPPER_MAJOR 9
+#endif
+
 #define ALIGNMENT    256
 #define BLOCKS_AN_SM 2
 #define COPIERS_MOST 6
@@ -889,7 +896,7 @@ static attn_status run_prefixes(cuda_backend *self, attn_cuda_call call, const c
     call.shared_lse = shared.partial_lse;
     /* All that it needs of the launch before are results, for which it waits before it writes its own. */
     attn_cuda_tuning overlapping = self->tuning;
-    overlapping.overlap_launches = true;
+    overlapping.overlap_launches = self->tuning.is_hopper;
     return launch_tuned(self, &call, &overlapping, expected_of_own(memory, call.batch, count->most_queries));
 }
 
@@ -1087,7 +1094,7 @@ static attn_status allocate(cuda_backend *self, const attn_backend_config *confi
                           "cuda: kv_dtype fp8_e4m3 with head_dim %u needs %u KiB of shared memory a block",
                           config->geometry.head_dim, 160);
     }
-    self->tuning = (attn_cuda_tuning){.is_hopper = properties->major == 9,
+    self->tuning = (attn_cuda_tuning){.is_hopper = properties->major == HOPPER_MAJOR,
                                       .workers = (uint32_t)properties->multiProcessorCount,
                                       .shared_bytes = (uint32_t)properties->sharedMemPerBlockOptin,
                                       .align_tiles = 4,
