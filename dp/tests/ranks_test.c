@@ -1,7 +1,7 @@
 /*
  * Ranks: queues, merging, deadlines, cancellation, loss, and many threads at once.
  *
- * The linker puts this file's attn_backend_decode in front of the real one (--wrap), so that a test can
+ * The linker puts this file's attn_backend_start in front of the real one (--wrap), so that a test can
  * hold a rank in the middle of a launch, make a launch fail, and see what is launched.
  */
 #define _GNU_SOURCE
@@ -32,10 +32,8 @@ static struct {
     uint32_t prefixes;  /* of the last launch */
 } gate = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER, .fail_rank = UINT32_MAX};
 
-attn_status __real_attn_backend_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
-                                       attn_timing *timing);
-attn_status __wrap_attn_backend_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
-                                       attn_timing *timing);
+attn_status __real_attn_backend_start(attn_backend *backend, const attn_batch *batch, const attn_plan *plan);
+attn_status __wrap_attn_backend_start(attn_backend *backend, const attn_batch *batch, const attn_plan *plan);
 
 static bool on_rank(uint32_t rank) {
     char name[16], wanted[16];
@@ -44,8 +42,7 @@ static bool on_rank(uint32_t rank) {
     return strcmp(name, wanted) == 0;
 }
 
-attn_status __wrap_attn_backend_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
-                                       attn_timing *timing) {
+attn_status __wrap_attn_backend_start(attn_backend *backend, const attn_batch *batch, const attn_plan *plan) {
     pthread_mutex_lock(&gate.lock);
     gate.last = pthread_self();
     gate.prefixes = batch->prefix_count;
@@ -57,7 +54,7 @@ attn_status __wrap_attn_backend_decode(attn_backend *backend, const attn_batch *
     attn_code fails = gate.fail_rank == UINT32_MAX || on_rank(gate.fail_rank) ? gate.fails : ATTN_OK;
     pthread_mutex_unlock(&gate.lock);
     if (fails != ATTN_OK) return attn_error(fails, "the device is on fire");
-    return __real_attn_backend_decode(backend, batch, plan, timing);
+    return __real_attn_backend_start(backend, batch, plan);
 }
 
 static void close_gate(void) {
