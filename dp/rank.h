@@ -95,8 +95,8 @@ attn_status dp_rank_create(const dp_rank_config *config, dp_rank **rank);
 /*
  * Stops the worker in office, and the one that is starting, and waits until all workers, retired ones too, have come
  * out of their jobs' callbacks. Runs that were abandoned are left alone: all they still do is to reclaim. No job may be
- * there. Ranks whose workers submit jobs to each other are all stopped before one is destroyed: a worker may still be
- * on its way out of dp_rank_submit when the job is done.
+ * waiting; groups in flight are completed. Ranks whose workers submit jobs to each other are all stopped before one is
+ * destroyed: a worker may still be on its way out of dp_rank_submit when the job is done.
  */
 void dp_rank_stop(dp_rank *rank);
 

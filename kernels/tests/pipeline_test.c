@@ -114,6 +114,44 @@ static void so_they_are_in_float32(void **state) {
     }
 }
 
+enum { FAMILIES = 4, MEMBERS = 3, SHARED = 1024 };
+
+/* What they leave to be merged is in memory that all of them use, and the third needs more of it. */
+static void decodes_that_share_prefixes_follow_one_another(void **state) {
+    static const uint32_t members[MEMBERS] = {0, 1, 2}, queries[FAMILIES] = {1, 2, 128, 1};
+    static const attn_prefix prefix = {.members = members, .count = MEMBERS, .tokens = SHARED};
+    test_pool pool;
+    test_sequence sequences[FAMILIES][MEMBERS];
+    test_batch batches[FAMILIES];
+    pool_open(&pool, *state, &plain_geometry, 600, 2, 16);
+    uint32_t depth = attn_backend_depth(pool.backend), finished = 0;
+    for (uint32_t f = 0; f < FAMILIES; f++) {
+        test_sequence *family[MEMBERS];
+        for (uint32_t m = 0; m < MEMBERS; m++) {
+            sequence_spec spec = {.stored = SHARED + 20 * m, .query_length = queries[f]};
+            family[m] = &sequences[f][m];
+            if (m == 0) sequence_init(family[0], &pool, spec);
+            if (m > 0) sequence_make_fork(family[m], &pool, family[0], SHARED, spec);
+        }
+        test_batch_init(&batches[f], family, MEMBERS, &plain_options);
+        batches[f].batch.prefixes = &prefix;
+        batches[f].batch.prefix_count = 1;
+    }
+    for (uint32_t f = 0; f < FAMILIES; f++) {
+        start(&pool, &batches[f]);
+        for (; f + 1 - finished == depth || (f + 1 == FAMILIES && finished < FAMILIES); finished++)
+            finish(&pool);
+    }
+    for (uint32_t f = 0; f < FAMILIES; f++) {
+        for (uint32_t m = 0; m < MEMBERS; m++) {
+            assert_right(&pool, &sequences[f][m], &plain_options, "with a prefix, started with others");
+            sequence_fini(&sequences[f][m]);
+        }
+        test_batch_fini(&batches[f]);
+    }
+    pool_close(&pool);
+}
+
 static void a_decode_reads_what_the_one_before_appends(void **state) {
     test_pool pool;
     test_sequence writer, *written[] = {&writer};
@@ -255,6 +293,7 @@ int main(void) {
         ON_EVERY_BACKEND(decodes_started_behind_others_are_right),
         ON_EVERY_BACKEND(so_they_are_in_batch_invariant_mode),
         ON_EVERY_BACKEND(so_they_are_in_float32),
+        ON_EVERY_BACKEND(decodes_that_share_prefixes_follow_one_another),
         ON_EVERY_BACKEND(a_decode_reads_what_the_one_before_appends),
         ON_EVERY_BACKEND(a_page_is_copied_as_the_decode_before_left_it),
         ON_EVERY_BACKEND(a_decode_ends_without_being_finished),
