@@ -114,11 +114,11 @@ static void so_they_are_in_float32(void **state) {
     }
 }
 
-enum { FAMILIES = 4, MEMBERS = 3, SHARED = 1024 };
+enum { FAMILIES = 4, MEMBERS = 5, SHARED = 512 };
 
 /* What they leave to be merged is in memory that all of them use, and the third needs more of it. */
 static void decodes_that_share_prefixes_follow_one_another(void **state) {
-    static const uint32_t members[MEMBERS] = {0, 1, 2}, queries[FAMILIES] = {1, 2, 128, 1};
+    static const uint32_t members[MEMBERS] = {0, 1, 2, 3, 4}, queries[FAMILIES] = {1, 2, 128, 1};
     static const attn_prefix prefix = {.members = members, .count = MEMBERS, .tokens = SHARED};
     test_pool pool;
     test_sequence sequences[FAMILIES][MEMBERS];
