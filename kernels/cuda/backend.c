@@ -130,7 +130,8 @@ static void arena_fini(arena *memory) {
     *memory = (arena){.kind = memory->kind};
 }
 
-/* False: there is no memory, as *status says; the arena is empty then. Growing waits for the device. */
+/* Waits for the device where it has to grow. False: there is no memory, and the arena is empty, or the device has
+ * failed, as *status says. */
 static bool arena_reserve(arena *memory, size_t bytes, attn_status *status) {
     *status = attn_ok();
     if (bytes <= memory->bytes) return true;
@@ -138,9 +139,12 @@ static bool arena_reserve(arena *memory, size_t bytes, attn_status *status) {
     while (grown < bytes)
         grown *= 2;
     if (ATTN_CUDA_IS_CHECKED) grown = bytes;
-    cudaError_t error = cudaDeviceSynchronize(); /* kernels of an earlier decode may still be using it */
+    /* Kernels of a decode before this one may still be using it. */
+    *status = cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize()");
+    if (attn_failed(*status)) return false;
     arena_fini(memory);
-    if (error == cudaSuccess && memory->kind != ARENA_DEVICE) error = cudaMallocHost((void **)&memory->host, grown);
+    cudaError_t error = cudaSuccess;
+    if (memory->kind != ARENA_DEVICE) error = cudaMallocHost((void **)&memory->host, grown);
     if (memory->kind == ARENA_SHARED) memory->device = memory->host;
     if (error == cudaSuccess && memory->kind != ARENA_SHARED)
         error = attn_cuda_allocate((void **)&memory->device, grown, "staging memory");
