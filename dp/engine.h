@@ -94,7 +94,7 @@ typedef struct {
     uint64_t calls;    /* layer calls run since start */
     uint64_t launches; /* backend decodes run since start: fewer than calls where calls were merged */
     uint64_t plans_rejected;
-    int64_t busy_ns; /* time spent in the backend since start */
+    int64_t busy_ns; /* time in which its backend was at work since start */
     /* Tensor bytes since start that the rank used where they came in, and that it had to gather: see dp_tensor_view. */
     uint64_t bytes_in_place;
     uint64_t bytes_gathered;

@@ -6,6 +6,10 @@
  * staging memory. Outputs are written where the caller will read them. A launch of one part uses the
  * part's tables as they are; for more, they are laid end to end in the rank's scratch memory. So are the prefixes that
  * sequences of a part share; those of two parts share none.
+ *
+ * Launches overlap (rank.h): two in flight are about different steps, for a step's next layer comes when the one before
+ * is done. Neither reads what the other writes: those are slots that no other step sees, in pages that were copied
+ * before if they had two holders.
  */
 #define _GNU_SOURCE
 #include <assert.h>
@@ -14,9 +18,12 @@
 
 #include "dp/state.h"
 #include "dp/tensors.h"
+#include "kernels/pipeline.h"
 
+/* In scratch memory from start to complete. */
 typedef struct {
     dp_worker *worker;
+    attn_backend *backend; /* that has started it */
     dp_engine_rank *owner;
     const dp_engine *engine;
     dp_layer_part *parts[DP_MAX_MERGED];
@@ -32,6 +39,7 @@ typedef struct {
     size_t staged; /* bytes of staging memory in use */
     uint64_t bytes_in_place;
     uint64_t bytes_gathered;
+    int64_t begin_ns;
     attn_batch batch;
     /* The batch's arrays, to be written. */
     const void **queries, **new_keys, **new_values;
@@ -357,36 +365,72 @@ static void note_timing(const launch *launch, const attn_timing *timing) {
     }
 }
 
-static attn_status decode(launch *launch) {
-    attn_timing timing = {0};
-    int64_t start = attn_now_ns();
-    attn_status status = attn_backend_decode(dp_worker_backend(launch->worker), &launch->batch, NULL, &timing);
+/* Time that launches share is counted once. */
+static void count_busy(dp_rank_counters *counters, int64_t begin_ns) {
+    int64_t now = attn_now_ns(), before = atomic_exchange(&counters->busy_until_ns, now);
+    if (begin_ns < before) begin_ns = before;
+    if (begin_ns < now) dp_count(&counters->busy_ns, (uint64_t)(now - begin_ns));
+}
+
+static void count_launch(const launch *launch) {
     dp_rank_counters *counters = &launch->owner->counters;
-    dp_count(&counters->busy_ns, (uint64_t)(attn_now_ns() - start));
+    count_busy(counters, launch->begin_ns);
     dp_count(&counters->launches, 1);
     dp_count(&counters->calls, launch->count);
     dp_count(&counters->bytes_in_place, launch->bytes_in_place);
     dp_count(&counters->bytes_gathered, launch->bytes_gathered);
     dp_count(&counters->prefix_tokens_shared, launch->tokens_shared);
-    note_timing(launch, &timing);
+}
+
+static attn_status decode_starts(launch *launch) {
+    ATTN_TRY(assemble(launch));
+    launch->begin_ns = attn_now_ns();
+    launch->backend = dp_worker_backend(launch->worker);
+    attn_status status = attn_backend_start(launch->backend, &launch->batch, NULL);
+    if (attn_failed(status)) count_launch(launch);
     return status;
 }
 
-static attn_status layer_run(dp_worker *worker, dp_job *const *jobs, uint32_t count) {
-    const dp_engine *engine = part_of(jobs[0])->step->engine;
-    launch launch;
-    launch.worker = worker;
-    launch.owner = &engine->ranks[dp_worker_rank(worker)];
-    launch.engine = engine;
-    launch.count = launch.size = launch.rows = launch.pages = launch.prefix_count = 0;
-    launch.tokens_shared = 0;
-    launch.spread = launch.wants_lse = launch.device_time = false;
-    launch.staged = launch.bytes_in_place = launch.bytes_gathered = 0;
-    select_parts(&launch, jobs, count);
-    if (launch.count == 0) return attn_ok();
-    attn_status status = assemble(&launch);
-    if (!attn_failed(status)) status = decode(&launch);
-    if (attn_failed(status)) fail_parts(&launch, status);
+/* NULL: there is no memory. */
+static launch *take_launch(dp_worker *worker, const dp_engine *engine) {
+    dp_scratch *scratch = dp_worker_scratch(worker);
+    if (!dp_scratch_reserve(&scratch->launch, &scratch->launch_size, sizeof(launch))) return NULL;
+    launch *taken = scratch->launch;
+    taken->worker = worker;
+    taken->owner = &engine->ranks[dp_worker_rank(worker)];
+    taken->engine = engine;
+    taken->count = taken->size = taken->rows = taken->pages = taken->prefix_count = 0;
+    taken->tokens_shared = 0;
+    taken->spread = taken->wants_lse = taken->device_time = false;
+    taken->staged = taken->bytes_in_place = taken->bytes_gathered = 0;
+    return taken;
+}
+
+static attn_status layer_start(dp_worker *worker, dp_job *const *jobs, uint32_t count, bool *in_flight) {
+    launch *launch = take_launch(worker, part_of(jobs[0])->step->engine);
+    if (launch == NULL) {
+        attn_status status = attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a launch of %u calls", count);
+        for (uint32_t i = 0; i < count; i++)
+            dp_layer_part_fail(part_of(jobs[i]), status);
+        return status;
+    }
+    select_parts(launch, jobs, count);
+    if (launch->count == 0) return attn_ok();
+    attn_status status = decode_starts(launch);
+    *in_flight = !attn_failed(status);
+    if (attn_failed(status)) fail_parts(launch, status);
+    return status;
+}
+
+static attn_status layer_complete(dp_worker *worker, dp_job *const *jobs, uint32_t count) {
+    (void)jobs;
+    (void)count;
+    const launch *launch = dp_worker_scratch(worker)->launch;
+    attn_timing timing = {0};
+    attn_status status = attn_backend_finish(launch->backend, &timing);
+    count_launch(launch);
+    note_timing(launch, &timing);
+    if (attn_failed(status)) fail_parts(launch, status);
     return status;
 }
 
@@ -417,7 +461,8 @@ static bool layer_joins(const dp_job *first_job, const dp_job *job) {
 }
 
 const dp_job_kind dp_layer_job_kind = {
-    .run = layer_run,
+    .start = layer_start,
+    .complete = layer_complete,
     .finish = layer_finish,
     .drop = layer_drop,
     .abandon = layer_abandon,

@@ -3,6 +3,7 @@
 
 #include <assert.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,11 +11,21 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "kernels/pipeline.h"
 
 /* How long the worker looks for a next job before it sleeps: less than a wake-up costs. */
 #define SPIN_NS 20000
 
 #define NOT_SERVING 0 /* no epoch has this number */
+
+/* Jobs that run as one. Set when they are taken, and then constant until they have ended. */
+typedef struct {
+    dp_job *jobs[DP_MAX_MERGED];
+    uint32_t count;
+    dp_scratch scratch;    /* the executing thread's */
+    bool abandoned;        /* guarded by the rank's lock: the rank was lost before they had ended; for good */
+    atomic_uint unsettled; /* abandoned: the run, until it comes back, and who abandons, until that is done */
+} job_group;
 
 /* Guarded by the rank's lock unless it says otherwise. Freed with the last reference. */
 struct dp_worker {
@@ -22,17 +33,17 @@ struct dp_worker {
     pthread_t thread;        /* joined by dp_rank_destroy, or detached before */
     atomic_uint references;  /* its thread; the rank while it is starting; a submitter that executes; who abandons */
     attn_backend *backend;   /* the executing thread's, once started */
-    dp_scratch scratch;      /* the executing thread's */
+    uint32_t depth;          /* groups that the backend takes; constant, once started */
     bool started;            /* with.. */
     attn_saved_status start; /* ..this outcome */
-    bool executing;          /* some thread drives the backend, for.. */
-    dp_job *group[DP_MAX_MERGED];
-    uint32_t group_count;
+    job_group groups[DP_MAX_IN_FLIGHT];
+    uint32_t oldest;        /* group; from it on there are.. */
+    uint32_t in_flight;     /* ..so many that have begun and not ended */
+    bool lent;              /* ..and that one is a submitter's, whose thread executes */
+    job_group *called_for;  /* the executing thread's */
     bool sleeping;          /* its thread waits for `wake` */
     bool calling_back;      /* its thread ran a group, and calls what that is for */
     atomic_bool retired;    /* the rank was lost; read by any thread */
-    bool abandoned;         /* ..while it executed `group`, which does not change any more */
-    atomic_uint unsettled;  /* abandoned: the run, until it comes back, and who abandons, until that is done */
     uint64_t stalled_until; /* test aid: hangs before calls of the backend until the rank's `releases` are as many */
 };
 
@@ -42,6 +53,7 @@ struct dp_rank {
     atomic_uint references; /* until dp_rank_destroy; of every worker */
     atomic_uint serving;    /* the epoch; NOT_SERVING while lost */
     atomic_uint depth;      /* places reserved, and jobs waiting */
+    atomic_uint waiting;    /* jobs waiting; changed with the lock held */
     pthread_mutex_t lock;   /* guards all below, and the workers */
     pthread_cond_t wake;    /* workers' threads: a job came, nobody executes any more, or one is retired or installed */
     pthread_cond_t started_or_not;
@@ -85,8 +97,11 @@ static void rank_unreference(dp_rank *rank) {
 static void worker_unreference(dp_worker *worker) {
     if (atomic_fetch_sub_explicit(&worker->references, 1, memory_order_acq_rel) != 1) return;
     attn_backend_destroy(worker->backend);
-    free(worker->scratch.arrays);
-    free(worker->scratch.staging);
+    for (uint32_t i = 0; i < DP_MAX_IN_FLIGHT; i++) {
+        free(worker->groups[i].scratch.launch);
+        free(worker->groups[i].scratch.arrays);
+        free(worker->groups[i].scratch.staging);
+    }
     rank_unreference(worker->rank);
     free(worker);
 }
@@ -102,6 +117,7 @@ static void queue_push(dp_rank *rank, dp_job *job) {
     else
         rank->tail->next = job;
     rank->tail = job;
+    atomic_fetch_add_explicit(&rank->waiting, 1, memory_order_relaxed);
 }
 
 /* Unlinks the job after `before`, or the head if that is NULL. */
@@ -113,29 +129,30 @@ static dp_job *queue_unlink(dp_rank *rank, dp_job *before) {
         before->next = job->next;
     if (rank->tail == job) rank->tail = before;
     job->waiting = false;
+    atomic_fetch_sub_explicit(&rank->waiting, 1, memory_order_relaxed);
     atomic_fetch_sub_explicit(&rank->depth, 1, memory_order_relaxed);
     return job;
 }
 
-/* Takes the head, and all that may join it, for the worker to execute. */
-static void queue_take_group(dp_rank *rank, dp_worker *worker) {
+/* Takes the head, and all that may join it. */
+static void queue_take_group(dp_rank *rank, job_group *group) {
     dp_job *first = queue_unlink(rank, NULL);
     uint32_t count = 0;
     uint32_t weight = first->weight;
-    worker->group[count++] = first;
+    group->jobs[count++] = first;
     for (dp_job *before = NULL, *each = rank->head;
          first->kind->joins != NULL && each != NULL && count < DP_MAX_MERGED;) {
         dp_job *next = each->next;
         if (each->kind == first->kind && weight + each->weight <= rank->config.max_weight &&
             first->kind->joins(first, each)) {
             weight += each->weight;
-            worker->group[count++] = queue_unlink(rank, before);
+            group->jobs[count++] = queue_unlink(rank, before);
         } else {
             before = each;
         }
         each = next;
     }
-    worker->group_count = count;
+    group->count = count;
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -149,7 +166,7 @@ attn_status dp_rank_lost_status(uint32_t index) {
 
 /* What is left to do for a loss once the lock is released. */
 typedef struct {
-    dp_worker *abandoned; /* referenced; NULL: nobody executed */
+    dp_worker *abandoned; /* referenced; NULL: it had nothing in flight */
     dp_job *dropped;
 } fallout;
 
@@ -163,9 +180,12 @@ static fallout lose(dp_rank *rank, attn_status why) {
     rank->worker = NULL;
     atomic_store(&rank->serving, NOT_SERVING);
     atomic_store(&worker->retired, true);
-    if (worker->executing) {
-        worker->abandoned = true;
-        atomic_store(&worker->unsettled, 2);
+    for (uint32_t i = 0; i < worker->in_flight; i++) {
+        job_group *group = &worker->groups[(worker->oldest + i) % DP_MAX_IN_FLIGHT];
+        group->abandoned = true;
+        atomic_store(&group->unsettled, 2);
+    }
+    if (worker->in_flight > 0) {
         atomic_fetch_add(&worker->references, 1);
         left.abandoned = worker;
     }
@@ -180,10 +200,16 @@ static fallout lose(dp_rank *rank, attn_status why) {
 }
 
 /* Of the two who have to do with abandoned jobs, the one that is done last reclaims them. */
-static void settle_abandoned(dp_worker *worker) {
-    if (atomic_fetch_sub(&worker->unsettled, 1) != 1) return;
-    for (uint32_t i = 0; i < worker->group_count; i++)
-        worker->group[i]->kind->reclaim(worker->group[i]);
+static void settle_abandoned(job_group *group) {
+    if (atomic_fetch_sub(&group->unsettled, 1) != 1) return;
+    for (uint32_t i = 0; i < group->count; i++)
+        group->jobs[i]->kind->reclaim(group->jobs[i]);
+}
+
+static void abandon(job_group *group, attn_status status) {
+    for (uint32_t i = 0; i < group->count; i++)
+        group->jobs[i]->kind->abandon(group->jobs[i], status);
+    settle_abandoned(group);
 }
 
 /* The callbacks of a loss start no job on this thread: it may be the one that watches the ranks. */
@@ -192,11 +218,9 @@ static void clear_up(dp_rank *rank, fallout left) {
     bool executed_already = executes_already;
     executes_already = true;
     if (left.abandoned != NULL) {
-        for (uint32_t i = 0; i < left.abandoned->group_count; i++) {
-            dp_job *job = left.abandoned->group[i];
-            job->kind->abandon(job, dp_rank_lost_status(index));
+        for (uint32_t i = 0; i < DP_MAX_IN_FLIGHT; i++) {
+            if (left.abandoned->groups[i].abandoned) abandon(&left.abandoned->groups[i], dp_rank_lost_status(index));
         }
-        settle_abandoned(left.abandoned);
         worker_unreference(left.abandoned);
     }
     while (left.dropped != NULL) {
@@ -217,7 +241,7 @@ void dp_rank_fence(dp_rank *rank, attn_status why) {
 
 /* With the lock held: for how long there has been work and nothing has moved. */
 static int64_t stalled_for(const dp_rank *rank, int64_t now) {
-    bool has_work = rank->worker != NULL && (rank->worker->executing || rank->head != NULL);
+    bool has_work = rank->worker != NULL && (rank->worker->in_flight > 0 || rank->head != NULL);
     return has_work ? now - rank->moved_ns : 0;
 }
 
@@ -239,10 +263,10 @@ bool dp_rank_fence_stalled(dp_rank *rank, int64_t now, int64_t stall_ns) {
 /* ------------------------------------------------------------------------------------------- */
 /* Executing */
 
-/* With the lock held, for a group that has been set. */
-static void begin_executing(dp_rank *rank, dp_worker *worker) {
-    worker->executing = true;
+/* With the lock held: the worker's next group, in flight from now on, for the caller to fill. */
+static job_group *begin_group(dp_rank *rank, dp_worker *worker) {
     rank->moved_ns = attn_now_ns();
+    return &worker->groups[(worker->oldest + worker->in_flight++) % DP_MAX_IN_FLIGHT];
 }
 
 /* With the lock held. A submitter's callbacks are part of its call. */
@@ -259,11 +283,13 @@ static void end_calling_back(dp_worker *worker) {
     if (--worker->rank->calling_back == 0) pthread_cond_signal(&worker->rank->called_back);
 }
 
-/* False: the jobs were abandoned while they ran. */
-static bool end_executing(dp_worker *worker, attn_status outcome, fallout *left) {
+/* The group is the oldest, or the youngest that did not get off. False: its jobs were abandoned while they ran. */
+static bool end_group(dp_worker *worker, job_group *group, attn_status outcome, fallout *left) {
     dp_rank *rank = worker->rank;
     pthread_mutex_lock(&rank->lock);
-    worker->executing = false;
+    if (group == &worker->groups[worker->oldest]) worker->oldest = (worker->oldest + 1) % DP_MAX_IN_FLIGHT;
+    worker->in_flight--;
+    worker->lent = false;
     bool in_office = rank->worker == worker;
     bool wake = false;
     if (in_office) {
@@ -271,24 +297,42 @@ static bool end_executing(dp_worker *worker, attn_status outcome, fallout *left)
         if (outcome.code == ATTN_UNAVAILABLE) *left = lose(rank, outcome);
         wake = worker->sleeping && rank->head != NULL;
     }
-    bool abandoned = worker->abandoned;
+    bool abandoned = group->abandoned;
     if (!abandoned) begin_calling_back(worker);
     pthread_mutex_unlock(&rank->lock);
     if (wake) pthread_cond_broadcast(&rank->wake);
     return !abandoned;
 }
 
-/* Runs jobs[count], a copy of the worker's group. */
-static void execute(dp_worker *worker, dp_job *const *jobs, uint32_t count) {
+/* The group's place may be another's as soon as it has ended. */
+static void conclude(dp_worker *worker, job_group *group, attn_status outcome) {
     fallout left = {0};
-    attn_status outcome = jobs[0]->kind->run(worker, jobs, count);
-    if (end_executing(worker, outcome, &left)) {
+    dp_job *jobs[DP_MAX_MERGED];
+    uint32_t count = group->count;
+    memcpy(jobs, group->jobs, count * sizeof *jobs);
+    if (end_group(worker, group, outcome, &left)) {
         for (uint32_t i = 0; i < count; i++)
             jobs[i]->kind->finish(jobs[i]);
     } else {
-        settle_abandoned(worker);
+        settle_abandoned(group);
     }
     clear_up(worker->rank, left);
+}
+
+/* Runs the group, or starts it. True: it is to be completed. */
+static bool run_or_start(dp_worker *worker, job_group *group) {
+    const dp_job_kind *kind = group->jobs[0]->kind;
+    bool in_flight = false;
+    worker->called_for = group;
+    attn_status outcome = kind->start != NULL ? kind->start(worker, group->jobs, group->count, &in_flight)
+                                              : kind->run(worker, group->jobs, group->count);
+    if (!in_flight) conclude(worker, group, outcome);
+    return in_flight;
+}
+
+static void complete(dp_worker *worker, job_group *group) {
+    worker->called_for = group;
+    conclude(worker, group, group->jobs[0]->kind->complete(worker, group->jobs, group->count));
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -300,46 +344,101 @@ static void pause_briefly(void) {
 #endif
 }
 
+static bool has_waiting(const dp_rank *rank) { return atomic_load_explicit(&rank->waiting, memory_order_relaxed) > 0; }
+
 /* A job that comes right after another is picked up without a wake-up. */
 static void spin_for_work(dp_rank *rank) {
     if (!rank->spins) return;
     int64_t end = attn_now_ns() + SPIN_NS;
     do {
         for (int i = 0; i < 16; i++) {
-            if (atomic_load_explicit(&rank->depth, memory_order_relaxed) > 0) return;
+            if (has_waiting(rank)) return;
             pause_briefly();
         }
     } while (attn_now_ns() < end);
 }
 
-static bool may_execute(const dp_rank *rank, const dp_worker *worker) {
-    return rank->worker == worker && rank->head != NULL && !worker->executing;
+/*
+ * With a group in flight and room for another: looks for a job to come and for the group to end, as long as that takes.
+ * The thread would not sleep if it waited for the device either. True: the group has ended.
+ */
+static bool spin_for_work_or_end(dp_worker *worker) {
+    const dp_rank *rank = worker->rank;
+    while (!has_waiting(rank) && !dp_worker_retired(worker)) {
+        if (attn_backend_has_ended(worker->backend)) return true;
+        if (!rank->spins) sched_yield();
+        for (int i = 0; i < 16 && !has_waiting(rank); i++)
+            pause_briefly();
+    }
+    return false;
 }
 
-/* Waits for a group to execute: jobs[count]; 0: retired. */
-static uint32_t worker_next(dp_worker *worker, dp_job **jobs) {
+/* With the lock held: may the head of the queue begin on the worker's thread? */
+static bool may_begin(const dp_rank *rank, const dp_worker *worker) {
+    if (rank->worker != worker || rank->head == NULL || worker->lent) return false;
+    return worker->in_flight == 0 || (worker->in_flight < worker->depth && rank->head->kind->start != NULL);
+}
+
+typedef enum { WORKER_BEGINS, WORKER_COMPLETES, WORKER_LOOKS_ABOUT, WORKER_RETIRES } worker_act;
+
+/* With the lock held: what the worker's thread does now, that has `started` groups in flight. It waits only with none.
+ */
+static worker_act next_act(dp_worker *worker, uint32_t started) {
     dp_rank *rank = worker->rank;
-    uint32_t count = 0;
-    pthread_mutex_lock(&rank->lock);
-    end_calling_back(worker);
-    while (!atomic_load(&worker->retired) && !may_execute(rank, worker)) {
+    while (!may_begin(rank, worker)) {
+        bool retired = atomic_load(&worker->retired);
+        if (started == 0 && retired) return WORKER_RETIRES;
+        if (started > 0) {
+            bool is_blocked = retired || started == worker->depth || rank->head != NULL;
+            return is_blocked ? WORKER_COMPLETES : WORKER_LOOKS_ABOUT;
+        }
         worker->sleeping = true;
         pthread_cond_wait(&rank->wake, &rank->lock);
         worker->sleeping = false;
     }
-    if (!atomic_load(&worker->retired)) {
-        queue_take_group(rank, worker);
-        begin_executing(rank, worker);
-        count = worker->group_count;
-        memcpy(jobs, worker->group, count * sizeof(dp_job *));
+    return WORKER_BEGINS;
+}
+
+/* Decides what to do, and on which group. */
+static worker_act worker_next(dp_worker *worker, uint32_t started, job_group **group) {
+    dp_rank *rank = worker->rank;
+    pthread_mutex_lock(&rank->lock);
+    end_calling_back(worker);
+    worker_act act = next_act(worker, started);
+    if (act == WORKER_BEGINS) {
+        *group = begin_group(rank, worker);
+        queue_take_group(rank, *group);
+    } else {
+        *group = &worker->groups[worker->oldest];
     }
     pthread_mutex_unlock(&rank->lock);
-    return count;
+    return act;
+}
+
+/* Until the worker is retired, and all that it has started is completed. */
+static void worker_work(dp_worker *worker) {
+    uint32_t started = 0;
+    job_group *group;
+    for (;;) {
+        worker_act act = worker_next(worker, started, &group);
+        if (act == WORKER_RETIRES) return;
+        if (act == WORKER_LOOKS_ABOUT && spin_for_work_or_end(worker)) act = WORKER_COMPLETES;
+        if (act == WORKER_LOOKS_ABOUT) continue;
+        if (act == WORKER_COMPLETES) {
+            complete(worker, group);
+            started--;
+        } else if (run_or_start(worker, group)) {
+            started++;
+        }
+        if (started == 0) spin_for_work(worker->rank);
+    }
 }
 
 static bool worker_creates_backend(dp_worker *worker) {
     dp_rank *rank = worker->rank;
     attn_status status = attn_backend_create(&rank->config.backend, &worker->backend);
+    uint32_t depth = attn_failed(status) ? 1 : attn_backend_depth(worker->backend);
+    worker->depth = depth < DP_MAX_IN_FLIGHT ? depth : DP_MAX_IN_FLIGHT;
     pthread_mutex_lock(&rank->lock);
     attn_status_save(&worker->start, status);
     worker->started = true;
@@ -354,14 +453,7 @@ static void *worker_main(void *argument) {
     snprintf(name, sizeof name, "rank %u", worker->rank->config.index);
     pthread_setname_np(pthread_self(), name);
     executes_already = true;
-    if (worker_creates_backend(worker)) {
-        dp_job *jobs[DP_MAX_MERGED];
-        uint32_t count;
-        while ((count = worker_next(worker, jobs)) > 0) {
-            execute(worker, jobs, count);
-            spin_for_work(worker->rank);
-        }
-    }
+    if (worker_creates_backend(worker)) worker_work(worker);
     worker_unreference(worker);
     return NULL;
 }
@@ -466,6 +558,7 @@ attn_status dp_rank_create(const dp_rank_config *config, dp_rank **rank) {
     atomic_init(&created->references, 1);
     atomic_init(&created->serving, NOT_SERVING);
     atomic_init(&created->depth, 0);
+    atomic_init(&created->waiting, 0);
     pthread_mutex_init(&created->lock, NULL);
     pthread_cond_init(&created->wake, NULL);
     pthread_cond_init(&created->started_or_not, NULL);
@@ -537,39 +630,41 @@ void dp_rank_unreserve(dp_rank *rank) { atomic_fetch_sub_explicit(&rank->depth, 
 static bool hangs(const dp_rank *rank, const dp_worker *worker) { return worker->stalled_until > rank->releases; }
 
 static bool may_run_here(const dp_rank *rank, const dp_job *job) {
-    return job->small && !executes_already && rank->head == NULL && !rank->worker->executing &&
+    return job->small && !executes_already && rank->head == NULL && rank->worker->in_flight == 0 &&
            !hangs(rank, rank->worker);
 }
 
-static void run_here(dp_worker *worker, dp_job *job) {
+static void run_here(dp_worker *worker, job_group *group) {
     executes_already = true;
-    execute(worker, &job, 1);
+    if (run_or_start(worker, group)) complete(worker, group);
     executes_already = false;
     worker_unreference(worker);
 }
 
-/* With the lock held. The worker that is to run the job on this thread, referenced; or NULL. *wake: its own thread is.
- */
-static dp_worker *enqueue(dp_rank *rank, dp_job *job, bool *wake) {
+/* With the lock held. The group that is to run on this thread, its worker referenced; or NULL. *wake: the worker's own
+ * thread is. */
+static job_group *enqueue(dp_rank *rank, dp_job *job, bool *wake) {
     dp_worker *worker = rank->worker;
     if (may_run_here(rank, job)) {
         dp_rank_unreserve(rank);
-        worker->group[0] = job;
-        worker->group_count = 1;
-        begin_executing(rank, worker);
+        job_group *group = begin_group(rank, worker);
+        group->jobs[0] = job;
+        group->count = 1;
+        worker->lent = true;
         atomic_fetch_add(&worker->references, 1);
-        return worker;
+        return group;
     }
-    if (rank->head == NULL && !worker->executing) rank->moved_ns = attn_now_ns();
+    if (rank->head == NULL && worker->in_flight == 0) rank->moved_ns = attn_now_ns();
     queue_push(rank, job);
-    *wake = worker->sleeping && !worker->executing;
+    *wake = worker->sleeping && !worker->lent;
     return NULL;
 }
 
 void dp_rank_submit(dp_rank *rank, dp_job *job) {
-    dp_worker *here = NULL;
+    job_group *here = NULL;
     bool wake = false;
     pthread_mutex_lock(&rank->lock);
+    dp_worker *worker = rank->worker;
     bool refused = atomic_load(&rank->serving) != job->epoch;
     if (refused) {
         dp_rank_unreserve(rank);
@@ -581,7 +676,7 @@ void dp_rank_submit(dp_rank *rank, dp_job *job) {
     if (refused)
         job->kind->drop(job, dp_rank_lost_status(rank->config.index));
     else if (here != NULL)
-        run_here(here, job);
+        run_here(worker, here);
 }
 
 bool dp_rank_withdraw(dp_rank *rank, dp_job *job) {
@@ -620,11 +715,11 @@ const char *dp_rank_device(const dp_rank *rank) { return attn_backend_describe(r
 uint64_t dp_rank_small_bytes(const dp_rank *rank) { return attn_backend_small_bytes(rank->worker->backend); }
 
 /* ------------------------------------------------------------------------------------------- */
-/* For `run` */
+/* For `run`, `start` and `complete` */
 
 uint32_t dp_worker_rank(const dp_worker *worker) { return worker->rank->config.index; }
 
-dp_scratch *dp_worker_scratch(dp_worker *worker) { return &worker->scratch; }
+dp_scratch *dp_worker_scratch(dp_worker *worker) { return &worker->called_for->scratch; }
 
 bool dp_worker_retired(const dp_worker *worker) { return atomic_load_explicit(&worker->retired, memory_order_relaxed); }
 

@@ -3,9 +3,14 @@
  *
  * A job is embedded in whatever needs the rank; its kind says how to run it. The worker takes the job
  * at the head of the queue, and with it those further back that may join the launch, and runs
- * them as one. At any time one thread executes: the worker's, or a submitter that found the rank idle
+ * them as one, a group. At any time one thread executes: the worker's, or a submitter that found the rank idle
  * and runs its own small job at once, which saves two thread switches. Only the executing
  * thread touches the backend and the worker's scratch memory.
+ *
+ * Overlap. A group of a kind that has `start` and `complete` is in flight between the two. While it is, and as long as
+ * the backend takes more (attn_backend_depth), the worker starts the group behind it, if that is of such a kind: the
+ * host gets one launch ready while the device is at another. Groups are completed in the order in which they were
+ * started. A job of any other kind begins when nothing is in flight, and runs by itself; so nobody overtakes it.
  *
  * Loss. A rank is lost when its device says so (a run gives ATTN_UNAVAILABLE), when it hangs
  * (dp_rank_fence_stalled) or when a test wants it (dp_rank_fence). The worker is retired at once: jobs
@@ -36,12 +41,22 @@ typedef struct dp_job dp_job;
 /* Jobs that may run as one launch, at most. */
 #define DP_MAX_MERGED 64
 
+/* Groups in flight, at most. */
+#define DP_MAX_IN_FLIGHT 2
+
 typedef struct {
     /*
      * Runs jobs[count] as one, on the executing thread. What it finds out it leaves in the jobs.
      * ATTN_UNAVAILABLE: the device is gone, and the rank is lost; its message becomes the rank's last error.
      */
     attn_status (*run)(dp_worker *worker, dp_job *const *jobs, uint32_t count);
+    /*
+     * A kind that overlaps has these two instead, on the executing thread. `start` has the backend begin with
+     * jobs[count], and sets *in_flight; then, after groups that were started before, comes `complete`, whose status is
+     * the outcome. Where `start` leaves *in_flight false, it is as if `run` had returned its status.
+     */
+    attn_status (*start)(dp_worker *worker, dp_job *const *jobs, uint32_t count, bool *in_flight);
+    attn_status (*complete)(dp_worker *worker, dp_job *const *jobs, uint32_t count);
     /* Called once for each job that has run, after the rank is free for others. The job may be gone afterwards. */
     void (*finish)(dp_job *job);
     /* Called instead of both if the job will not run. */
@@ -51,7 +66,8 @@ typedef struct {
      * The run may go on to use the job's memory, and all that it leads to, until..
      */
     void (*abandon)(dp_job *job, attn_status status);
-    /* ..this, which is called once after `abandon` when the run has come back; never if it hangs for ever. */
+    /* ..this, which is called once after `abandon` when the run (or `complete`) has come back; never if it hangs for
+     * ever. */
     void (*reclaim)(dp_job *job);
     /* May `job` run in one launch with `first`, of the same kind? NULL: never. */
     bool (*joins)(const dp_job *first, const dp_job *job);
@@ -79,8 +95,8 @@ attn_status dp_rank_create(const dp_rank_config *config, dp_rank **rank);
 /*
  * Stops the worker in office, and the one that is starting, and waits until all workers, retired ones too, have come
  * out of their jobs' callbacks. Runs that were abandoned are left alone: all they still do is to reclaim. No job may be
- * there. Ranks whose workers submit jobs to each other are all stopped before one is destroyed: a worker may still be
- * on its way out of dp_rank_submit when the job is done.
+ * waiting; groups in flight are completed. Ranks whose workers submit jobs to each other are all stopped before one is
+ * destroyed: a worker may still be on its way out of dp_rank_submit when the job is done.
  */
 void dp_rank_stop(dp_rank *rank);
 
@@ -132,7 +148,8 @@ dp_start_state dp_rank_look_at_start(dp_rank *rank);
 void dp_rank_install(dp_rank *rank, uint32_t epoch);
 
 #ifndef ATTN_RELEASE
-/* Test aid: the worker in office hangs from the next call of its backend on, until the rank is released. */
+/* Test aid: the worker in office hangs from the next call of its backend on, but for those that complete what is in
+ * flight, until the rank is released. */
 void dp_rank_stall(dp_rank *rank);
 
 /* Lets go of all workers that hang so. */
@@ -163,10 +180,12 @@ const char *dp_rank_device(const dp_rank *rank);
 uint64_t dp_rank_small_bytes(const dp_rank *rank);
 
 /* ------------------------------------------------------------------------------------------- */
-/* For `run` only */
+/* For `run`, `start` and `complete` only */
 
 /* Memory that a worker's launches use again and again. */
 typedef struct {
+    void *launch; /* what `start` leaves for `complete` */
+    size_t launch_size;
     void *arrays; /* pointers a sequence, and merged batches' tables */
     size_t arrays_size;
     void *staging; /* rows gathered */
@@ -174,6 +193,8 @@ typedef struct {
 } dp_scratch;
 
 uint32_t dp_worker_rank(const dp_worker *worker);
+
+/* Of the group that is called for: each group in flight has its own, from `start` to `complete`. */
 dp_scratch *dp_worker_scratch(dp_worker *worker);
 
 /* The rank has been lost since: the jobs are abandoned, and nothing that is done for them matters any more. */

@@ -28,6 +28,7 @@ typedef struct {
     atomic_uint_fast64_t calls;
     atomic_uint_fast64_t launches;
     atomic_uint_fast64_t busy_ns;
+    atomic_int_fast64_t busy_until_ns; /* what was before is in busy_ns */
     atomic_uint_fast64_t bytes_in_place;
     atomic_uint_fast64_t bytes_gathered;
     atomic_uint_fast64_t prefix_tokens_shared;

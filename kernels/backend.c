@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "base/status.h"
+#include "kernels/pipeline.h"
 
 /* The first is what "auto" takes: it works on every machine. */
 static const attn_backend_ops *const registry[] = {
@@ -112,6 +113,7 @@ static attn_status check_rows(const attn_backend *backend, uint32_t layer, const
 
 attn_status attn_backend_append(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint32_t page_count,
                                 uint64_t position, uint32_t tokens, const void *keys, const void *values) {
+    ATTN_TRY(attn_backend_check_idle(backend, "an append"));
     if (tokens == 0) return check_layer(backend, layer);
     ATTN_TRY(check_rows(backend, layer, pages, page_count, position, tokens));
     return backend->ops->append(backend, layer, pages, position, tokens, keys, values);
@@ -119,6 +121,7 @@ attn_status attn_backend_append(attn_backend *backend, uint32_t layer, const uin
 
 attn_status attn_backend_export(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint32_t page_count,
                                 uint64_t position, uint32_t tokens, void *keys, void *values) {
+    ATTN_TRY(attn_backend_check_idle(backend, "an export"));
     if (tokens == 0) return check_layer(backend, layer);
     ATTN_TRY(check_rows(backend, layer, pages, page_count, position, tokens));
     return backend->ops->export(backend, layer, pages, position, tokens, keys, values);
@@ -132,6 +135,7 @@ attn_status attn_backend_copy_page(attn_backend *backend, uint32_t from, uint32_
 }
 
 attn_status attn_backend_poison(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots) {
+    ATTN_TRY(attn_backend_check_idle(backend, "poison"));
     ATTN_TRY(check_page(backend, page));
     uint32_t page_size = backend->geometry.page_size;
     if (first_slot > page_size || slots > page_size - first_slot) {
@@ -144,12 +148,44 @@ attn_status attn_backend_poison(attn_backend *backend, uint32_t page, uint32_t f
 /* ------------------------------------------------------------------------------------------- */
 /* Decode */
 
-attn_status attn_backend_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
-                                attn_timing *timing) {
+uint32_t attn_backend_depth(const attn_backend *backend) { return backend->ops->start ? backend->ops->depth : 1; }
+
+attn_status attn_backend_start(attn_backend *backend, const attn_batch *batch, const attn_plan *plan) {
+    if (backend->started == attn_backend_depth(backend)) {
+        return attn_error(ATTN_INTERNAL, "%u decodes are started already, as many as may be", backend->started);
+    }
+    if (batch->size == 0) return attn_error(ATTN_INVALID_ARGUMENT, "an empty batch was to be started");
+    ATTN_TRY(attn_batch_check(backend, batch));
+    if (backend->ops->start) {
+        ATTN_TRY(backend->ops->start(backend, batch, plan));
+    } else {
+        backend->timing = (attn_timing){0};
+        ATTN_TRY(backend->ops->decode(backend, batch, plan, &backend->timing));
+    }
+    backend->started++;
+    return attn_ok();
+}
+
+bool attn_backend_has_ended(attn_backend *backend) {
+    return backend->started == 0 || !backend->ops->start || backend->ops->has_ended(backend);
+}
+
+attn_status attn_backend_finish(attn_backend *backend, attn_timing *timing) {
     attn_timing unwanted;
     if (!timing) timing = &unwanted;
     *timing = (attn_timing){0};
+    if (backend->started == 0) return attn_error(ATTN_INTERNAL, "no decode is started that could be finished");
+    backend->started--;
+    if (backend->ops->start) return backend->ops->finish(backend, timing);
+    *timing = backend->timing;
+    return attn_ok();
+}
+
+attn_status attn_backend_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
+                                attn_timing *timing) {
+    if (timing) *timing = (attn_timing){0};
+    ATTN_TRY(attn_backend_check_idle(backend, "a decode"));
     if (batch->size == 0) return attn_ok();
-    ATTN_TRY(attn_batch_check(backend, batch));
-    return backend->ops->decode(backend, batch, plan, timing);
+    ATTN_TRY(attn_backend_start(backend, batch, plan));
+    return attn_backend_finish(backend, timing);
 }

@@ -4,7 +4,8 @@
  * A backend is a struct that begins with attn_backend, and a table of operations. kernels/backend.c
  * dispatches to the table and has checked every argument first, so an operation is only called with:
  *   append     a layer, page indices and positions that are inside the pool; tokens > 0; export likewise
- *   decode     a batch that attn_batch_check accepts, of size > 0; `timing` is never NULL and is zero
+ *   decode     a batch that attn_batch_check accepts, of size > 0; `timing` is never NULL and is zero; start likewise
+ *   has_ended, finish   while a decode is started; all else but start, copy_page and destroy while none is
  *   copy_page  two different pages of the pool
  *   poison     a page and slots that exist
  * A backend whose page tables live elsewhere (on a device) checks the indices it reads there again.
@@ -55,7 +56,13 @@ typedef struct {
                           uint32_t tokens, const void *keys, const void *values);
     attn_status (*export)(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
                           uint32_t tokens, void *keys, void *values);
+    /* A kind has either this.. */
     attn_status (*decode)(attn_backend *backend, const attn_batch *batch, const attn_plan *plan, attn_timing *timing);
+    /* ..or these, as in pipeline.h, for up to `depth` decodes. Where start fails, nothing is started. */
+    uint32_t depth;
+    attn_status (*start)(attn_backend *backend, const attn_batch *batch, const attn_plan *plan);
+    bool (*has_ended)(attn_backend *backend);
+    attn_status (*finish)(attn_backend *backend, attn_timing *timing);
     void (*copy_page)(attn_backend *backend, uint32_t from, uint32_t to);
     void (*poison)(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots);
     const attn_channel_ops *channels; /* NULL: it has none */
@@ -74,6 +81,8 @@ struct attn_backend {
     attn_scale *scales; /* attn_backend_keep_scales; NULL: no fp8, or not kept here */
     attn_line line;     /* workers, tiles; the live batch during a decode */
     attn_plan_identity identity;
+    uint32_t started;                /* decodes that are not finished */
+    attn_timing timing;              /* of the one that is started, of a kind that decodes at once */
     _Atomic uint64_t plans_rejected; /* read by any thread */
     char description[160];           /* attn_backend_describe; the backend fills it at creation */
 };
@@ -100,6 +109,9 @@ attn_scale attn_backend_scale(const attn_backend *backend, uint32_t layer, uint3
  * ATTN_INVALID_ARGUMENT. Every page index that is within a sequence's length: ATTN_INTERNAL.
  */
 attn_status attn_batch_check(const attn_backend *backend, const attn_batch *batch);
+
+/* ATTN_INTERNAL if a decode is started: then the backend is not to be asked for `what`. */
+attn_status attn_backend_check_idle(const attn_backend *backend, const char *what);
 
 /*
  * After attn_line_build: `plan` if it fits the live batch; else NULL, and if there was a plan it is

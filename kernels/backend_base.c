@@ -38,6 +38,11 @@ attn_scale attn_backend_scale(const attn_backend *backend, uint32_t layer, uint3
     return backend->scales[(size_t)layer * backend->geometry.heads_kv + head];
 }
 
+attn_status attn_backend_check_idle(const attn_backend *backend, const char *what) {
+    if (backend->started == 0) return attn_ok();
+    return attn_error(ATTN_INTERNAL, "%s was asked for while a decode is started", what);
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* Is a batch sound? */
 

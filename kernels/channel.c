@@ -38,6 +38,7 @@ static attn_status check_pages(const attn_channel *channel, const attn_backend *
     if (own != channel->ends[0].backend && own != channel->ends[1].backend) {
         return attn_error(ATTN_INTERNAL, "a channel was used by a backend that is not at its end");
     }
+    ATTN_TRY(attn_backend_check_idle(own, "a channel"));
     for (uint32_t i = 0; i < count; i++) {
         if (pages[i] >= own->pages) return attn_error(ATTN_INTERNAL, "page %u: the pool has %u", pages[i], own->pages);
     }

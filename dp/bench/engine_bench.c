@@ -15,7 +15,7 @@ static const char help_text[] =
     "engine: times decode layers of the engine (dp/engine.h), below gRPC, on one rank and on several.\n"
     "\n"
     "  --mode whole            each rank holds BATCH whole sequences; a step has all of them (default)\n"
-    "         spread           one sequence, on one rank and then spread over all\n"
+    "         spread           one sequence a step, on one rank and then spread over all\n"
     "         forks            BATCH sequences of which the first PREFIX tokens are the same: uploaded to each, and\n"
     "                          then forked from one\n"
     "  --backend KIND          cpu (default), cuda or reference\n"
@@ -24,29 +24,36 @@ static const char help_text[] =
     "  --batch N               sequences a rank (default 64)\n"
     "  --tokens N              tokens a sequence, without the new one of each step (default 4096)\n"
     "  --prefix N              of them, those that forks share (default 0)\n"
+    "  --layers N              of a step, one after another (default 1)\n"
+    "  --in-flight N           so many steps at a time, each going on by itself from layer to layer, with a share of "
+    "the\n"
+    "                          sequences (spread: one each; default 1)\n"
     "  --heads-q N --heads-kv N --head-dim N   (default 32, 8, 128)\n"
     "  --dtype NAME            bf16 (default), fp16, fp32\n"
     "  --seconds S             of measurements a row (default 3), with at least 20 steps\n"
     "  --help                  this text\n"
     "\n"
-    "Prints CSV: mode,ranks,sequences,tokens,p50_us,p99_us,tokens_per_s,device_us,ratio\n"
-    "  p50_us, p99_us  from dp_step_layer to its callback, one step in flight; keys and values are appended\n"
-    "  tokens_per_s    rows of the step / the mean of those times: of one layer\n"
-    "  device_us       median of the slowest rank's time on the device's clock; 0 on a CPU\n"
+    "Prints CSV: mode,ranks,sequences,tokens,layers,in_flight,p50_us,p99_us,tokens_per_s,device_us,ratio\n"
+    "  p50_us, p99_us  from dp_step_layer to its callback; keys and values are appended\n"
+    "  tokens_per_s    of one layer: rows of all layers of the steps in flight / the time from the first's call to "
+    "the\n"
+    "                  last one's callback; the steps begin before that, together\n"
+    "  device_us       median of the slowest rank's time on the device's clock, of one call; 0 on a CPU\n"
     "  ratio           whole: tokens_per_s over that of one rank; spread, forks: p50_us over the first row's\n"
     "Exit status 1 if something fails, 2 for bad arguments.\n";
 
 #define RANDOM_ELEMENTS ((size_t)1 << 22)
 #define CHUNK_TOKENS    512u
 #define LEAST_STEPS     20
-#define MOST_STEPS      100000
+#define MOST_CALLS      400000
+#define MOST_IN_FLIGHT  16
 
 typedef enum { MODE_WHOLE, MODE_SPREAD, MODE_FORKS } bench_mode;
 
 typedef struct {
     bench_mode mode;
     const char *backend;
-    uint32_t ranks, workers, batch;
+    uint32_t ranks, workers, batch, in_flight;
     uint64_t tokens, prefix;
     attn_geometry geometry;
     double seconds;
@@ -59,8 +66,8 @@ typedef struct {
     uint32_t ranks;
     uint64_t *sequences; /* [count] */
     uint32_t count;
-    char *random; /* [RANDOM_ELEMENTS] in dtype: all rows are slices of it */
-    double *times, *device_times;
+    char *random;                 /* [RANDOM_ELEMENTS] in dtype: all rows are slices of it */
+    double *times, *device_times; /* of calls: [MOST_CALLS] each */
 } bench;
 
 static void fail(const char *what, attn_status status) {
@@ -123,6 +130,7 @@ typedef struct {
     attn_saved_status status;
 } waiter;
 
+/* For a chunk, or for all steps in flight. */
 static waiter pending = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
 
 static void finish(attn_status status) {
@@ -140,11 +148,6 @@ static void wait_for(const char *what) {
     pending.done = false;
     pthread_mutex_unlock(&pending.lock);
     check(what, attn_status_view(&pending.status));
-}
-
-static void layer_done(dp_layer_call *call, attn_status status) {
-    (void)call;
-    finish(status);
 }
 
 static void chunk_done(dp_upload_chunk *chunk, attn_status status) {
@@ -184,20 +187,30 @@ static uint64_t open_sequence(bench *b, dp_placement placement, uint32_t rank) {
     return handle;
 }
 
+static void upload_layer(bench *b, dp_upload *upload, uint32_t layer, uint64_t tokens, uint64_t seed) {
+    const attn_geometry *g = &b->chosen->geometry;
+    for (uint64_t first = 0; first < tokens; first += CHUNK_TOKENS) {
+        uint32_t count = tokens - first < CHUNK_TOKENS ? (uint32_t)(tokens - first) : CHUNK_TOKENS;
+        dp_span keys = random_span(b, seed + 2 * first, count * attn_key_row_bytes(g));
+        dp_span values = random_span(b, seed + 2 * first + 1, count * attn_value_row_bytes(g));
+        dp_upload_chunk chunk = {.layer = layer,
+                                 .token_offset = first,
+                                 .tokens = count,
+                                 .keys = view(&keys),
+                                 .values = view(&values),
+                                 .done = chunk_done};
+        check("chunk", dp_upload_write(upload, &chunk));
+        wait_for("chunk");
+    }
+}
+
 static void upload(bench *b, uint64_t sequence, uint64_t tokens, uint64_t seed) {
     const attn_geometry *g = &b->chosen->geometry;
     dp_upload *upload = NULL;
     uint64_t length = 0;
     check("upload", dp_upload_begin(b->engine, 0, sequence, tokens, &upload));
-    for (uint64_t first = 0; first < tokens; first += CHUNK_TOKENS) {
-        uint32_t count = tokens - first < CHUNK_TOKENS ? (uint32_t)(tokens - first) : CHUNK_TOKENS;
-        dp_span keys = random_span(b, seed + 2 * first, count * attn_key_row_bytes(g));
-        dp_span values = random_span(b, seed + 2 * first + 1, count * attn_value_row_bytes(g));
-        dp_upload_chunk chunk = {
-            .token_offset = first, .tokens = count, .keys = view(&keys), .values = view(&values), .done = chunk_done};
-        check("chunk", dp_upload_write(upload, &chunk));
-        wait_for("chunk");
-    }
+    for (uint32_t layer = 0; layer < g->layers; layer++)
+        upload_layer(b, upload, layer, tokens, seed + layer);
     check("upload", dp_upload_commit(upload, &length));
     dp_upload_end(upload);
 }
@@ -214,10 +227,12 @@ static void open_whole(bench *b, uint32_t ranks) {
 
 static void open_spread(bench *b, uint32_t ranks) {
     const options *chosen = b->chosen;
-    create_engine(b, ranks, room_for(chosen->tokens / ranks + ATTN_CHUNK_TOKENS));
-    b->count = 1;
-    b->sequences[0] = open_sequence(b, ranks > 1 ? DP_SPREAD : DP_LEAST_TOKENS, 0);
-    upload(b, b->sequences[0], chosen->tokens, 7);
+    create_engine(b, ranks, chosen->in_flight * room_for(chosen->tokens / ranks + ATTN_CHUNK_TOKENS));
+    b->count = chosen->in_flight;
+    for (uint32_t i = 0; i < b->count; i++) {
+        b->sequences[i] = open_sequence(b, ranks > 1 ? DP_SPREAD : DP_LEAST_TOKENS, 0);
+        upload(b, b->sequences[i], chosen->tokens, 7 + i);
+    }
 }
 
 static void open_forks(bench *b, bool are_forks) {
@@ -249,31 +264,86 @@ static double slowest_device_us(const dp_layer_call *call) {
     return slowest;
 }
 
-/*
- * A step of one layer with a new token for each sequence, which is taken off again afterwards: microseconds of the
- * layer call.
- */
-static double run_step(bench *b, uint32_t number, bool device_time, double *device_us) {
+/* Steps of all layers with a new token for each sequence, at the same time. */
+typedef struct round round;
+
+/* A step. Its owner's, then the callbacks'. */
+typedef struct {
+    dp_layer_call call; /* first */
+    round *round;
+    dp_step *step;
+    uint32_t first, count; /* sequences */
+    dp_span queries, keys, values;
+    int64_t start_ns;
+    uint64_t seed;
+} runner;
+
+struct round {
+    bench *b;
+    runner runners[MOST_IN_FLIGHT];
+    pthread_mutex_t lock; /* guards all below */
+    uint32_t running;
+    uint32_t calls; /* made in this round and those before it, whose times are kept */
+};
+
+static void call_layer(runner *run) {
+    const bench *b = run->round->b;
     const attn_geometry *g = &b->chosen->geometry;
-    dp_step_request request = {.sequences = b->sequences, .count = b->count};
-    dp_step *step = NULL;
-    check("step", dp_step_begin(b->engine, &request, &step));
-    dp_span queries = random_span(b, 3 * (uint64_t)number, b->count * attn_query_row_bytes(g));
-    dp_span keys = random_span(b, 3 * (uint64_t)number + 1, b->count * attn_key_row_bytes(g));
-    dp_span values = random_span(b, 3 * (uint64_t)number + 2, b->count * attn_value_row_bytes(g));
-    dp_layer_call call = {.queries = view(&queries),
-                          .new_keys = view(&keys),
-                          .new_values = view(&values),
-                          .deadline_ns = INT64_MAX,
-                          .device_time = device_time,
-                          .done = layer_done};
+    run->queries = random_span(b, run->seed++, run->count * attn_query_row_bytes(g));
+    run->keys = random_span(b, run->seed++, run->count * attn_key_row_bytes(g));
+    run->values = random_span(b, run->seed++, run->count * attn_value_row_bytes(g));
+    run->call.queries = view(&run->queries);
+    run->call.new_keys = view(&run->keys);
+    run->call.new_values = view(&run->values);
+    run->start_ns = attn_now_ns();
+    check("layer", dp_step_layer(run->step, &run->call));
+}
+
+static void layer_done(dp_layer_call *call, attn_status status) {
+    runner *run = (runner *)call;
+    round *of = run->round;
+    check("layer", status);
+    double us = (double)(attn_now_ns() - run->start_ns) / 1e3;
+    pthread_mutex_lock(&of->lock);
+    of->b->times[of->calls] = us;
+    of->b->device_times[of->calls++] = slowest_device_us(call);
+    bool was_last_layer = call->committed, was_last_step = was_last_layer && --of->running == 0;
+    pthread_mutex_unlock(&of->lock);
+    dp_result_release(call->result);
+    if (!was_last_layer) {
+        call->layer++;
+        call_layer(run);
+    } else if (was_last_step) {
+        finish(attn_ok()); /* the call may be gone */
+    }
+}
+
+static void begin_step(bench *b, runner *run) {
+    dp_step_request request = {.sequences = b->sequences + run->first, .count = run->count};
+    check("step", dp_step_begin(b->engine, &request, &run->step));
+}
+
+/* The round's tokens are taken off again. Returns the microseconds in which the layers ran. */
+static double run_round(round *of, uint64_t number, bool device_time) {
+    bench *b = of->b;
+    uint32_t steps = b->chosen->in_flight;
+    for (uint32_t i = 0; i < steps; i++) {
+        uint32_t first = i * b->count / steps, end = (i + 1) * b->count / steps;
+        of->runners[i] = (runner){.call = {.deadline_ns = INT64_MAX, .device_time = device_time, .done = layer_done},
+                                  .round = of,
+                                  .first = first,
+                                  .count = end - first,
+                                  .seed = (number * steps + i) * 1000};
+        begin_step(b, &of->runners[i]);
+    }
+    of->running = steps;
     int64_t start = attn_now_ns();
-    check("layer", dp_step_layer(step, &call));
+    for (uint32_t i = 0; i < steps; i++)
+        call_layer(&of->runners[i]);
     wait_for("layer");
     double us = (double)(attn_now_ns() - start) / 1e3;
-    *device_us = slowest_device_us(&call);
-    dp_result_release(call.result);
-    dp_step_end(step);
+    for (uint32_t i = 0; i < steps; i++)
+        dp_step_end(of->runners[i].step);
     for (uint32_t i = 0; i < b->count; i++)
         check("truncate", dp_sequence_truncate(b->engine, 0, b->sequences[i], b->chosen->tokens));
     return us;
@@ -284,36 +354,47 @@ static int compare(const void *left, const void *right) {
     return a < b ? -1 : a > b;
 }
 
+static double percentile(double *times, uint32_t count, uint32_t percent) {
+    qsort(times, count, sizeof *times, compare);
+    return times[(uint64_t)count * percent / 100];
+}
+
 typedef struct {
-    double p50, p99, mean, device;
+    double p50, p99, tokens_per_s, device;
 } figures;
 
 static figures measure(bench *b) {
-    double ignored;
-    for (uint32_t i = 0; i < LEAST_STEPS; i++)
-        run_step(b, i, false, &ignored);
-    for (uint32_t i = 0; i < LEAST_STEPS; i++)
-        run_step(b, i, true, &b->device_times[i]);
-    uint32_t count = 0;
-    int64_t end = attn_now_ns() + (int64_t)(b->chosen->seconds * 1e9);
-    double sum = 0;
-    while (count < MOST_STEPS && (count < LEAST_STEPS || attn_now_ns() < end)) {
-        b->times[count] = run_step(b, count, false, &ignored);
-        sum += b->times[count++];
+    const options *chosen = b->chosen;
+    uint32_t layers = chosen->geometry.layers, calls_a_round = layers * chosen->in_flight, rounds = 0;
+    round round = {.b = b, .lock = PTHREAD_MUTEX_INITIALIZER};
+    figures found = {0};
+    for (uint32_t i = 0; i < LEAST_STEPS; i++) {
+        round.calls = 0;
+        run_round(&round, i, false);
     }
-    qsort(b->times, count, sizeof *b->times, compare);
-    qsort(b->device_times, LEAST_STEPS, sizeof *b->device_times, compare);
-    return (figures){b->times[count / 2], b->times[count * 99 / 100], sum / count, b->device_times[LEAST_STEPS / 2]};
+    round.calls = 0;
+    for (uint32_t i = 0; i < LEAST_STEPS && round.calls + calls_a_round <= MOST_CALLS; i++)
+        run_round(&round, i, true);
+    found.device = percentile(b->device_times, round.calls, 50);
+    int64_t end = attn_now_ns() + (int64_t)(chosen->seconds * 1e9);
+    double sum = 0;
+    round.calls = 0;
+    for (; round.calls + calls_a_round <= MOST_CALLS && (rounds < LEAST_STEPS || attn_now_ns() < end); rounds++)
+        sum += run_round(&round, rounds, false);
+    found.p50 = percentile(b->times, round.calls, 50);
+    found.p99 = percentile(b->times, round.calls, 99);
+    found.tokens_per_s = (double)b->count * layers * rounds / sum * 1e6;
+    return found;
 }
 
 /* Measures and closes the engine. `base`: what the ratio is to, set by the first row. */
 static void report(bench *b, const char *name, double *base) {
     figures found = measure(b);
-    double rate = b->count / found.mean * 1e6;
-    double figure = b->chosen->mode == MODE_WHOLE ? rate : found.p50;
+    double figure = b->chosen->mode == MODE_WHOLE ? found.tokens_per_s : found.p50;
     if (*base == 0) *base = figure;
-    printf("%s,%u,%u,%llu,%.1f,%.1f,%.0f,%.1f,%.3f\n", name, b->ranks, b->count, (unsigned long long)b->chosen->tokens,
-           found.p50, found.p99, rate, found.device, figure / *base);
+    printf("%s,%u,%u,%llu,%u,%u,%.1f,%.1f,%.0f,%.1f,%.3f\n", name, b->ranks, b->count,
+           (unsigned long long)b->chosen->tokens, b->chosen->geometry.layers, b->chosen->in_flight, found.p50,
+           found.p99, found.tokens_per_s, found.device, figure / *base);
     fflush(stdout);
     check("close", dp_sequences_close(b->engine, 0, b->sequences, b->count));
     dp_engine_destroy(b->engine);
@@ -324,9 +405,9 @@ static void run(const options *chosen) {
     double base = 0;
     fill_random(&b);
     b.sequences = allocate((size_t)chosen->ranks * chosen->batch * sizeof *b.sequences);
-    b.times = allocate(MOST_STEPS * sizeof *b.times);
-    b.device_times = allocate(LEAST_STEPS * sizeof *b.device_times);
-    printf("mode,ranks,sequences,tokens,p50_us,p99_us,tokens_per_s,device_us,ratio\n");
+    b.times = allocate(MOST_CALLS * sizeof *b.times);
+    b.device_times = allocate(MOST_CALLS * sizeof *b.device_times);
+    printf("mode,ranks,sequences,tokens,layers,in_flight,p50_us,p99_us,tokens_per_s,device_us,ratio\n");
     if (chosen->mode == MODE_FORKS) {
         open_forks(&b, false);
         report(&b, "uploaded", &base);
@@ -379,10 +460,10 @@ static bool parse_seconds(double *seconds, const char *text) {
 
 static bool parse_options(options *chosen, int argc, char **argv) {
     static const struct option names[] = {
-        {"mode", 1, NULL, 'm'},     {"backend", 1, NULL, 'b'},  {"ranks", 1, NULL, 'r'},  {"workers", 1, NULL, 'w'},
-        {"batch", 1, NULL, 'n'},    {"tokens", 1, NULL, 't'},   {"prefix", 1, NULL, 'p'}, {"heads-q", 1, NULL, 'q'},
-        {"heads-kv", 1, NULL, 'k'}, {"head-dim", 1, NULL, 'd'}, {"dtype", 1, NULL, 'y'},  {"seconds", 1, NULL, 's'},
-        {"help", 0, NULL, 'h'},     {NULL, 0, NULL, 0}};
+        {"mode", 1, NULL, 'm'},     {"backend", 1, NULL, 'b'},   {"ranks", 1, NULL, 'r'},  {"workers", 1, NULL, 'w'},
+        {"batch", 1, NULL, 'n'},    {"tokens", 1, NULL, 't'},    {"prefix", 1, NULL, 'p'}, {"heads-q", 1, NULL, 'q'},
+        {"heads-kv", 1, NULL, 'k'}, {"head-dim", 1, NULL, 'd'},  {"dtype", 1, NULL, 'y'},  {"seconds", 1, NULL, 's'},
+        {"layers", 1, NULL, 'l'},   {"in-flight", 1, NULL, 'i'}, {"help", 0, NULL, 'h'},   {NULL, 0, NULL, 0}};
     attn_geometry *g = &chosen->geometry;
     bool good = true;
     for (int option; good && (option = getopt_long(argc, argv, "", names, NULL)) != -1;) {
@@ -401,6 +482,8 @@ static bool parse_options(options *chosen, int argc, char **argv) {
             good = is_number;
             chosen->prefix = number;
             break;
+        case 'l': good = is_number && (g->layers = (uint32_t)number) > 0; break;
+        case 'i': good = is_number && (chosen->in_flight = (uint32_t)number) > 0; break;
         case 'q':
             good = is_number;
             g->heads_q = (uint32_t)number;
@@ -418,8 +501,9 @@ static bool parse_options(options *chosen, int argc, char **argv) {
         }
     }
     if (!good || optind != argc || chosen->prefix > chosen->tokens) return false;
-    if (chosen->mode == MODE_SPREAD) chosen->batch = 1;
-    return true;
+    if (chosen->mode == MODE_SPREAD) chosen->batch = chosen->in_flight;
+    return chosen->in_flight <= MOST_IN_FLIGHT && chosen->in_flight <= chosen->batch &&
+           chosen->in_flight * chosen->geometry.layers <= MOST_CALLS;
 }
 
 int main(int argc, char **argv) {
@@ -427,6 +511,7 @@ int main(int argc, char **argv) {
                       .ranks = 2,
                       .workers = 1,
                       .batch = 64,
+                      .in_flight = 1,
                       .tokens = 4096,
                       .seconds = 3,
                       .geometry = {.layers = 1,

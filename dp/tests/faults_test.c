@@ -2,7 +2,7 @@
  * Faults: ranks that stall, are lost and come back; backends that return late; what becomes of sequences,
  * steps, uploads and exports meanwhile.
  *
- * The linker puts this file's attn_backend_create and attn_backend_decode in front of the real ones (--wrap),
+ * The linker puts this file's attn_backend_create and attn_backend_start in front of the real ones (--wrap),
  * so that a test can hold a launch, or have one or a restart fail. Elsewhere ranks are made to hang by
  * dp_engine_stall_rank, which holds them right before their backend, with everything in hand.
  */
@@ -39,10 +39,8 @@ static struct {
 
 attn_status __real_attn_backend_create(const attn_backend_config *config, attn_backend **backend);
 attn_status __wrap_attn_backend_create(const attn_backend_config *config, attn_backend **backend);
-attn_status __real_attn_backend_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
-                                       attn_timing *timing);
-attn_status __wrap_attn_backend_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
-                                       attn_timing *timing);
+attn_status __real_attn_backend_start(attn_backend *backend, const attn_batch *batch, const attn_plan *plan);
+attn_status __wrap_attn_backend_start(attn_backend *backend, const attn_batch *batch, const attn_plan *plan);
 
 attn_status __wrap_attn_backend_create(const attn_backend_config *config, attn_backend **backend) {
     pthread_mutex_lock(&gate.lock);
@@ -58,8 +56,7 @@ attn_status __wrap_attn_backend_create(const attn_backend_config *config, attn_b
     return __real_attn_backend_create(config, backend);
 }
 
-attn_status __wrap_attn_backend_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
-                                       attn_timing *timing) {
+attn_status __wrap_attn_backend_start(attn_backend *backend, const attn_batch *batch, const attn_plan *plan) {
     pthread_mutex_lock(&gate.lock);
     gate.held++;
     pthread_cond_broadcast(&gate.changed);
@@ -69,7 +66,7 @@ attn_status __wrap_attn_backend_decode(attn_backend *backend, const attn_batch *
     attn_code fails = gate.fails;
     pthread_mutex_unlock(&gate.lock);
     if (fails != ATTN_OK) return attn_error(fails, "the device is on fire");
-    return __real_attn_backend_decode(backend, batch, plan, timing);
+    return __real_attn_backend_start(backend, batch, plan);
 }
 
 static void set_gate(bool closed) {

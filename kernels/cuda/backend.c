@@ -4,6 +4,10 @@
  * For others the host walks the line over the lengths of the call and uploads what the thread blocks have to do;
  * append, attend and merge follow one another (attend.cu). Kernels write outputs straight to pinned memory.
  *
+ * Two decodes may be started (kernels/pipeline.h). All kernels are on one stream, in order, and share the device memory
+ * that they work in; what is filled, uploaded or read while kernels of another decode run, each has for itself
+ * (flight).
+ *
  * What a call puts into an arena is laid out twice by the same function: with no memory, which measures, and in
  * earnest.
  */
@@ -34,6 +38,7 @@
 #define ALIGNMENT    256
 #define BLOCKS_AN_SM 2
 #define COPIERS_MOST 6
+#define FLIGHTS      2
 #define SLOT_BYTES_MOST                                                                                                \
     ((size_t)256 << 20) /* batch_invariant: of partial results of a wave, at least one sequence's                      \
                          */
@@ -51,12 +56,42 @@ typedef struct {
 } arena;
 
 typedef struct {
+    void *host, *device;
+} place;
+
+/* What is uploaded, and what comes back. */
+typedef struct {
+    place sequences, lengths, page_offsets, page_table, places, queries, keys, values, sinks;
+    /* The sequences as their rows are packed: first those that share a prefix; and which those are. If there are any.
+     */
+    place order, is_sharing;
+    place first_pieces, pieces, merges, slots;
+    place out, lse, partial_out, partial_lse;
+    uint32_t *status; /* pinned: set to 1 by a kernel that met a page outside the pool */
+} call_memory;
+
+/* A decode from its start until it is finished. Two take turns; append and export use the first, with none started. */
+typedef struct {
+    arena up, down;
+    uint32_t *status;                       /* pinned; call_memory.status */
+    cudaEvent_t uploaded, ended;            /* recorded behind its upload and its last kernel */
+    cudaEvent_t kernels_begin, kernels_end; /* attn_batch.device_time: around the kernels */
+    const attn_batch *batch;
+    call_memory memory;
+    size_t out_bytes; /* of what is to be copied out, about */
+    int64_t start_ns;
+    attn_timing timing; /* what is known of it */
+} flight;
+
+typedef struct {
     attn_backend base;
     int device;
     cudaStream_t stream;
+    cudaStream_t uploads;  /* of decodes that are started behind another */
     attn_cuda_layer layer; /* .memory is that of layer 0 */
     size_t layer_bytes;
-    arena up, down;
+    flight flights[FLIGHTS];
+    uint32_t oldest;            /* flight; base.started of them from it on are started */
     attn_cpu_workers *copiers;  /* copy rows to pinned memory and back, which takes a core as long as the kernels do */
     arena apart;                /* what sequences that share a prefix leave to be merged: device memory */
     float *slot_out, *slot_lse; /* device; [slots, MAX_ROWS, head_dim_v], [slots, MAX_ROWS] */
@@ -65,11 +100,9 @@ typedef struct {
     attn_cuda_tuning tuning;
     attn_cuda_workspace runs, chunks; /* of decode.h: default mode, batch_invariant */
     float *scales;                    /* device; fp8: [2, layers, heads_kv], of keys and of values; else NULL */
-    uint32_t *status;                 /* pinned: set to 1 by a kernel that met a page outside the pool */
+    uint32_t *statuses;               /* pinned, [FLIGHTS] */
     cudaError_t failed;               /* what an operation that returns nothing has met */
-
-    cudaEvent_t kernels_begin, kernels_end; /* attn_batch.device_time: around the kernels of a decode */
-    uint32_t launches;                      /* of kernels, by the current decode */
+    uint32_t launches;                /* of kernels, by the decode that is being started */
 } cuda_backend;
 
 static cuda_backend *of(attn_backend *backend) { return (cuda_backend *)backend; }
@@ -105,7 +138,8 @@ static void arena_fini(arena *memory) {
     *memory = (arena){.kind = memory->kind};
 }
 
-/* False: there is no memory, as *status says; the arena is empty then. */
+/* Waits for the device where it has to grow. False: there is no memory, and the arena is empty, or the device has
+ * failed, as *status says. */
 static bool arena_reserve(arena *memory, size_t bytes, attn_status *status) {
     *status = attn_ok();
     if (bytes <= memory->bytes) return true;
@@ -113,6 +147,9 @@ static bool arena_reserve(arena *memory, size_t bytes, attn_status *status) {
     while (grown < bytes)
         grown *= 2;
     if (ATTN_CUDA_IS_CHECKED) grown = bytes;
+    /* Kernels of a decode before this one may still be using it. */
+    *status = cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize()");
+    if (attn_failed(*status)) return false;
     arena_fini(memory);
     cudaError_t error = cudaSuccess;
     if (memory->kind != ARENA_DEVICE) error = cudaMallocHost((void **)&memory->host, grown);
@@ -135,10 +172,6 @@ typedef struct {
     const arena *memory;
     size_t used;
 } carver;
-
-typedef struct {
-    void *host, *device;
-} place;
 
 static place carve(carver *from, size_t bytes) {
     place carved = {NULL, NULL};
@@ -280,14 +313,15 @@ static void cuda_poison(attn_backend *backend, uint32_t page, uint32_t first_slo
     }
 }
 
-/* Waits for the stream, and says what has gone wrong since the last time. */
-static attn_status settle(cuda_backend *self) {
+/* Waits for the flight, whose kernels have all been launched, and says what has gone wrong with it. */
+static attn_status settle(cuda_backend *self, flight *settled) {
     CUDA_TRY(self->failed);
-    CUDA_TRY(cudaStreamSynchronize(self->stream));
+    CUDA_TRY(cudaEventSynchronize(settled->ended));
+    if (ATTN_CUDA_IS_CHECKED) CUDA_TRY(cudaStreamSynchronize(self->stream)); /* for the guards: idle */
     const char *damaged = attn_cuda_check_guards();
     if (damaged != NULL) return attn_error(ATTN_INTERNAL, "cuda: something was written next to the %s", damaged);
-    if (*self->status == 0) return attn_ok();
-    *self->status = 0;
+    if (*settled->status == 0) return attn_ok();
+    *settled->status = 0;
     return attn_error(ATTN_INTERNAL, "a page table led a kernel to a page outside the pool");
 }
 
@@ -307,51 +341,55 @@ static void fill_places(const cuda_backend *self, uint32_t *places, const uint32
 static attn_status cuda_append(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
                                uint32_t tokens, const void *keys, const void *values) {
     cuda_backend *self = of(backend);
+    flight *only = &self->flights[0];
     size_t rows = (size_t)tokens * backend->geometry.heads_kv;
     row_bytes there = device_row(self), here = host_row(self);
     place at, key, value;
     attn_status status;
     cudaSetDevice(self->device);
     for (int earnest = 0; earnest < 2; earnest++) {
-        carver from = {.memory = earnest ? &self->up : NULL};
+        carver from = {.memory = earnest ? &only->up : NULL};
         at = carve(&from, tokens * sizeof(uint32_t));
         key = carve(&from, rows * there.key);
         value = carve(&from, rows * there.value);
-        if (!earnest && !arena_reserve(&self->up, from.used, &status)) return status;
+        if (!earnest && !arena_reserve(&only->up, from.used, &status)) return status;
     }
     fill_places(self, at.host, pages, position, tokens);
     copy_rows(key.host, there.key, keys, here.key, rows);
     copy_rows(value.host, there.value, values, here.value, rows);
-    size_t bytes = (size_t)((char *)value.host - self->up.host) + rows * there.value;
-    CUDA_TRY(cudaMemcpyAsync(self->up.device, self->up.host, bytes, cudaMemcpyHostToDevice, self->stream));
+    size_t bytes = (size_t)((char *)value.host - only->up.host) + rows * there.value;
+    CUDA_TRY(cudaMemcpyAsync(only->up.device, only->up.host, bytes, cudaMemcpyHostToDevice, self->stream));
     attn_cuda_layer to = layer_at(self, layer);
-    CUDA_TRY(attn_cuda_append(&to, at.device, key.device, value.device, tokens, self->status, self->stream));
-    return settle(self);
+    CUDA_TRY(attn_cuda_append(&to, at.device, key.device, value.device, tokens, only->status, self->stream));
+    CUDA_TRY(cudaEventRecord(only->ended, self->stream));
+    return settle(self, only);
 }
 
 static attn_status cuda_export(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
                                uint32_t tokens, void *keys, void *values) {
     cuda_backend *self = of(backend);
+    flight *only = &self->flights[0];
     size_t rows = (size_t)tokens * backend->geometry.heads_kv;
     row_bytes there = device_row(self), here = host_row(self);
     place at, key, value;
     attn_status status;
     cudaSetDevice(self->device);
     for (int earnest = 0; earnest < 2; earnest++) {
-        carver up = {.memory = earnest ? &self->up : NULL}, down = {.memory = earnest ? &self->down : NULL};
+        carver up = {.memory = earnest ? &only->up : NULL}, down = {.memory = earnest ? &only->down : NULL};
         at = carve(&up, tokens * sizeof(uint32_t));
         key = carve(&down, rows * there.key);
         value = carve(&down, rows * there.value);
         if (earnest) continue;
-        if (!arena_reserve(&self->up, up.used, &status) || !arena_reserve(&self->down, down.used, &status)) {
+        if (!arena_reserve(&only->up, up.used, &status) || !arena_reserve(&only->down, down.used, &status)) {
             return status;
         }
     }
     fill_places(self, at.host, pages, position, tokens);
     CUDA_TRY(cudaMemcpyAsync(at.device, at.host, tokens * sizeof(uint32_t), cudaMemcpyHostToDevice, self->stream));
     attn_cuda_layer from = layer_at(self, layer);
-    CUDA_TRY(attn_cuda_export(&from, at.device, key.device, value.device, tokens, self->status, self->stream));
-    ATTN_TRY(settle(self));
+    CUDA_TRY(attn_cuda_export(&from, at.device, key.device, value.device, tokens, only->status, self->stream));
+    CUDA_TRY(cudaEventRecord(only->ended, self->stream));
+    ATTN_TRY(settle(self, only));
     copy_rows(keys, here.key, key.host, there.key, rows);
     copy_rows(values, here.value, value.host, there.value, rows);
     return attn_ok();
@@ -374,16 +412,6 @@ typedef struct {
     uint32_t shortest, longest;     /* tokens of a sequence in this pool */
     uint64_t pieces, merges, slots; /* at most, of one wave */
 } tally;
-
-/* What is uploaded, and what comes back. */
-typedef struct {
-    place sequences, lengths, page_offsets, page_table, places, queries, keys, values, sinks;
-    /* The sequences as their rows are packed: first those that share a prefix; and which those are. If there are any.
-     */
-    place order, is_sharing;
-    place first_pieces, pieces, merges, slots;
-    place out, lse, partial_out, partial_lse;
-} call_memory;
 
 static uint32_t chunks_of(uint32_t length) { return (length + ATTN_CHUNK_TOKENS - 1) / ATTN_CHUNK_TOKENS; }
 
@@ -480,14 +508,14 @@ static void lay_out(const cuda_backend *self, const attn_batch *batch, const tal
 }
 
 /* False: as arena_reserve. */
-static bool reserve_call(cuda_backend *self, const attn_batch *batch, const tally *count, call_memory *memory,
-                         attn_status *status) {
+static bool reserve_call(const cuda_backend *self, flight *next, const tally *count, attn_status *status) {
     carver up = {0}, down = {0};
-    lay_out(self, batch, count, &up, &down, memory);
-    if (!arena_reserve(&self->up, up.used, status) || !arena_reserve(&self->down, down.used, status)) return false;
-    up = (carver){.memory = &self->up};
-    down = (carver){.memory = &self->down};
-    lay_out(self, batch, count, &up, &down, memory);
+    next->memory = (call_memory){.status = next->status};
+    lay_out(self, next->batch, count, &up, &down, &next->memory);
+    if (!arena_reserve(&next->up, up.used, status) || !arena_reserve(&next->down, down.used, status)) return false;
+    up = (carver){.memory = &next->up};
+    down = (carver){.memory = &next->down};
+    lay_out(self, next->batch, count, &up, &down, &next->memory);
     return true;
 }
 
@@ -761,7 +789,7 @@ static attn_cuda_call describe_call(const cuda_backend *self, const attn_batch *
         .lse = memory->lse.device,
         .partial_out = memory->partial_out.device,
         .partial_lse = memory->partial_lse.device,
-        .status = self->status,
+        .status = memory->status,
         .scale = batch->scale,
         .softcap = batch->softcap,
         .window = batch->window,
@@ -786,18 +814,26 @@ static attn_cuda_work describe_work(const cuda_backend *self, const attn_batch *
     };
 }
 
-static attn_status upload(cuda_backend *self, const void *from, const void *to_end) {
-    size_t offset = (size_t)((const char *)from - self->up.host);
-    return cuda_status(cudaMemcpyAsync(self->up.device + offset, from,
-                                       (size_t)((const char *)to_end - (const char *)from), cudaMemcpyHostToDevice,
-                                       self->stream),
+static attn_status upload(place from, const void *to_end, cudaStream_t stream) {
+    size_t bytes = (size_t)((const char *)to_end - (const char *)from.host);
+    return cuda_status(cudaMemcpyAsync(from.device, from.host, bytes, cudaMemcpyHostToDevice, stream),
                        "upload of a call");
+}
+
+/* Beside the kernels of the decode before, where there is one. */
+static attn_status upload_flight(cuda_backend *self, const flight *uploaded) {
+    const call_memory *memory = &uploaded->memory;
+    if (self->base.started == 0) return upload(memory->sequences, memory->first_pieces.host, self->stream);
+    ATTN_TRY(upload(memory->sequences, memory->first_pieces.host, self->uploads));
+    CUDA_TRY(cudaEventRecord(uploaded->uploaded, self->uploads));
+    CUDA_TRY(cudaStreamWaitEvent(self->stream, uploaded->uploaded, 0));
+    return attn_ok();
 }
 
 static attn_status run_wave(cuda_backend *self, const attn_batch *batch, const attn_plan *plan,
                             const call_memory *memory, uint32_t most_queries) {
     work_lists lists = list_work(self, plan, memory);
-    ATTN_TRY(upload(self, memory->first_pieces.host, lists.pieces + lists.piece_count));
+    ATTN_TRY(upload(memory->first_pieces, lists.pieces + lists.piece_count, self->stream));
     attn_cuda_work work = describe_work(self, batch, memory, lists.merge_count, most_queries);
     CUDA_TRY(attn_cuda_attend(&work, self->stream));
     CUDA_TRY(attn_cuda_merge_units(&work, self->stream));
@@ -809,7 +845,7 @@ static attn_status append_new_rows(cuda_backend *self, const attn_batch *batch, 
                                    uint32_t rows) {
     attn_cuda_layer layer = layer_at(self, batch->layer);
     CUDA_TRY(attn_cuda_append(&layer, memory->places.device, memory->keys.device, memory->values.device, rows,
-                              self->status, self->stream));
+                              memory->status, self->stream));
     self->launches += rows > 0;
     return attn_ok();
 }
@@ -916,66 +952,124 @@ static attn_status run_decode(cuda_backend *self, const attn_batch *batch, const
 /* ------------------------------------------------------------------------------------------- */
 /* Decoding */
 
+static attn_status launch_flight(cuda_backend *self, flight *launched, const attn_plan *plan, const tally *count) {
+    const attn_batch *batch = launched->batch;
+    const call_memory *memory = &launched->memory;
+    ATTN_TRY(upload_flight(self, launched));
+    if (batch->device_time) CUDA_TRY(cudaEventRecord(launched->kernels_begin, self->stream));
+    if (self->is_fast) {
+        ATTN_TRY(run_decode(self, batch, memory, count));
+    } else {
+        ATTN_TRY(append_new_rows(self, batch, memory, count->new_rows));
+        ATTN_TRY(run_pieces(self, batch, plan, memory, count));
+    }
+    if (batch->device_time) CUDA_TRY(cudaEventRecord(launched->kernels_end, self->stream));
+    CUDA_TRY(cudaEventRecord(launched->ended, self->stream));
+    return attn_ok();
+}
+
+/* Nothing of it is on a stream any more. */
+static void take_back(cuda_backend *self, flight *failed) {
+    cudaStreamSynchronize(self->uploads);
+    cudaStreamSynchronize(self->stream);
+    *failed->status = 0;
+}
+
+static attn_status cuda_start(attn_backend *backend, const attn_batch *batch, const attn_plan *plan) {
+    cuda_backend *self = of(backend);
+    flight *next = &self->flights[(self->oldest + backend->started) % FLIGHTS];
+    attn_status status;
+    next->batch = batch;
+    next->timing = (attn_timing){0};
+    next->start_ns = attn_now_ns();
+    self->launches = 0;
+    cudaSetDevice(self->device);
+    CUDA_TRY(self->failed);
+    ATTN_TRY(attn_line_build(&backend->line, batch));
+    plan = attn_backend_accept_plan(backend, plan);
+    tally count = count_batch(self, batch);
+    if (!reserve_call(self, next, &count, &status)) return status;
+    next->timing.plan_ns = attn_now_ns() - next->start_ns;
+
+    pack_tables(self, batch, &next->memory, &count);
+    size_t heads_q = backend->geometry.heads_q, heads_kv = backend->geometry.heads_kv;
+    row_bytes row = device_row(self);
+    copying rows = {.self = self, .batch = batch, .memory = &next->memory, .copy = copy_in};
+    copy_all(&rows, count.rows * heads_q * row.key + count.new_rows * heads_kv * (row.key + row.value));
+    next->out_bytes = count.rows * heads_q * row.value;
+    status = launch_flight(self, next, plan, &count);
+    next->timing.launches = self->launches;
+    if (attn_failed(status)) take_back(self, next);
+    return status;
+}
+
+/* An error is an end, too: it shows when the flight is settled. */
+static bool cuda_has_ended(attn_backend *backend) {
+    const cuda_backend *self = of(backend);
+    bool has_ended = cudaEventQuery(self->flights[self->oldest].ended) != cudaErrorNotReady;
+    if (!has_ended) cudaGetLastError(); /* or the next launch would be told of it */
+    return has_ended;
+}
+
 /* After settle(). */
-static attn_status read_device_time(const cuda_backend *self, attn_timing *timing) {
+static attn_status read_device_time(const flight *ended, attn_timing *timing) {
     float ms = 0;
-    CUDA_TRY(cudaEventElapsedTime(&ms, self->kernels_begin, self->kernels_end));
+    CUDA_TRY(cudaEventElapsedTime(&ms, ended->kernels_begin, ended->kernels_end));
     timing->device_ns = (int64_t)((double)ms * 1e6);
     return attn_ok();
 }
 
-static attn_status cuda_decode(attn_backend *backend, const attn_batch *batch, const attn_plan *plan,
-                               attn_timing *timing) {
+static attn_status cuda_finish(attn_backend *backend, attn_timing *timing) {
     cuda_backend *self = of(backend);
-    call_memory memory = {0};
-    attn_status status;
-    int64_t start = attn_now_ns();
-    self->launches = 0;
+    flight *ended = &self->flights[self->oldest];
+    self->oldest = (self->oldest + 1) % FLIGHTS;
     cudaSetDevice(self->device);
-    ATTN_TRY(attn_line_build(&backend->line, batch));
-    plan = attn_backend_accept_plan(backend, plan);
-    tally count = count_batch(self, batch);
-    if (!reserve_call(self, batch, &count, &memory, &status)) return status;
-    timing->plan_ns = attn_now_ns() - start;
-
-    pack_tables(self, batch, &memory, &count);
-    size_t heads_q = backend->geometry.heads_q, heads_kv = backend->geometry.heads_kv;
-    row_bytes row = device_row(self);
-    copying rows = {.self = self, .batch = batch, .memory = &memory, .copy = copy_in};
-    copy_all(&rows, count.rows * heads_q * row.key + count.new_rows * heads_kv * (row.key + row.value));
-    ATTN_TRY(upload(self, self->up.host, memory.first_pieces.host));
-    if (batch->device_time) CUDA_TRY(cudaEventRecord(self->kernels_begin, self->stream));
-    if (self->is_fast) {
-        ATTN_TRY(run_decode(self, batch, &memory, &count));
-    } else {
-        ATTN_TRY(append_new_rows(self, batch, &memory, count.new_rows));
-        ATTN_TRY(run_pieces(self, batch, plan, &memory, &count));
-    }
-    if (batch->device_time) CUDA_TRY(cudaEventRecord(self->kernels_end, self->stream));
-    ATTN_TRY(settle(self));
-    rows.copy = copy_out;
-    atomic_store(&rows.next, 0);
-    copy_all(&rows, count.rows * heads_q * row.value);
-    if (batch->device_time) ATTN_TRY(read_device_time(self, timing));
-    timing->launches = self->launches;
-    timing->attention_ns = attn_now_ns() - start - timing->plan_ns;
+    ATTN_TRY(settle(self, ended));
+    copying rows = {.self = self, .batch = ended->batch, .memory = &ended->memory, .copy = copy_out};
+    copy_all(&rows, ended->out_bytes);
+    *timing = ended->timing;
+    if (ended->batch->device_time) ATTN_TRY(read_device_time(ended, timing));
+    timing->attention_ns = attn_now_ns() - ended->start_ns - timing->plan_ns;
     return attn_ok();
 }
 
 /* ------------------------------------------------------------------------------------------- */
 /* Life */
 
+static attn_status flight_init(flight *made, uint32_t *status) {
+    made->down.kind = ARENA_SHARED;
+    made->status = status;
+    *status = 0;
+    CUDA_TRY(cudaEventCreateWithFlags(&made->uploaded, cudaEventDisableTiming));
+    CUDA_TRY(cudaEventCreateWithFlags(&made->ended, cudaEventDisableTiming));
+    CUDA_TRY(cudaEventCreate(&made->kernels_begin));
+    CUDA_TRY(cudaEventCreate(&made->kernels_end));
+    return attn_ok();
+}
+
+/* Also after a flight_init that has failed, or that there was none of. */
+static void flight_fini(flight *made) {
+    if (made->uploaded) cudaEventDestroy(made->uploaded);
+    if (made->ended) cudaEventDestroy(made->ended);
+    if (made->kernels_begin) cudaEventDestroy(made->kernels_begin);
+    if (made->kernels_end) cudaEventDestroy(made->kernels_end);
+    arena_fini(&made->up);
+    arena_fini(&made->down);
+}
+
+static void destroy_stream(cudaStream_t stream) {
+    if (!stream) return;
+    cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+}
+
 static void cuda_destroy(attn_backend *backend) {
     cuda_backend *self = of(backend);
     cudaSetDevice(self->device);
-    if (self->stream) {
-        cudaStreamSynchronize(self->stream);
-        cudaStreamDestroy(self->stream);
-    }
-    if (self->kernels_begin) cudaEventDestroy(self->kernels_begin);
-    if (self->kernels_end) cudaEventDestroy(self->kernels_end);
-    arena_fini(&self->up);
-    arena_fini(&self->down);
+    destroy_stream(self->uploads);
+    destroy_stream(self->stream);
+    for (uint32_t i = 0; i < FLIGHTS; i++)
+        flight_fini(&self->flights[i]);
     arena_fini(&self->apart);
     attn_cpu_workers_destroy(self->copiers);
     attn_cuda_free(self->layer.memory);
@@ -984,7 +1078,7 @@ static void cuda_destroy(attn_backend *backend) {
     attn_cuda_free(self->runs.memory);
     attn_cuda_free(self->chunks.memory);
     attn_cuda_free(self->scales);
-    cudaFreeHost(self->status);
+    cudaFreeHost(self->statuses);
     attn_backend_fini(backend);
     free(self);
 }
@@ -1084,10 +1178,10 @@ static attn_status allocate(cuda_backend *self, const attn_backend_config *confi
                             const struct cudaDeviceProp *properties) {
     ATTN_TRY(start_copiers(self, config));
     ATTN_TRY(allocate_pool(self, config));
-    self->down.kind = ARENA_SHARED;
     self->apart.kind = ARENA_DEVICE;
-    CUDA_TRY(cudaMallocHost((void **)&self->status, sizeof *self->status));
-    *self->status = 0;
+    CUDA_TRY(cudaMallocHost((void **)&self->statuses, FLIGHTS * sizeof *self->statuses));
+    for (uint32_t i = 0; i < FLIGHTS; i++)
+        ATTN_TRY(flight_init(&self->flights[i], &self->statuses[i]));
     self->is_fast = attn_cuda_decode_fits(&self->layer) && has_room(&self->layer, properties);
     if (!self->is_fast && attn_kv_dtype(&config->geometry) == ATTN_FP8_E4M3) {
         return attn_error(ATTN_UNAVAILABLE,
@@ -1103,8 +1197,7 @@ static attn_status allocate(cuda_backend *self, const attn_backend_config *confi
     ATTN_TRY(upload_scales(self, config));
     ATTN_TRY(self->is_fast ? allocate_workspaces(self) : allocate_slots(self));
     CUDA_TRY(cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking));
-    CUDA_TRY(cudaEventCreate(&self->kernels_begin));
-    CUDA_TRY(cudaEventCreate(&self->kernels_end));
+    CUDA_TRY(cudaStreamCreateWithFlags(&self->uploads, cudaStreamNonBlocking));
     return attn_ok();
 }
 
@@ -1137,7 +1230,10 @@ const attn_backend_ops attn_cuda_backend_ops = {
     .destroy = cuda_destroy,
     .append = cuda_append,
     .export = cuda_export,
-    .decode = cuda_decode,
+    .depth = FLIGHTS,
+    .start = cuda_start,
+    .has_ended = cuda_has_ended,
+    .finish = cuda_finish,
     .copy_page = cuda_copy_page,
     .poison = cuda_poison,
 #ifdef ATTN_HAVE_NCCL

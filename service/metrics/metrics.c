@@ -230,7 +230,7 @@ static void write_ranks(FILE *text, const attn_metrics *metrics, const attn_metr
             fprintf(text, "%s{rank=\"%u\"} %" PRIu64 "\n", family->name, rank, value);
         }
     }
-    write_family(text, "attnd_rank_busy_seconds_total", "counter", "Time spent in the backend.");
+    write_family(text, "attnd_rank_busy_seconds_total", "counter", "Time in which the backend was at work.");
     for (uint32_t rank = 0; rank < ranks; rank++) {
         fprintf(text, "attnd_rank_busy_seconds_total{rank=\"%u\"} %.9f\n", rank,
                 (double)values[rank].busy_ns / NS_PER_SECOND);
