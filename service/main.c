@@ -114,6 +114,28 @@ static void log_failure(const char *event, attn_status status) {
     attn_log_end(&line);
 }
 
+/* Any thread of the engine's. A client that leaves has cancelled its move: no failure. */
+static void log_move(void *context, const dp_move_record *record) {
+    (void)context;
+    attn_log_line line;
+    bool failed = attn_failed(record->status);
+    attn_log_level level = failed && record->status.code != ATTN_CANCELLED ? ATTN_LOG_WARN : ATTN_LOG_INFO;
+    if (!attn_log_begin(&line, level, failed ? "move_failed" : "sequence_moved", 0)) return;
+    attn_log_hex(&line, "sequence", record->sequence);
+    attn_log_string(&line, "why", record->is_asked_for ? "asked" : record->spread ? "outgrown" : "uneven");
+    attn_log_u64(&line, "from", record->from);
+    if (record->spread)
+        attn_log_bool(&line, "spread", true);
+    else
+        attn_log_u64(&line, "to", record->to);
+    attn_log_u64(&line, "tokens", record->tokens);
+    attn_log_u64(&line, "bytes", record->bytes);
+    attn_log_string(&line, "path", record->direct ? "direct" : "host");
+    attn_log_double(&line, "ms", (double)record->took_ns / 1e6);
+    if (failed) attn_log_status(&line, record->status);
+    attn_log_end(&line);
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* The engine */
 
@@ -155,6 +177,7 @@ static attn_status create_engine_on(const char *backend) {
         .direct_move_bytes = config->direct_move_bytes,
         .rank_stall_ns = (int64_t)config->rank_stall_ms * 1000000,
         .rank_restart_ns = (int64_t)config->rank_restart_backoff_ms * 1000000,
+        .moved = log_move,
     };
     attn_status status = dp_engine_create(&engine, &attnd.engine);
     free(quotas);
