@@ -122,6 +122,7 @@ typedef struct {
     uint64_t losses;                            /* since start */
     uint64_t stalls;                            /* of those, because it hung */
     uint64_t restarts;                          /* since start */
+    uint64_t failed_restarts;                   /* since start */
     char last_error[ATTN_STATUS_MESSAGE_BYTES]; /* why it was lost last, or not restarted; "": it never was */
     const char *device;                         /* lives as long as the engine */
 } dp_rank_info;
@@ -193,6 +194,9 @@ void dp_engine_fail_rank(dp_engine *engine, uint32_t rank);
 /* The rank hangs from its next call of the backend on, until all that hangs on this rank is released. */
 void dp_engine_stall_rank(dp_engine *engine, uint32_t rank);
 void dp_engine_release_rank(dp_engine *engine, uint32_t rank);
+
+/* The rank's device breaks at its next call of the backend: kernels/faults.h. */
+void dp_engine_break_rank(dp_engine *engine, uint32_t rank);
 #endif
 
 /* ------------------------------------------------------------------------------------------- */
