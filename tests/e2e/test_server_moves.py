@@ -13,7 +13,7 @@ from test_server_metrics import value
 
 EXPLICIT, SPREAD = pb.PLACEMENT_EXPLICIT, pb.PLACEMENT_SPREAD
 HOLD_S = 0.4  # seconds for which a rank is held
-STALL_S = {"plain": 0.5, "asan": 1.0, "tsan": 1.5}[build_kind()]
+STALL_S = {"plain": 0.5, "asan": 1.0, "tsan": 2.0}[build_kind()]
 
 
 def request(handle, dp_rank=0, spread=False):

@@ -9,7 +9,7 @@ from attention_oracle import Model
 from attnd_harness import CODE, TIMEOUT_S, build_kind, eventually, pb
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-STALL_S = {"plain": 0.5, "asan": 1.0, "tsan": 1.5}[build_kind()]
+STALL_S = {"plain": 0.5, "asan": 1.0, "tsan": 2.0}[build_kind()]
 
 
 def faulty(start_server, **flags):
