@@ -153,8 +153,13 @@ def restart(admin, rank):
 def test_a_device_that_breaks_under_load_takes_its_ranks_and_serves_again(start_server, admin, by_hand):
     """With ATTND_TEST_BACKEND=cuda a real error; on one GPU that all ranks share, all are lost."""
     ranks, rounds = 4, 3
-    backoff = 0 if by_hand else 20
-    server = faulty(start_server, ranks=ranks, rank_restart_backoff_ms=backoff, admin_token_file=admin.path)
+    server = faulty(
+        start_server,
+        ranks=ranks,
+        rank_stall_ms=20_000,  # a GPU's first calls after a reset take a while
+        rank_restart_backoff_ms=0 if by_hand else 20,
+        admin_token_file=admin.path,
+    )
     api = server.api(metadata=admin.metadata)
     words = ("the device is broken", "cuda: ")
     tenants = [Tenant(server, rank, seed=rank, words=words) for rank in range(ranks)]
