@@ -192,6 +192,7 @@ void dp_engine_rank_info(dp_engine *engine, uint32_t rank, dp_rank_info *info) {
         .losses = record.losses,
         .stalls = record.stalls,
         .restarts = record.restarts,
+        .failed_restarts = record.failed_restarts,
         .device = of->device,
     };
     snprintf(info->last_error, sizeof info->last_error, "%s", record.last_error.message);
@@ -265,6 +266,8 @@ void dp_engine_fail_rank(dp_engine *engine, uint32_t rank) {
 void dp_engine_stall_rank(dp_engine *engine, uint32_t rank) { dp_rank_stall(engine->ranks[rank].rank); }
 
 void dp_engine_release_rank(dp_engine *engine, uint32_t rank) { dp_rank_release(engine->ranks[rank].rank); }
+
+void dp_engine_break_rank(dp_engine *engine, uint32_t rank) { dp_rank_break(engine->ranks[rank].rank); }
 #endif
 
 /* ------------------------------------------------------------------------------------------- */

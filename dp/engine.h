@@ -40,6 +40,19 @@ typedef struct dp_engine dp_engine;
 /* ------------------------------------------------------------------------------------------- */
 /* The engine */
 
+/* What has become of a move of a sequence that set out. */
+typedef struct {
+    uint64_t sequence;
+    uint32_t from, to;  /* ranks; `to` is.. */
+    bool spread;        /* ..not looked at where it was to be spread over all */
+    bool is_asked_for;  /* by dp_sequence_move; else dp_engine_reap's own */
+    bool direct;        /* from device to device */
+    uint64_t tokens;    /* the sequence's */
+    uint64_t bytes;     /* of keys and values copied to other ranks */
+    int64_t took_ns;    /* from when it set out */
+    attn_status status; /* ATTN_OK: it lives there now; else it is where it was */
+} dp_move_record;
+
 typedef struct {
     attn_geometry geometry;
     const float *k_scales;     /* fp8: see attn_backend_config; borrowed until create returns */
@@ -64,6 +77,9 @@ typedef struct {
     uint64_t direct_move_bytes;           /* as much moves from device to device where that can be; 0: nothing */
     int64_t rank_stall_ns;                /* a rank that has work and does not move for so long is lost; 0: never */
     int64_t rank_restart_ns;              /* a lost rank is restarted after so long, see "Loss" below; 0: never */
+    /* NULL, or called for every move that ends after it set out, before dp_move.done; the record is valid during it. */
+    void (*moved)(void *context, const dp_move_record *record);
+    void *moved_context;
 } dp_config;
 
 #define DP_MAX_RANKS 64
@@ -106,6 +122,7 @@ typedef struct {
     uint64_t losses;                            /* since start */
     uint64_t stalls;                            /* of those, because it hung */
     uint64_t restarts;                          /* since start */
+    uint64_t failed_restarts;                   /* since start */
     char last_error[ATTN_STATUS_MESSAGE_BYTES]; /* why it was lost last, or not restarted; "": it never was */
     const char *device;                         /* lives as long as the engine */
 } dp_rank_info;
@@ -177,6 +194,9 @@ void dp_engine_fail_rank(dp_engine *engine, uint32_t rank);
 /* The rank hangs from its next call of the backend on, until all that hangs on this rank is released. */
 void dp_engine_stall_rank(dp_engine *engine, uint32_t rank);
 void dp_engine_release_rank(dp_engine *engine, uint32_t rank);
+
+/* The rank's device breaks at its next call of the backend: kernels/faults.h. */
+void dp_engine_break_rank(dp_engine *engine, uint32_t rank);
 #endif
 
 /* ------------------------------------------------------------------------------------------- */

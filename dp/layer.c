@@ -5,7 +5,7 @@
  * are: in place in the request if a sequence's rows lie in one span, else gathered to the rank's
  * staging memory. Outputs are written where the caller will read them. A launch of one part uses the
  * part's tables as they are; for more, they are laid end to end in the rank's scratch memory. So are the prefixes that
- * sequences of a part share; those of two parts share none.
+ * sequences of a part share, which are then joined where two parts have the same.
  *
  * Launches overlap (rank.h): two in flight are about different steps, for a step's next layer comes when the one before
  * is done. Neither reads what the other writes: those are slots that no other step sees, in pages that were copied
@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "dp/prefixes.h"
 #include "dp/state.h"
 #include "dp/tensors.h"
 #include "kernels/pipeline.h"
@@ -49,7 +50,8 @@ typedef struct {
     attn_part *attn_parts;
     attn_partial *partials;
     attn_prefix *prefixes;
-    uint32_t *members; /* of the prefixes, of several parts */
+    uint32_t *members; /* of the prefixes, of several parts.. */
+    uint32_t *joined;  /* ..and once the prefixes are joined */
 } launch;
 
 void dp_layer_part_fail(dp_layer_part *part, attn_status status) {
@@ -166,6 +168,7 @@ static size_t carve_arrays(launch *launch, char *base) {
     launch->page_table = carve(base, &used, launch->pages, sizeof *launch->page_table);
     launch->prefixes = carve(base, &used, launch->prefix_count, sizeof *launch->prefixes);
     launch->members = carve(base, &used, launch->prefix_count > 0 ? size : 0, sizeof *launch->members);
+    launch->joined = carve(base, &used, launch->prefix_count > 0 ? size : 0, sizeof *launch->joined);
     if (!launch->spread) return used;
     launch->attn_parts = carve(base, &used, size, sizeof *launch->attn_parts);
     launch->partials = carve(base, &used, size, sizeof *launch->partials);
@@ -292,6 +295,20 @@ static uint32_t append_prefixes(launch *launch, const dp_batch *batch, uint32_t 
     return batch->prefix_count;
 }
 
+/* Forks of one prompt may have been decoded by calls of their own. */
+static void join_prefixes(launch *launch) {
+    dp_launch_prefixes prefixes = {
+        .prefixes = launch->prefixes,
+        .count = launch->prefix_count,
+        .page_offsets = launch->page_offsets,
+        .pages = launch->page_table,
+        .page_size = launch->engine->config.geometry.page_size,
+        .members = launch->joined,
+    };
+    launch->tokens_shared += dp_prefixes_join(&prefixes);
+    launch->prefix_count = prefixes.count;
+}
+
 /* One of several parts: its tables behind those of the parts before it. */
 static void append_tables(launch *launch, const dp_batch *batch, uint32_t first) {
     uint32_t page = first == 0 ? 0 : launch->page_offsets[first];
@@ -323,6 +340,7 @@ static attn_status assemble(launch *launch) {
         ATTN_TRY(take_part(launch, part, first));
         first += part->batch->size;
     }
+    if (launch->count > 1 && launch->prefix_count > 1) join_prefixes(launch);
     const dp_step *step = launch->parts[0]->step;
     const dp_options *options = &step->input.options;
     launch->batch = (attn_batch){

@@ -23,6 +23,8 @@ struct dp_travel {
     travel_stage stage;
     dp_sequence *sequence; /* from setting out on */
     dp_place place;        /* likewise */
+    dp_move_record record; /* likewise */
+    int64_t began_ns;      /* likewise */
     attn_saved_status outcome;
     dp_travel *next; /* that waits, or sets out; guarded by the engine's lock in the list of those that wait */
 };
@@ -128,6 +130,15 @@ static attn_status admit(dp_travel *travel, int64_t now) {
     uint32_t home = move->spread ? sequence->home : move->rank;
     ATTN_TRY(dp_sequence_move_begin(table, sequence, home, move->spread, &travel->place));
     travel->sequence = sequence;
+    travel->record = (dp_move_record){
+        .sequence = move->sequence,
+        .from = sequence->home,
+        .to = home,
+        .spread = move->spread,
+        .is_asked_for = move != &travel->engine->moves.balance,
+        .tokens = sequence->length,
+    };
+    travel->began_ns = now;
     travel->stage = TRAVEL_SETS_OUT;
     return attn_ok();
 }
@@ -135,10 +146,13 @@ static attn_status admit(dp_travel *travel, int64_t now) {
 /* ------------------------------------------------------------------------------------------- */
 /* The way */
 
+static attn_status outcome_of(const dp_travel *travel) {
+    return travel->outcome.code == ATTN_OK ? attn_ok() : attn_status_view(&travel->outcome);
+}
+
 /* The last that is done with a travel; if the move is the engine's own, the engine may be gone afterwards. */
 static void finish(dp_travel *travel) {
-    attn_status status = travel->outcome.code == ATTN_OK ? attn_ok() : attn_status_view(&travel->outcome);
-    travel->move->done(travel->move, status);
+    travel->move->done(travel->move, outcome_of(travel));
     free(travel);
 }
 
@@ -165,8 +179,7 @@ static void note_losses(dp_travel *travel) {
 /* The sequence lives where it went, if all went well, or where it was. With the lock held. */
 static void settle(dp_travel *travel) {
     dp_engine *engine = travel->engine;
-    bool is_asked_for = travel->move != &engine->moves.balance;
-    if (is_asked_for) travel->sequence->used_ns = attn_now_ns();
+    if (travel->record.is_asked_for) travel->sequence->used_ns = attn_now_ns();
     note_losses(travel);
     if (travel->outcome.code != ATTN_OK) {
         dp_sequence_move_cancel(&engine->sequences, travel->sequence, &travel->place);
@@ -181,6 +194,18 @@ static void settle(dp_travel *travel) {
     engine->moves.bytes += travel->move->bytes;
 }
 
+/* Tells whoever keeps a record. Without the lock. */
+static void tell(dp_travel *travel) {
+    const dp_config *config = &travel->engine->config;
+    dp_move_record *record = &travel->record;
+    if (config->moved == NULL) return;
+    record->direct = travel->transfer.direct;
+    record->bytes = travel->transfer.bytes;
+    record->took_ns = attn_now_ns() - travel->began_ns;
+    record->status = outcome_of(travel);
+    config->moved(config->moved_context, record);
+}
+
 static void transfer_done(dp_transfer *transfer, attn_status status) {
     dp_travel *travel = (dp_travel *)transfer;
     dp_engine *engine = travel->engine;
@@ -189,6 +214,7 @@ static void transfer_done(dp_transfer *transfer, attn_status status) {
     settle(travel);
     dp_wait *waits = take_waits(engine);
     pthread_mutex_unlock(&engine->lock);
+    tell(travel);
     wake(waits);
     dp_moves_resume(engine);
     finish(travel);

@@ -176,3 +176,49 @@ void dp_prefixes_find(dp_batch *batch, const attn_geometry *geometry, bool read_
     compare_neighbours(&search);
     batch->tokens_shared = choose(&search, 0, search.count) * ATTN_CHUNK_TOKENS;
 }
+
+/* ------------------------------------------------------------------------------------------- */
+/* Several batches */
+
+static const uint32_t *pages_of(const dp_launch_prefixes *launch, const attn_prefix *prefix) {
+    return launch->pages + launch->page_offsets[prefix->members[0]];
+}
+
+/* Tokens that need not be read, as if each member has all of the prefix. */
+static uint64_t saved_by(uint32_t members, uint32_t tokens) { return (uint64_t)(members - 1) * tokens; }
+
+/* Adds the members of `other` behind those of `prefix`, if that is worth it and right. Sets how much more is saved. */
+static bool joins(const dp_launch_prefixes *launch, attn_prefix *prefix, const attn_prefix *other, uint64_t *saved) {
+    const uint32_t *own = pages_of(launch, prefix), *others = pages_of(launch, other);
+    uint32_t tokens = prefix->tokens < other->tokens ? prefix->tokens : other->tokens;
+    uint64_t together = saved_by(prefix->count + other->count, tokens);
+    uint64_t apart = saved_by(prefix->count, prefix->tokens) + saved_by(other->count, other->tokens);
+    if (own[0] != others[0] || together < apart) return false;
+    if (memcmp(own, others, tokens / launch->page_size * sizeof *own) != 0) return false;
+    *saved = together - apart;
+    prefix->tokens = tokens;
+    return true;
+}
+
+uint64_t dp_prefixes_join(dp_launch_prefixes *launch) {
+    uint32_t left = 0, *members = launch->members;
+    uint64_t saved = 0, more;
+    for (uint32_t p = 0; p < launch->count; p++) {
+        attn_prefix joined = launch->prefixes[p];
+        if (joined.count == 0) continue; /* it is in one before */
+        memcpy(members, joined.members, joined.count * sizeof *members);
+        joined.members = members;
+        for (uint32_t q = p + 1; q < launch->count; q++) {
+            attn_prefix *other = &launch->prefixes[q];
+            if (other->count == 0 || !joins(launch, &joined, other, &more)) continue;
+            memcpy(members + joined.count, other->members, other->count * sizeof *members);
+            joined.count += other->count;
+            other->count = 0;
+            saved += more;
+        }
+        members += joined.count;
+        launch->prefixes[left++] = joined;
+    }
+    launch->count = left;
+    return saved;
+}

@@ -16,9 +16,11 @@
  *
  * Of all groupings the one is taken that saves most reads, counted as (members - 1) * tokens for each prefix.
  *
+ * Calls of several steps may become one launch, whose batches' prefixes are then joined where they are the same pages.
+ *
  * Cost: linear in the batch as long as nothing is shared; else the sequences that share something are sorted.
  *
- * Threads: that of the partition (dp/partition.h).
+ * Threads: that of the partition (dp/partition.h); dp_prefixes_join: any.
  */
 #ifndef ATTND_DP_PREFIXES_H
 #define ATTND_DP_PREFIXES_H
@@ -33,5 +35,21 @@ size_t dp_prefixes_scratch(uint32_t size);
  * are no new rows. Cannot fail: the batch has the memory.
  */
 void dp_prefixes_find(dp_batch *batch, const attn_geometry *geometry, bool read_only);
+
+/* The prefixes of the batches of one launch, and its page tables. */
+typedef struct {
+    attn_prefix *prefixes; /* [count] */
+    uint32_t count;
+    const uint32_t *page_offsets, *pages; /* attn_batch */
+    uint32_t page_size;
+    uint32_t *members; /* [members of all prefixes] memory that is not theirs yet */
+} dp_launch_prefixes;
+
+/*
+ * Joins prefixes that begin with the same pages into one of all their members, as long as the shortest of them, unless
+ * apart they save more. Their number becomes smaller by that, their members lie in `members`. Returns how many tokens
+ * more are saved than before.
+ */
+uint64_t dp_prefixes_join(dp_launch_prefixes *launch);
 
 #endif

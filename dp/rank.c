@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "kernels/faults.h"
 #include "kernels/pipeline.h"
 
 /* How long the worker looks for a next job before it sleeps: less than a wake-up costs. */
@@ -45,6 +46,7 @@ struct dp_worker {
     bool calling_back;      /* its thread ran a group, and calls what that is for */
     atomic_bool retired;    /* the rank was lost; read by any thread */
     uint64_t stalled_until; /* test aid: hangs before calls of the backend until the rank's `releases` are as many */
+    bool breaks;            /* test aid: its device is to break before the next call of the backend */
 };
 
 struct dp_rank {
@@ -487,6 +489,7 @@ dp_start_state dp_rank_look_at_start(dp_rank *rank) {
     }
     if (state == DP_START_FAILED) {
         rank->record.last_error = worker->start;
+        if (rank->record.losses > 0) rank->record.failed_restarts++;
         rank->starting = NULL;
     }
     pthread_mutex_unlock(&rank->lock);
@@ -737,6 +740,12 @@ void dp_rank_release(dp_rank *rank) {
     pthread_cond_broadcast(&rank->released);
 }
 
+void dp_rank_break(dp_rank *rank) {
+    pthread_mutex_lock(&rank->lock);
+    if (rank->worker != NULL) rank->worker->breaks = true;
+    pthread_mutex_unlock(&rank->lock);
+}
+
 static void hang_if_stalled(dp_worker *worker) {
     dp_rank *rank = worker->rank;
     pthread_mutex_lock(&rank->lock);
@@ -744,11 +753,20 @@ static void hang_if_stalled(dp_worker *worker) {
         pthread_cond_wait(&rank->released, &rank->lock);
     pthread_mutex_unlock(&rank->lock);
 }
+
+static void break_if_told(dp_worker *worker) {
+    pthread_mutex_lock(&worker->rank->lock);
+    bool breaks = worker->breaks;
+    worker->breaks = false;
+    pthread_mutex_unlock(&worker->rank->lock);
+    if (breaks) attn_backend_break(worker->backend);
+}
 #endif
 
 attn_backend *dp_worker_backend(dp_worker *worker) {
 #ifndef ATTN_RELEASE
     hang_if_stalled(worker);
+    break_if_told(worker);
 #endif
     return worker->backend;
 }

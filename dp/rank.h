@@ -154,6 +154,9 @@ void dp_rank_stall(dp_rank *rank);
 
 /* Lets go of all workers that hang so. */
 void dp_rank_release(dp_rank *rank);
+
+/* Test aid: the device of the worker in office breaks right before the next call of its backend. */
+void dp_rank_break(dp_rank *rank);
 #endif
 
 /* ------------------------------------------------------------------------------------------- */
@@ -169,6 +172,7 @@ typedef struct {
     uint64_t losses;
     uint64_t stalls; /* losses because the rank hung */
     uint64_t restarts;
+    uint64_t failed_restarts;
     uint64_t plans_rejected;
     attn_saved_status last_error; /* why it was lost last, or why its last start failed; ATTN_OK: never */
 } dp_rank_record;

@@ -166,6 +166,7 @@ static attn_status start_by_host(dp_transfer *transfer) {
 static void direct_ended(dp_transfer *transfer, attn_status status) {
     if (!attn_failed(status)) {
         dp_count(&transfer->engine->moves_direct, 1);
+        transfer->direct = true;
         transfer->bytes = transfer->from->length * transfer->engine->config.geometry.layers * row_bytes(transfer);
         transfer->done(transfer, status);
         return;

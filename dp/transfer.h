@@ -31,7 +31,8 @@ struct dp_transfer {
     /* Called exactly once if dp_transfer_start returned ATTN_OK, maybe before that. `status` is valid during it. */
     void (*done)(dp_transfer *transfer, attn_status status);
     /* out, valid from `done` */
-    uint64_t bytes; /* of keys and values that went */
+    uint64_t bytes; /* of keys and values that went.. */
+    bool direct;    /* ..from device to device */
     /* the transfer's own */
     dp_export *export;
     dp_upload *upload;

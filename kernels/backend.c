@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "base/status.h"
+#include "kernels/faults.h"
 #include "kernels/pipeline.h"
 
 /* The first is what "auto" takes: it works on every machine. */
@@ -82,6 +83,24 @@ uint64_t attn_backend_plans_rejected(const attn_backend *backend) {
     return atomic_load_explicit(&backend->plans_rejected, memory_order_relaxed);
 }
 
+#ifndef ATTN_RELEASE
+void attn_backend_break(attn_backend *backend) {
+    if (backend->ops->break_device)
+        backend->ops->break_device(backend);
+    else
+        backend->broken = true;
+}
+#endif
+
+static attn_status check_device(const attn_backend *backend) {
+#ifndef ATTN_RELEASE
+    if (backend->broken) return attn_error(ATTN_UNAVAILABLE, "the device is broken, for a test");
+#else
+    (void)backend;
+#endif
+    return attn_ok();
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* The pool */
 
@@ -116,6 +135,7 @@ attn_status attn_backend_append(attn_backend *backend, uint32_t layer, const uin
     ATTN_TRY(attn_backend_check_idle(backend, "an append"));
     if (tokens == 0) return check_layer(backend, layer);
     ATTN_TRY(check_rows(backend, layer, pages, page_count, position, tokens));
+    ATTN_TRY(check_device(backend));
     return backend->ops->append(backend, layer, pages, position, tokens, keys, values);
 }
 
@@ -124,6 +144,7 @@ attn_status attn_backend_export(attn_backend *backend, uint32_t layer, const uin
     ATTN_TRY(attn_backend_check_idle(backend, "an export"));
     if (tokens == 0) return check_layer(backend, layer);
     ATTN_TRY(check_rows(backend, layer, pages, page_count, position, tokens));
+    ATTN_TRY(check_device(backend));
     return backend->ops->export(backend, layer, pages, position, tokens, keys, values);
 }
 
@@ -156,6 +177,7 @@ attn_status attn_backend_start(attn_backend *backend, const attn_batch *batch, c
     }
     if (batch->size == 0) return attn_error(ATTN_INVALID_ARGUMENT, "an empty batch was to be started");
     ATTN_TRY(attn_batch_check(backend, batch));
+    ATTN_TRY(check_device(backend));
     if (backend->ops->start) {
         ATTN_TRY(backend->ops->start(backend, batch, plan));
     } else {

@@ -66,6 +66,9 @@ typedef struct {
     void (*copy_page)(attn_backend *backend, uint32_t from, uint32_t to);
     void (*poison)(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots);
     const attn_channel_ops *channels; /* NULL: it has none */
+#ifndef ATTN_RELEASE
+    void (*break_device)(attn_backend *backend); /* NULL: it has no device that could break */
+#endif
 } attn_backend_ops;
 
 /* What the stored keys and values of one layer and KV head are multiplied by. */
@@ -85,6 +88,9 @@ struct attn_backend {
     attn_timing timing;              /* of the one that is started, of a kind that decodes at once */
     _Atomic uint64_t plans_rejected; /* read by any thread */
     char description[160];           /* attn_backend_describe; the backend fills it at creation */
+#ifndef ATTN_RELEASE
+    bool broken; /* attn_backend_break, of a backend without break_device */
+#endif
 };
 
 /*

@@ -82,8 +82,12 @@ uint8_t attn_float_to_e4m3(float value) {
     return (uint8_t)(sign | shift_right_to_even(fraction, 141 - (magnitude >> 23)));
 }
 
+/* Elements are brought into line so many at a time, whatever their alignment is. */
+enum { BLOCK = 64 };
+
 void attn_elements_to_floats(attn_dtype dtype, const void *source, float *destination, size_t count) {
     const unsigned char *bytes = source;
+    uint16_t elements[BLOCK];
     if (dtype == ATTN_FP32) {
         memcpy(destination, source, count * sizeof *destination);
         return;
@@ -94,15 +98,18 @@ void attn_elements_to_floats(attn_dtype dtype, const void *source, float *destin
         }
         return;
     }
-    for (size_t n = 0; n < count; n++) {
-        uint16_t element;
-        memcpy(&element, bytes + 2 * n, sizeof element);
-        destination[n] = dtype == ATTN_BF16 ? attn_bf16_to_float(element) : attn_fp16_to_float(element);
+    for (size_t first = 0; first < count; first += BLOCK) {
+        size_t some = count - first < BLOCK ? count - first : BLOCK;
+        memcpy(elements, bytes + 2 * first, 2 * some);
+        for (size_t n = 0; n < some; n++)
+            destination[first + n] =
+                dtype == ATTN_BF16 ? attn_bf16_to_float(elements[n]) : attn_fp16_to_float(elements[n]);
     }
 }
 
 void attn_elements_from_floats(attn_dtype dtype, const float *source, void *destination, size_t count) {
     unsigned char *bytes = destination;
+    uint16_t elements[BLOCK];
     if (dtype == ATTN_FP32) {
         memcpy(destination, source, count * sizeof *source);
         return;
@@ -113,18 +120,21 @@ void attn_elements_from_floats(attn_dtype dtype, const float *source, void *dest
         }
         return;
     }
-    for (size_t n = 0; n < count; n++) {
-        uint16_t element = dtype == ATTN_BF16 ? attn_float_to_bf16(source[n]) : attn_float_to_fp16(source[n]);
-        memcpy(bytes + 2 * n, &element, sizeof element);
+    for (size_t first = 0; first < count; first += BLOCK) {
+        const float *floats = source + first;
+        size_t some = count - first < BLOCK ? count - first : BLOCK;
+        for (size_t n = 0; n < some; n++)
+            elements[n] = dtype == ATTN_BF16 ? attn_float_to_bf16(floats[n]) : attn_float_to_fp16(floats[n]);
+        memcpy(bytes + 2 * first, elements, 2 * some);
     }
 }
 
 void attn_elements_to_e4m3(attn_dtype dtype, const void *source, float scale, uint8_t *codes, size_t count) {
     const unsigned char *bytes = source;
     size_t element = attn_dtype_bytes(dtype);
-    float floats[64];
-    for (size_t first = 0; first < count; first += 64) {
-        size_t some = count - first < 64 ? count - first : 64;
+    float floats[BLOCK];
+    for (size_t first = 0; first < count; first += BLOCK) {
+        size_t some = count - first < BLOCK ? count - first : BLOCK;
         attn_elements_to_floats(dtype, bytes + first * element, floats, some);
         for (size_t n = 0; n < some; n++) {
             codes[first + n] = attn_float_to_e4m3(floats[n] / scale);
@@ -135,9 +145,9 @@ void attn_elements_to_e4m3(attn_dtype dtype, const void *source, float scale, ui
 void attn_elements_from_e4m3(attn_dtype dtype, const uint8_t *codes, float scale, void *destination, size_t count) {
     unsigned char *bytes = destination;
     size_t element = attn_dtype_bytes(dtype);
-    float floats[64];
-    for (size_t first = 0; first < count; first += 64) {
-        size_t some = count - first < 64 ? count - first : 64;
+    float floats[BLOCK];
+    for (size_t first = 0; first < count; first += BLOCK) {
+        size_t some = count - first < BLOCK ? count - first : BLOCK;
         for (size_t n = 0; n < some; n++)
             floats[n] = attn_e4m3_to_float(codes[first + n]) * scale;
         attn_elements_from_floats(dtype, floats, bytes + first * element, some);

@@ -46,6 +46,7 @@ typedef struct {
     int64_t reaped_ns;
     uint64_t losses[DP_MAX_RANKS];   /* of ranks, that the log has told of */
     uint64_t restarts[DP_MAX_RANKS]; /* likewise */
+    uint64_t failed_restarts[DP_MAX_RANKS];
 } daemon_state;
 
 /* The one there is: signal waits and callbacks find it here. Owned by the main thread. */
@@ -114,6 +115,28 @@ static void log_failure(const char *event, attn_status status) {
     attn_log_end(&line);
 }
 
+/* Any thread of the engine's. A client that leaves has cancelled its move: no failure. */
+static void log_move(void *context, const dp_move_record *record) {
+    (void)context;
+    attn_log_line line;
+    bool failed = attn_failed(record->status);
+    attn_log_level level = failed && record->status.code != ATTN_CANCELLED ? ATTN_LOG_WARN : ATTN_LOG_INFO;
+    if (!attn_log_begin(&line, level, failed ? "move_failed" : "sequence_moved", 0)) return;
+    attn_log_hex(&line, "sequence", record->sequence);
+    attn_log_string(&line, "why", record->is_asked_for ? "asked" : record->spread ? "outgrown" : "uneven");
+    attn_log_u64(&line, "from", record->from);
+    if (record->spread)
+        attn_log_bool(&line, "spread", true);
+    else
+        attn_log_u64(&line, "to", record->to);
+    attn_log_u64(&line, "tokens", record->tokens);
+    attn_log_u64(&line, "bytes", record->bytes);
+    attn_log_string(&line, "path", record->direct ? "direct" : "host");
+    attn_log_double(&line, "ms", (double)record->took_ns / 1e6);
+    if (failed) attn_log_status(&line, record->status);
+    attn_log_end(&line);
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* The engine */
 
@@ -155,6 +178,7 @@ static attn_status create_engine_on(const char *backend) {
         .direct_move_bytes = config->direct_move_bytes,
         .rank_stall_ns = (int64_t)config->rank_stall_ms * 1000000,
         .rank_restart_ns = (int64_t)config->rank_restart_backoff_ms * 1000000,
+        .moved = log_move,
     };
     attn_status status = dp_engine_create(&engine, &attnd.engine);
     free(quotas);
@@ -316,12 +340,16 @@ static void log_rank(attn_log_level level, const char *event, uint32_t rank, con
     attn_log_end(&line);
 }
 
-/* Says which ranks have been lost, and have come back, since the last look. */
+/* Says which ranks have been lost, could not be restarted, and have come back, since the last look. */
 static void log_changes(uint32_t rank, const dp_rank_info *info) {
     if (info->losses > attnd.losses[rank]) log_rank(ATTN_LOG_ERROR, "rank_lost", rank, info);
+    if (info->failed_restarts > attnd.failed_restarts[rank]) {
+        log_rank(ATTN_LOG_WARN, "rank_restart_failed", rank, info);
+    }
     if (info->restarts > attnd.restarts[rank]) log_rank(ATTN_LOG_WARN, "rank_restarted", rank, info);
     attnd.losses[rank] = info->losses;
     attnd.restarts[rank] = info->restarts;
+    attnd.failed_restarts[rank] = info->failed_restarts;
 }
 
 /* The server is healthy while enough ranks are. */
@@ -339,13 +367,14 @@ static void check_ranks(void) {
 /* SIGUSR1 in test builds, if --test-faults is given. */
 static void make_fault(int value) {
 #ifndef ATTN_RELEASE
-    enum { FAIL, STALL, RELEASE };
+    enum { FAIL, STALL, RELEASE, BREAK };
     uint32_t rank = (uint32_t)value % 256;
     if (!attnd.config.test_faults || rank >= dp_engine_ranks(attnd.engine)) return;
     switch (value / 256) {
     case FAIL: dp_engine_fail_rank(attnd.engine, rank); break;
     case STALL: dp_engine_stall_rank(attnd.engine, rank); break;
     case RELEASE: dp_engine_release_rank(attnd.engine, rank); break;
+    case BREAK: dp_engine_break_rank(attnd.engine, rank); break;
     }
 #else
     (void)value;

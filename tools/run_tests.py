@@ -1,10 +1,13 @@
 """Runs attnd's tests and counts every test case; `./dev test` calls it.
 
-Parts, in order:
+Parts:
   unit   every cmocka test, plain build
   e2e    Python: client, demo model, deployment files, end-to-end and faults against the real server
   asan   the cmocka tests and the end-to-end suite under AddressSanitizer + UndefinedBehaviorSanitizer
   tsan   the threaded cmocka tests and the threaded end-to-end tests under ThreadSanitizer
+
+The Python tests of a build run beside its cmocka tests, unit and e2e likewise where both are wanted: Python tests wait
+more than they compute. What they print comes after the cmocka tests' output.
 
 The last line is `N passed, N failed` with `, N skipped` where tests were skipped; the exit status is
 0 only if nothing failed and something passed.
@@ -81,53 +84,87 @@ def run_cmocka(tally: Tally, config: str, tag: str = "") -> None:
         tally.fail(f"no unit test ran, {config or 'plain'} build")
 
 
-def run_pytest(tally: Tally, name: str, paths: list[str], config: str, *options: str) -> None:
-    """Runs pytest against the server of one Bazel configuration and counts its cases."""
-    say(f"{name}, {config or 'plain'} build")
-    if bazel("build", config, *PROGRAMS) != 0:
-        tally.fail(f"{name}: the server does not build ({config or 'plain'})")
-        return
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    report = RESULTS / f"{name}-{config or 'plain'}.xml"
-    report.unlink(missing_ok=True)
-    environment: dict[str, str] = dict(os.environ)
-    environment["ATTND_BINARY"] = str(symlink(config, "bin") / "service" / "attnd")
-    environment["ATTND_BUILD"] = config or "plain"
-    present = [path for path in paths if (ROOT / path).exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--durations=5", f"--junitxml={report}"]
-    subprocess.run([*command, *options, *present], cwd=ROOT, env=environment, check=False)
-    if not report.exists():
-        tally.fail(f"{name}: pytest gave no report ({config or 'plain'})")
-        return
-    for case in xml.etree.ElementTree.parse(report).getroot().iter("testcase"):
-        title = f"{case.get('classname')}.{case.get('name')} ({config or 'plain'})"
-        if case.find("failure") is not None or case.find("error") is not None:
-            tally.fail(title)
-        elif case.find("skipped") is not None:
-            tally.skipped += 1
-        else:
-            tally.passed += 1
+class PythonTests:
+    """pytest against the server of one Bazel configuration, from start() on beside whatever else is run."""
+
+    def __init__(self, name: str, paths: list[str], config: str, *options: str) -> None:
+        self.title = f"{name}, {config or 'plain'} build"
+        self.name, self.paths, self.config, self.options = name, paths, config, options
+        self.report = RESULTS / f"{name}-{config or 'plain'}.xml"
+        self.output = RESULTS / f"{name}-{config or 'plain'}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        if bazel("build", self.config, *PROGRAMS) != 0:
+            return
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        self.report.unlink(missing_ok=True)
+        environment: dict[str, str] = dict(os.environ)
+        environment["ATTND_BINARY"] = str(symlink(self.config, "bin") / "service" / "attnd")
+        environment["ATTND_BUILD"] = self.config or "plain"
+        present = [path for path in self.paths if (ROOT / path).exists()]
+        command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--durations=5", f"--junitxml={self.report}"]
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [*command, *self.options, *present], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def finish(self, tally: Tally) -> None:
+        """Waits for the end, shows what was printed and counts the cases."""
+        if self.process is None:
+            tally.fail(f"{self.name}: the server does not build ({self.config or 'plain'})")
+            return
+        self.process.wait()
+        say(self.title)
+        print(self.output.read_text(errors="replace"), end="", flush=True)
+        if not self.report.exists():
+            tally.fail(f"{self.name}: pytest gave no report ({self.config or 'plain'})")
+            return
+        for case in xml.etree.ElementTree.parse(self.report).getroot().iter("testcase"):
+            title = f"{case.get('classname')}.{case.get('name')} ({self.config or 'plain'})"
+            if case.find("failure") is not None or case.find("error") is not None:
+                tally.fail(title)
+            elif case.find("skipped") is not None:
+                tally.skipped += 1
+            else:
+                tally.passed += 1
 
 
-def part_unit(tally: Tally) -> None:
-    run_cmocka(tally, "")
+@dataclass
+class Part:
+    config: str
+    tag: str | None = None  # of the cmocka tests; "": all; None: none of them
+    python: PythonTests | None = None
+
+    def run(self, tally: Tally) -> None:
+        if self.python:
+            self.python.start()
+        try:
+            if self.tag is not None:
+                run_cmocka(tally, self.config, self.tag)
+        except BaseException:
+            if self.python and self.python.process:
+                self.python.process.terminate()
+            raise
+        if self.python:
+            self.python.finish(tally)
 
 
-def part_e2e(tally: Tally) -> None:
-    run_pytest(tally, "python", ["client/tests", "demo/tests", "tests/deploy", "tests/e2e"], "")
+ALL_PYTHON = ["client/tests", "demo/tests", "tests/deploy", "tests/e2e"]
+PARTS = {
+    "unit": Part("", tag=""),
+    "e2e": Part("", python=PythonTests("python", ALL_PYTHON, "")),
+    "asan": Part("asan", tag="", python=PythonTests("e2e", ["tests/e2e"], "asan")),
+    "tsan": Part("tsan", tag="threads", python=PythonTests("e2e", ["tests/e2e"], "tsan", "-m", "not slow")),
+}
 
 
-def part_asan(tally: Tally) -> None:
-    run_cmocka(tally, "asan")
-    run_pytest(tally, "e2e", ["tests/e2e"], "asan")
-
-
-def part_tsan(tally: Tally) -> None:
-    run_cmocka(tally, "tsan", tag="threads")
-    run_pytest(tally, "e2e", ["tests/e2e"], "tsan", "-m", "not slow")
-
-
-PARTS = {"unit": part_unit, "e2e": part_e2e, "asan": part_asan, "tsan": part_tsan}
+def plan(wanted: list[str]) -> list[tuple[str, Part]]:
+    """The parts to run, one after another; those of the same build are one."""
+    if "unit" not in wanted or "e2e" not in wanted:
+        return [(name, PARTS[name]) for name in wanted]
+    both = ("unit and e2e", Part("", PARTS["unit"].tag, PARTS["e2e"].python))
+    return [both, *((name, PARTS[name]) for name in wanted if name not in ("unit", "e2e"))]
 
 
 def main() -> int:
@@ -136,10 +173,10 @@ def main() -> int:
     parser.add_argument("part", nargs="*", choices=[*PARTS, []], help="default: all")
     parts = parser.parse_args().part or list(PARTS)
     tally = Tally()
-    for part in parts:
+    for name, part in plan(parts):
         started = time.time()
-        PARTS[part](tally)
-        say(f"{part}: {time.time() - started:.0f} s; so far {tally.passed} passed, {tally.failed} failed")
+        part.run(tally)
+        say(f"{name}: {time.time() - started:.0f} s; so far {tally.passed} passed, {tally.failed} failed")
     for failure in tally.failures:
         print(f"FAILED {failure}")
     print(f"{tally.passed} passed, {tally.failed} failed, {tally.skipped} skipped")

@@ -134,6 +134,14 @@ attn_status __wrap_attn_channel_receive(attn_channel *channel, attn_backend *own
 
 /* ------------------------------------------------------------------------------------------- */
 
+/* Moves that the engine has told of, by the way they went. */
+static atomic_uint told_direct, told_by_host;
+
+static void count_told(void *context, const dp_move_record *record) {
+    (void)context;
+    atomic_fetch_add(record->direct ? &told_direct : &told_by_host, 1);
+}
+
 typedef struct {
     dp_engine *engine;
     uint64_t handle; /* of TOKENS tokens, on rank 0 */
@@ -146,11 +154,14 @@ static home make_home(uint64_t direct_move_bytes, int64_t stall_ns) {
     config.backend = "cpu";
     config.rank_stall_ns = stall_ns;
     config.direct_move_bytes = direct_move_bytes;
+    config.moved = count_told;
     home made = {.engine = create_engine(&config)};
     made.handle = open_sequence(made.engine, DP_EXPLICIT, 0);
     fill(made.engine, made.handle, TOKENS, 1);
     read_outputs(made.engine, made.handle, made.outputs);
     atomic_store(&received, 0);
+    atomic_store(&told_direct, 0);
+    atomic_store(&told_by_host, 0);
     atomic_store(&creation_fails, false);
     atomic_store(&sending_fails, false);
     return made;
@@ -187,6 +198,8 @@ static void a_sequence_goes_over_the_channel_and_is_what_it_was(void **state) {
     dp_engine_count(home.engine, &counts);
     assert_int_equal(4 * TOKENS * 3 * row, counts.moved_bytes);
     assert_int_equal(4, counts.moves_direct);
+    assert_int_equal(4, atomic_load(&told_direct));
+    assert_int_equal(0, atomic_load(&told_by_host));
     leave(&home);
 }
 
@@ -229,6 +242,8 @@ static void a_channel_that_breaks_is_done_without(void **state) {
     atomic_store(&sending_fails, false);
     assert_ok(try_move(home.engine, home.handle, 0));
     assert_int_equal(1, atomic_load(&received));
+    assert_int_equal(1, atomic_load(&told_by_host));
+    assert_int_equal(1, atomic_load(&told_direct));
     leave(&home);
 }
 

@@ -477,6 +477,45 @@ static void device_that_fails_is_restarted_with_an_empty_pool(void **state) {
     }
 }
 
+static void device_that_breaks_is_lost_at_its_next_call_and_restarted(void **state) {
+    (void)state;
+    dp_config config = faulty_config(2);
+    dp_engine *engine = create_engine(&config);
+    uint64_t other = open_sequence(engine, DP_EXPLICIT, 0);
+    char expected[OUT_BYTES], out[OUT_BYTES];
+    fill(engine, other, 50, 1);
+    read_outputs(engine, other, expected);
+    for (uint64_t round = 1; round <= 3; round++) {
+        uint64_t lost = open_sequence(engine, DP_EXPLICIT, 1), fresh;
+        fill(engine, lost, 50, 1);
+        dp_engine_break_rank(engine, 1);
+        assert_int_equal(DP_RANK_SERVING, rank_info(engine, 1).state); /* nobody knows yet */
+        if (round == 1) {
+            dice dice = {1};
+            assert_code(ATTN_UNAVAILABLE, try_upload(engine, &config.geometry, &dice, &dice, lost, 5));
+        } else {
+            flight flight;
+            take_off(&flight, engine, &lost, 1, round == 2, NULL);
+            assert_code(ATTN_UNAVAILABLE, wait_for_call(&flight.call));
+            land(&flight);
+        }
+        wait_for_state(engine, 1, DP_RANK_LOST);
+        assert_string_equal("the device is broken, for a test", rank_info(engine, 1).last_error);
+        read_outputs(engine, other, out);
+        assert_memory_equal(expected, out, OUT_BYTES);
+        restart_rank(engine, 1);
+        assert_int_equal(round, rank_info(engine, 1).losses);
+        close_sequence(engine, lost);
+        fresh = open_sequence(engine, DP_EXPLICIT, 1);
+        fill(engine, fresh, 50, 1);
+        read_outputs(engine, fresh, out);
+        assert_memory_equal(expected, out, OUT_BYTES);
+        close_sequence(engine, fresh);
+    }
+    close_sequence(engine, other);
+    destroy_engine(engine);
+}
+
 static void sequences_from_before_stay_lost_until_they_are_closed(void **state) {
     (void)state;
     dp_config config = faulty_config(2);
@@ -644,6 +683,7 @@ static void restart_that_fails_is_told_and_tried_again(void **state) {
     usleep(100000); /* nobody wants it restarted */
     assert_int_equal(DP_RANK_LOST, rank_info(engine, 0).state);
     restart_rank(engine, 0);
+    assert_int_equal(1, rank_info(engine, 0).failed_restarts);
     destroy_engine(engine);
 
     config.rank_restart_ns = 10 * MS;
@@ -655,6 +695,7 @@ static void restart_that_fails_is_told_and_tried_again(void **state) {
     assert_true(attn_now_ns() - lost_ns >= (10 + 20 + 40) * MS);
     assert_int_equal(1, rank_info(engine, 0).losses);
     assert_int_equal(1, rank_info(engine, 0).restarts);
+    assert_int_equal(2, rank_info(engine, 0).failed_restarts);
     destroy_engine(engine);
 }
 
@@ -833,6 +874,7 @@ int main(void) {
         cmocka_unit_test(engine_may_be_destroyed_while_a_backend_hangs),
         cmocka_unit_test(engine_waits_for_the_callbacks_of_a_lost_rank),
         cmocka_unit_test(device_that_fails_is_restarted_with_an_empty_pool),
+        cmocka_unit_test(device_that_breaks_is_lost_at_its_next_call_and_restarted),
         cmocka_unit_test(sequences_from_before_stay_lost_until_they_are_closed),
         cmocka_unit_test(lost_sequences_idle_out),
         cmocka_unit_test(what_was_open_over_a_restart_ends_without_touching_the_new_pool),

@@ -356,6 +356,66 @@ static void moves_are_counted(void **state) {
     destroy_engine(engine);
 }
 
+/* What an engine tells of its moves; those of these tests come one after another. */
+typedef struct {
+    uint32_t count;
+    dp_move_record last;
+    attn_saved_status status; /* the last one's */
+} diary;
+
+static void write_down(void *context, const dp_move_record *record) {
+    diary *into = context;
+    into->count++;
+    into->last = *record;
+    attn_status_save(&into->status, record->status);
+}
+
+static dp_engine *create_engine_with_diary(dp_config config, diary *into) {
+    *into = (diary){0};
+    config.moved = write_down;
+    config.moved_context = into;
+    return create_engine(&config);
+}
+
+static void every_move_that_sets_out_is_told_once(void **state) {
+    (void)state;
+    diary told;
+    dp_engine *engine = create_engine_with_diary(ranks_config(3, "cpu"), &told);
+    uint64_t handle = open_sequence(engine, DP_EXPLICIT, 0);
+    fill(engine, handle, 1000, 1);
+    int64_t start = attn_now_ns();
+    assert_ok(try_move(engine, handle, 2));
+    assert_int_equal(1, told.count);
+    assert_int_equal(handle, told.last.sequence);
+    assert_int_equal(0, told.last.from);
+    assert_int_equal(2, told.last.to);
+    assert_true(told.last.is_asked_for && !told.last.spread && !told.last.direct);
+    assert_int_equal(1000, told.last.tokens);
+    assert_int_equal(1000 * 3 * (2 * 32 + 2 * 40) * 4, told.last.bytes);
+    assert_true(told.last.took_ns > 0 && told.last.took_ns <= attn_now_ns() - start);
+    assert_int_equal(ATTN_OK, told.status.code);
+
+    close_gate();
+    open_gate(ATTN_INTERNAL);
+    assert_code(ATTN_INTERNAL, try_move(engine, handle, 1));
+    open_gate(ATTN_OK);
+    assert_int_equal(2, told.count);
+    assert_int_equal(2, told.last.from);
+    assert_int_equal(1, told.last.to);
+    assert_int_equal(ATTN_INTERNAL, told.status.code);
+    assert_non_null(strstr(told.status.message, "on fire"));
+
+    assert_ok(try_move(engine, handle, 2)); /* where it is */
+    assert_code(ATTN_INVALID_ARGUMENT, try_move(engine, handle, 3));
+    assert_int_equal(2, told.count);
+    assert_ok(try_spread(engine, handle));
+    assert_int_equal(3, told.count);
+    assert_true(told.last.is_asked_for && told.last.spread);
+    assert_int_equal(2, told.last.from);
+    close_sequence(engine, handle);
+    destroy_engine(engine);
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* On the way */
 
@@ -757,6 +817,31 @@ static void sequence_that_outgrows_its_rank_is_spread(void **state) {
     destroy_engine(engine);
 }
 
+static void what_the_engine_moves_by_itself_is_told(void **state) {
+    (void)state;
+    diary told;
+    dp_config config = ranks_config(2, "cpu");
+    config.rebalance_factor = 1.5;
+    config.spread_above_tokens = 2000;
+    dp_engine *engine = create_engine_with_diary(config, &told);
+    uint64_t even[] = {open_sequence(engine, DP_EXPLICIT, 0), open_sequence(engine, DP_EXPLICIT, 0)};
+    for (int i = 0; i < 2; i++)
+        fill(engine, even[i], 1000, 1);
+    assert_int_equal(1, balance(engine));
+    assert_int_equal(1, told.count);
+    assert_true(!told.last.is_asked_for && !told.last.spread);
+    assert_int_equal(0, told.last.from);
+    assert_int_equal(1, told.last.to);
+    fill(engine, even[0], 1001, 2);
+    assert_int_equal(2, balance(engine));
+    assert_int_equal(2, told.count);
+    assert_true(!told.last.is_asked_for && told.last.spread);
+    assert_int_equal(even[0], told.last.sequence);
+    assert_int_equal(2001, told.last.tokens);
+    assert_ok(dp_sequences_close(engine, TENANT, even, 2));
+    destroy_engine(engine);
+}
+
 static void engine_that_is_balancing_can_be_destroyed(void **state) {
     (void)state;
     dp_config config = ranks_config(2, "cpu");
@@ -964,6 +1049,7 @@ int main(void) {
         cmocka_unit_test(moves_that_make_no_sense_are_refused),
         cmocka_unit_test(rank_without_pages_takes_no_sequence),
         cmocka_unit_test(moves_are_counted),
+        cmocka_unit_test(every_move_that_sets_out_is_told_once),
         cmocka_unit_test(sequence_on_its_way_is_busy_and_readable),
         cmocka_unit_test(cancelled_move_leaves_the_sequence_where_it_was),
         cmocka_unit_test(failing_read_leaves_the_sequence_where_it_was),
@@ -978,6 +1064,7 @@ int main(void) {
         cmocka_unit_test(evening_out_is_no_use_of_a_sequence),
         cmocka_unit_test(full_and_lost_ranks_get_nothing),
         cmocka_unit_test(sequence_that_outgrows_its_rank_is_spread),
+        cmocka_unit_test(what_the_engine_moves_by_itself_is_told),
         cmocka_unit_test(engine_that_is_balancing_can_be_destroyed),
         cmocka_unit_test(least_tokens_prefers_a_rank_with_pages),
         cmocka_unit_test(travellers_lose_nothing),

@@ -2,13 +2,16 @@
  * Shared prefixes: which sequences of a batch begin with the same pages is found, and that forks are read together
  * changes no output.
  */
+#define _GNU_SOURCE
 #include "dp/prefixes.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
+#include "dp/state.h"
 #include "dp/tests/fixture.h"
 
 /* ------------------------------------------------------------------------------------------- */
@@ -70,6 +73,41 @@ static void find_in(const char *const *words, uint32_t count) {
     for (uint32_t i = 0; i < count; i++)
         add_word(words[i]);
     find(false);
+}
+
+/* A prefix of a launch: whose it is, a bit a sequence. */
+typedef struct {
+    uint32_t chunks, mask;
+} shared_by;
+
+static struct {
+    uint32_t members[2][64];
+    dp_launch_prefixes launch;
+} joining;
+
+/* In a batch of these words. Returns the chunks that are saved more. */
+static uint32_t join(const char *const *words, uint32_t count, const shared_by *prefixes, uint32_t prefix_count) {
+    uint32_t *members = joining.members[0];
+    start_batch();
+    for (uint32_t i = 0; i < count; i++)
+        add_word(words[i]);
+    for (uint32_t p = 0; p < prefix_count; p++) {
+        hand.prefixes[p] = (attn_prefix){.members = members, .tokens = prefixes[p].chunks * ATTN_CHUNK_TOKENS};
+        for (uint32_t i = 0; i < count; i++) {
+            if (prefixes[p].mask >> i & 1) members[hand.prefixes[p].count++] = i;
+        }
+        members += hand.prefixes[p].count;
+    }
+    joining.launch = (dp_launch_prefixes){.prefixes = hand.prefixes,
+                                          .count = prefix_count,
+                                          .page_offsets = hand.page_offsets,
+                                          .pages = hand.pages,
+                                          .page_size = geometry.page_size,
+                                          .members = joining.members[1]};
+    uint64_t saved = dp_prefixes_join(&joining.launch);
+    hand.batch.prefix_count = joining.launch.count;
+    assert_int_equal(0, saved % ATTN_CHUNK_TOKENS);
+    return (uint32_t)(saved / ATTN_CHUNK_TOKENS);
 }
 
 /* Fails unless exactly the sequences of `mask` share so many chunks. */
@@ -147,6 +185,38 @@ static void new_rows_are_no_part_of_a_prefix_but_all_of_a_read_is(void **state) 
     hand.query_lengths[0] = hand.query_lengths[1] = 5;
     find(true);
     assert_prefix(0x3, 2);
+}
+
+static void prefixes_of_two_batches_become_one_where_they_are_the_same(void **state) {
+    (void)state;
+    static const char *const words[] = {"AB", "AB", "Q", "AB", "AB", "Q", "Q", "AB", "AB"};
+    assert_int_equal(2 + 2, join(words, 9, (const shared_by[]){{2, 0x3}, {2, 0x18}, {1, 0x60}, {2, 0x180}}, 4));
+    assert_int_equal(2, hand.batch.prefix_count);
+    assert_prefix(0x19b, 2);
+    assert_prefix(0x60, 1);
+    assert_int_equal(0, join(words, 9, (const shared_by[]){{2, 0x3}}, 1));
+    assert_prefix(0x3, 2);
+    assert_int_equal(0, join(words, 9, NULL, 0));
+    assert_int_equal(0, hand.batch.prefix_count);
+}
+
+static void prefixes_that_save_more_apart_stay_apart(void **state) {
+    (void)state;
+    static const char *const words[] = {"ABCD", "ABCD", "ABCD", "AB", "AB", "AX", "AX", "YB", "YB"};
+    /* As one they were as long as the shorter: 4 * 2 against 2 * 4 + 2. With one member less it is as much. */
+    assert_int_equal(0, join(words, 9, (const shared_by[]){{4, 0x7}, {2, 0x18}}, 2));
+    assert_int_equal(2, hand.batch.prefix_count);
+    assert_prefix(0x7, 4);
+    assert_prefix(0x18, 2);
+    assert_int_equal(0, join(words, 9, (const shared_by[]){{4, 0x3}, {2, 0x18}}, 2));
+    assert_int_equal(1, hand.batch.prefix_count);
+    assert_prefix(0x1b, 2);
+    /* Other pages, in the second chunk or in the first. */
+    assert_int_equal(0, join(words, 9, (const shared_by[]){{2, 0x18}, {2, 0x60}, {2, 0x180}}, 3));
+    assert_int_equal(3, hand.batch.prefix_count);
+    assert_int_equal(1, join(words, 9, (const shared_by[]){{1, 0x18}, {1, 0x60}, {2, 0x180}}, 3));
+    assert_prefix(0x78, 1);
+    assert_prefix(0x180, 2);
 }
 
 static void parts_of_spread_sequences_share_nothing(void **state) {
@@ -332,6 +402,71 @@ static void batch_invariant_bits_and_windows_do_not_know_of_forks(void **state) 
         house_fini(&houses[h]);
 }
 
+/* A call of two sequences with rows of a seed. */
+typedef struct {
+    dp_step *step;
+    layer_rows rows;
+    waiting_call call;
+} pair_call;
+
+static void start_pair(pair_call *pair, dp_engine *engine, const attn_geometry *of, const uint64_t *handles,
+                       uint64_t seed) {
+    static const dp_options options = {0};
+    dice dice = {seed};
+    pair->step = begin_step(engine, handles, NULL, 2, true);
+    pair->rows = random_rows(&dice, of, 2, true);
+    prepare_call(&pair->call, of, 0, &pair->rows, &options, NULL);
+    assert_ok(start_call(pair->step, &pair->call));
+}
+
+static void finish_pair(pair_call *pair, float out[2 * 4 * 40]) {
+    assert_ok(wait_for_call(&pair->call));
+    memcpy(out, pair->call.call.result->out, 2 * 4 * 40 * sizeof *out);
+    free_call(&pair->call);
+    free_rows(&pair->rows);
+    dp_step_end(pair->step);
+}
+
+/* A rank that hangs with a call makes those behind it one launch. */
+static void forks_in_calls_of_one_launch_are_read_together(void **state) {
+    (void)state;
+    static house house;
+    static float outs[3][2][2 * 4 * 40];
+    dp_config config = small_config();
+    config.backend = "cpu";
+    config.pages_per_rank = 1024;
+    house_init(&house, &config, true);
+    house.engine->small_bytes = 0; /* all calls go through the queue */
+    uint64_t alone[2] = {open_sequence(house.engine, DP_LEAST_TOKENS, 0),
+                         open_sequence(house.engine, DP_LEAST_TOKENS, 0)};
+    pair_call first, pairs[2];
+    for (uint32_t merged = 0; merged < 2; merged++) {
+        uint64_t before = tokens_shared(&house), launches = rank_info(house.engine, 0).launches;
+        if (merged) {
+            dp_engine_stall_rank(house.engine, 0);
+            start_pair(&first, house.engine, &config.geometry, alone, 1);
+            while (rank_info(house.engine, 0).queue_depth > 0)
+                usleep(200);
+        }
+        for (uint32_t p = 0; p < 2; p++) {
+            start_pair(&pairs[p], house.engine, &config.geometry, &house.handles[2 * p], 2 + p);
+            if (!merged) finish_pair(&pairs[p], outs[merged][p]);
+        }
+        if (merged) {
+            dp_engine_release_rank(house.engine, 0);
+            finish_pair(&first, outs[2][0]);
+            for (uint32_t p = 0; p < 2; p++)
+                finish_pair(&pairs[p], outs[merged][p]);
+        }
+        assert_int_equal(2, rank_info(house.engine, 0).launches - launches);
+        assert_int_equal((merged ? 3 : 2) * 2 * ATTN_CHUNK_TOKENS, tokens_shared(&house) - before);
+    }
+    for (size_t n = 0; n < sizeof outs[0] / sizeof(float); n++)
+        assert_true(fabsf((&outs[0][0][0])[n] - (&outs[1][0][0])[n]) <= 2e-6f);
+    assert_ok(dp_sequences_close(house.engine, TENANT, alone, 2));
+    house_fini(&house);
+}
+
 /* Each rank's batch has prefixes of its own; spread sequences are beside them. */
 static void forks_on_several_ranks_share_on_each(void **state) {
     (void)state;
@@ -365,11 +500,14 @@ int main(void) {
         cmocka_unit_test(families_have_a_prefix_each),
         cmocka_unit_test(what_saves_most_is_taken_of_forks_of_forks),
         cmocka_unit_test(new_rows_are_no_part_of_a_prefix_but_all_of_a_read_is),
+        cmocka_unit_test(prefixes_of_two_batches_become_one_where_they_are_the_same),
+        cmocka_unit_test(prefixes_that_save_more_apart_stay_apart),
         cmocka_unit_test(parts_of_spread_sequences_share_nothing),
         cmocka_unit_test(prefixes_found_in_random_families_are_true_and_save_enough),
         cmocka_unit_test(large_batches_are_found_whole),
         cmocka_unit_test(forks_have_the_outputs_of_sequences_of_their_own),
         cmocka_unit_test(batch_invariant_bits_and_windows_do_not_know_of_forks),
+        cmocka_unit_test(forks_in_calls_of_one_launch_are_read_together),
         cmocka_unit_test(forks_on_several_ranks_share_on_each),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -21,12 +21,16 @@
 #include "base/clock.h"
 #include "kernels/backend.h"
 #include "kernels/cpu/workers.h"
+#include "kernels/cuda/context.h"
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/export.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/nccl_channel.h"
 #include "kernels/cuda/probe.h"
+#ifndef ATTN_RELEASE
+#include "kernels/cuda/fault.h"
+#endif
 
 /* Builds that take every device for one from before Hopper, to try the kernels for those (.bazelrc). */
 #ifdef ATTN_CUDA_GENERIC
@@ -124,6 +128,7 @@ static uint32_t narrow_rows(const attn_geometry *geometry) {
 
 static attn_status cuda_status(cudaError_t error, const char *what) {
     if (error == cudaSuccess) return attn_ok();
+    cudaGetLastError(); /* a later launch of this thread, in a new context maybe, is not to be taken for this one */
     return attn_error(ATTN_UNAVAILABLE, "cuda: %s: %s", what, cudaGetErrorString(error));
 }
 
@@ -159,8 +164,9 @@ static bool arena_reserve(arena *memory, size_t bytes, attn_status *status) {
     if (error != cudaSuccess) {
         cudaGetLastError();
         arena_fini(memory);
-        *status = attn_error(ATTN_RESOURCE_EXHAUSTED, "cuda: no memory to stage a call of %zu bytes: %s", bytes,
-                             cudaGetErrorString(error));
+        attn_code code = attn_cuda_context_is_broken() ? ATTN_UNAVAILABLE : ATTN_RESOURCE_EXHAUSTED;
+        *status =
+            attn_error(code, "cuda: no memory to stage a call of %zu bytes: %s", bytes, cudaGetErrorString(error));
         return false;
     }
     memory->bytes = grown;
@@ -1079,9 +1085,18 @@ static void cuda_destroy(attn_backend *backend) {
     attn_cuda_free(self->chunks.memory);
     attn_cuda_free(self->scales);
     cudaFreeHost(self->statuses);
+    attn_cuda_context_leave(self->device);
     attn_backend_fini(backend);
     free(self);
 }
+
+#ifndef ATTN_RELEASE
+static void cuda_break(attn_backend *backend) {
+    cuda_backend *self = of(backend);
+    cudaSetDevice(self->device);
+    note(self, (cudaError_t)attn_cuda_write_nowhere(self->stream));
+}
+#endif
 
 /* Of partial results: batch_invariant needs those of the longest sequence at least, others two a worker. */
 static uint64_t count_slots(const cuda_backend *self, size_t slot_bytes) {
@@ -1147,7 +1162,7 @@ static attn_status upload_scales(cuda_backend *self, const attn_backend_config *
 }
 
 /* Device `rank`; where there are more ranks than devices, they share them in turn. */
-static attn_status open_device(uint32_t rank, int *device, struct cudaDeviceProp *properties) {
+static attn_status find_device(uint32_t rank, int *device, struct cudaDeviceProp *properties) {
     char why[160];
     int count = 0;
     if (attn_cuda_probe(why, sizeof why) == 0) return attn_error(ATTN_UNAVAILABLE, "cuda: %s", why);
@@ -1158,8 +1173,6 @@ static attn_status open_device(uint32_t rank, int *device, struct cudaDeviceProp
         return attn_error(ATTN_UNAVAILABLE, "cuda: device %d is %.80s of compute capability %d.%d; 8.0 is needed",
                           *device, properties->name, properties->major, properties->minor);
     }
-    CUDA_TRY(cudaSetDevice(*device));
-    CUDA_TRY(attn_cuda_prepare());
     return attn_ok();
 }
 
@@ -1176,6 +1189,8 @@ static attn_status start_copiers(cuda_backend *self, const attn_backend_config *
 
 static attn_status allocate(cuda_backend *self, const attn_backend_config *config,
                             const struct cudaDeviceProp *properties) {
+    CUDA_TRY(cudaSetDevice(self->device));
+    CUDA_TRY(attn_cuda_prepare()); /* every time: a context that was reset knows nothing of it */
     ATTN_TRY(start_copiers(self, config));
     ATTN_TRY(allocate_pool(self, config));
     self->apart.kind = ARENA_DEVICE;
@@ -1204,14 +1219,19 @@ static attn_status allocate(cuda_backend *self, const attn_backend_config *confi
 static attn_status cuda_create(const attn_backend_config *config, attn_backend **backend) {
     struct cudaDeviceProp properties = {0};
     int device = 0;
-    ATTN_TRY(open_device(config->device, &device, &properties));
+    ATTN_TRY(find_device(config->device, &device, &properties));
     cuda_backend *self = calloc(1, sizeof *self);
     if (self == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a cuda backend");
+    attn_status status = attn_cuda_context_enter(device);
+    if (attn_failed(status)) {
+        free(self);
+        return status;
+    }
     self->device = device;
     uint32_t workers = BLOCKS_AN_SM * (uint32_t)properties.multiProcessorCount;
     attn_backend_init(&self->base, &attn_cuda_backend_ops, config, ATTN_CUDA_TILE_TOKENS,
                       narrow_rows(&config->geometry) / (config->geometry.heads_q / config->geometry.heads_kv), workers);
-    attn_status status = allocate(self, config, &properties);
+    status = allocate(self, config, &properties);
     if (attn_failed(status)) {
         cuda_destroy(&self->base);
         return status;
@@ -1236,6 +1256,9 @@ const attn_backend_ops attn_cuda_backend_ops = {
     .finish = cuda_finish,
     .copy_page = cuda_copy_page,
     .poison = cuda_poison,
+#ifndef ATTN_RELEASE
+    .break_device = cuda_break,
+#endif
 #ifdef ATTN_HAVE_NCCL
     .channels = &attn_nccl_channel_ops,
 #endif

@@ -10,6 +10,7 @@
 #include <time.h>
 
 #include "base/clock.h"
+#include "kernels/cuda/context.h"
 
 #define STAGING_BYTES ((size_t)64 << 20)
 #define LOOK_NS       20000 /* between two looks at what is waited for */
@@ -105,6 +106,7 @@ static attn_status give_up(nccl_channel *self, channel_side *side, const char *w
     break_channel(self, what, why);
     if (side->communicator != NULL) nccl.abort(side->communicator);
     side->communicator = NULL;
+    cudaGetLastError(); /* not a later launch's */
     return broken_status(self);
 }
 
@@ -242,8 +244,10 @@ static void channel_break_off(attn_channel *channel, const char *why) { break_ch
 
 static void channel_destroy(attn_channel *channel) {
     nccl_channel *self = of(channel);
-    free_side(&self->sides[0]);
-    free_side(&self->sides[1]);
+    for (int i = 0; i < 2; i++) {
+        free_side(&self->sides[i]);
+        attn_cuda_context_leave(self->sides[i].device);
+    }
     pthread_mutex_destroy(&self->lock);
     free(self);
 }
@@ -254,6 +258,14 @@ static channel_side side_of(const attn_channel_end *end) {
                                    .page_bytes = end->page_bytes,
                                    .layers = end->geometry.layers},
                           .device = end->device};
+}
+
+/* What the channel has on a device outlives the backends there. */
+static attn_status enter_contexts(const channel_side sides[2]) {
+    ATTN_TRY(attn_cuda_context_enter(sides[0].device));
+    attn_status status = attn_cuda_context_enter(sides[1].device);
+    if (attn_failed(status)) attn_cuda_context_leave(sides[0].device);
+    return status;
 }
 
 static attn_status channel_create(const attn_channel_end *first, const attn_channel_end *second,
@@ -271,9 +283,12 @@ static attn_status channel_create(const attn_channel_end *first, const attn_chan
     size_t page = packed_bytes(&self->sides[0], 1);
     self->batch = page < STAGING_BYTES ? (uint32_t)(STAGING_BYTES / page) : 1;
     ncclResult_t result = nccl.get_unique_id(&self->id);
-    if (result != ncclSuccess) {
+    attn_status status = result == ncclSuccess ? enter_contexts(self->sides)
+                                               : attn_error(ATTN_UNAVAILABLE, "no channel between devices: NCCL: %s",
+                                                            nccl.error_text(result));
+    if (attn_failed(status)) {
         free(self);
-        return attn_error(ATTN_UNAVAILABLE, "no channel between devices: NCCL: %s", nccl.error_text(result));
+        return status;
     }
     pthread_mutex_init(&self->lock, NULL);
     *channel = &self->base;

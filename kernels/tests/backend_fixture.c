@@ -28,10 +28,13 @@ const attn_geometry plain_geometry = {.layers = LAYERS,
                                       .dtype = ATTN_BF16,
                                       .page_size = 16};
 
+/* Arithmetic on what is the calling thread's alone: most of a test's time under ThreadSanitizer, if that looked on. */
+#define UNWATCHED __attribute__((no_sanitize("thread")))
+
 /* ------------------------------------------------------------------------------------------- */
 /* Random numbers: splitmix64 */
 
-uint64_t random_next(test_random *random) {
+UNWATCHED uint64_t random_next(test_random *random) {
     uint64_t z = random->state += 0x9e3779b97f4a7c15u;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
     z = (z ^ z >> 27) * 0x94d049bb133111ebu;
@@ -40,7 +43,7 @@ uint64_t random_next(test_random *random) {
 
 uint32_t random_below(test_random *random, uint32_t limit) { return (uint32_t)(random_next(random) % limit); }
 
-float random_uniform(test_random *random, float low, float high) {
+UNWATCHED float random_uniform(test_random *random, float low, float high) {
     return low + (high - low) * ((float)(random_next(random) >> 40) * 0x1p-24f);
 }
 
@@ -162,18 +165,20 @@ void pool_meant_row(const test_pool *pool, const float *scales, uint32_t head, c
                     double *meant) {
     float elements[256];
     attn_elements_to_floats(pool->geometry.dtype, row, elements, count);
-    for (uint32_t n = 0; n < count; n++) {
-        meant[n] = elements[n];
-        if (!is_fp8(pool)) continue;
-        float scale = scales[LAYER * pool->geometry.heads_kv + head];
-        meant[n] = (double)attn_e4m3_to_float(attn_float_to_e4m3(elements[n] / scale)) * scale;
+    if (!is_fp8(pool)) {
+        for (uint32_t n = 0; n < count; n++)
+            meant[n] = elements[n];
+        return;
     }
+    float scale = scales[LAYER * pool->geometry.heads_kv + head];
+    for (uint32_t n = 0; n < count; n++)
+        meant[n] = (double)attn_e4m3_to_float(attn_float_to_e4m3(elements[n] / scale)) * scale;
 }
 
 /* ------------------------------------------------------------------------------------------- */
 /* Sequences */
 
-static void fill_random_row(test_random *random, test_inputs inputs, float *row, size_t count) {
+UNWATCHED static void fill_random_row(test_random *random, test_inputs inputs, float *row, size_t count) {
     for (size_t n = 0; n < count; n++) {
         row[n] = random_uniform(random, -2, 2);
         if (inputs == INPUTS_HUGE) row[n] = roundf(8 * row[n]);
@@ -489,8 +494,9 @@ static void oracle_load(oracle *self, const test_pool *pool, const test_sequence
 }
 
 /* The definition in attention.h, for one row. Returns the LSE. */
-static double oracle_attend(oracle *self, const attn_geometry *g, const test_sequence *sequence,
-                            const decode_options *options, uint32_t query, uint32_t head_q, decode_errors *errors) {
+UNWATCHED static double oracle_attend(oracle *self, const attn_geometry *g, const test_sequence *sequence,
+                                      const decode_options *options, uint32_t query, uint32_t head_q,
+                                      decode_errors *errors) {
     float elements[256];
     size_t index = (size_t)query * g->heads_q + head_q;
     attn_elements_to_floats(g->dtype, sequence->queries + index * g->head_dim * attn_dtype_bytes(g->dtype), elements,

@@ -123,8 +123,8 @@ const attn_setting attn_settings[] = {
 
 #ifndef ATTN_RELEASE
     {NULL, NULL, "test-faults", "BOOL", "false",
-     "Test aid: SIGUSR1 with the value 256 * ACTION + RANK fails (0), stalls (1) or releases (2) a rank. Release "
-     "builds do not have it.",
+     "Test aid: SIGUSR1 with the value 256 * ACTION + RANK fails (0), stalls (1) or releases (2) a rank, or breaks "
+     "its device (3). Release builds do not have it.",
      ATTN_SETTING_BOOL, .offset = AT(test_faults)},
 #endif
 };

@@ -275,6 +275,10 @@ class Server:
         """What hangs on the rank goes on."""
         self._send_fault(2, rank)
 
+    def break_rank(self, rank):
+        """The rank's device breaks at its next call: on a GPU a real error, for all ranks that share it."""
+        self._send_fault(3, rank)
+
     def _send_fault(self, action, rank):
         value = ctypes.c_void_p(256 * action + rank)
         assert ctypes.CDLL(None).sigqueue(self.pid, signal.SIGUSR1, value) == 0

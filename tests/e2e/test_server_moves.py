@@ -13,7 +13,7 @@ from test_server_metrics import value
 
 EXPLICIT, SPREAD = pb.PLACEMENT_EXPLICIT, pb.PLACEMENT_SPREAD
 HOLD_S = 0.4  # seconds for which a rank is held
-STALL_S = 0.5 if build_kind() == "plain" else 2.0
+STALL_S = {"plain": 0.5, "asan": 1.0, "tsan": 2.0}[build_kind()]
 
 
 def request(handle, dp_rank=0, spread=False):
@@ -35,6 +35,14 @@ def expect(error, code, word):
 
 def pushback(error):
     return dict(error.trailing_metadata()).get("grpc-retry-pushback-ms")
+
+
+def moves_told(server):
+    """The log's lines of moves, of which there is one each, without what differs from run to run."""
+    records = [one for one in server.log_records() if one["event"] in ("sequence_moved", "move_failed")]
+    for one in records:
+        assert one.pop("ms") >= 0 and one.pop("time") and one.pop("sequence")
+    return records
 
 
 @pytest.fixture
@@ -178,6 +186,8 @@ def test_a_rank_without_pages_refuses_with_a_retry_hint(start_server):
     assert value(server, "attnd_moves_total") == 1
     assert value(server, "attnd_moved_tokens_total") == 100
     assert value(server, "attnd_moved_bytes_total") == 100 * 2 * 2 * 96 * 4
+    told = {"level": "info", "event": "sequence_moved", "why": "asked", "from": 0, "to": 1, "tokens": 100}
+    assert moves_told(server) == [{**told, "bytes": 100 * 2 * 2 * 96 * 4, "path": "host"}]
 
 
 def test_a_lost_rank_takes_nothing_and_gives_nothing(start_server):
@@ -204,6 +214,10 @@ def test_a_move_to_a_rank_that_hangs_ends_and_the_sequence_stays(start_server):
     expect(moving.exception(), CODE.UNAVAILABLE, "rank 1 was lost on the way; the sequence is where it was")
     assert time.monotonic() - begin < STALL_S + 1 + HOLD_S
     assert place(model, handle) == (0, False)
+    (told,) = moves_told(server)
+    assert (told["level"], told["event"], told["code"]) == ("warn", "move_failed", "UNAVAILABLE")
+    assert (told["from"], told["to"], told["tokens"]) == (0, 1, 700)
+    assert "rank 1 was lost on the way" in told["message"]
     eventually(lambda: model.api.info().ranks[1].state == pb.RANK_STATE_SERVING, what="a rank that serves again")
     assert move(model, handle, 1).tokens == 701
     server.release_rank(1)
@@ -370,18 +384,25 @@ def test_a_skewed_load_is_evened_out(start_server):
     time.sleep(2.5)  # two ticks and more
     assert value(server, "attnd_moves_total") == settled
     assert value(server, "attnd_moves_failed_total") == 0
+    told = moves_told(server)
+    assert len(told) == settled
+    assert {(one["event"], one["why"]) for one in told} == {("sequence_moved", "uneven")}
     for handle in handles:
         check_export(model, handle)
     model.step(handles)
 
 
 def test_a_sequence_that_grows_long_is_spread(start_server):
-    model = Model(start_server(ranks=2, spread_above_tokens=1000).api())
+    server = start_server(ranks=2, spread_above_tokens=1000)
+    model = Model(server.api())
     (handle,) = model.open_filled([990], EXPLICIT, 1)
     time.sleep(1.5)
     assert place(model, handle) == (1, False)
     model.step([handle], [20])
     eventually(lambda: place(model, handle) == (1, True), what="a spread sequence")
+    (told,) = eventually(lambda: moves_told(server), what="the log's line")
+    assert (told["event"], told["why"], told["spread"], told["from"]) == ("sequence_moved", "outgrown", True, 1)
+    assert told["tokens"] == 1010 and "to" not in told
     check_export(model, handle)
     model.step([handle], [20])
 

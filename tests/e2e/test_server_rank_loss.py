@@ -9,7 +9,7 @@ from attention_oracle import Model
 from attnd_harness import CODE, TIMEOUT_S, build_kind, eventually, pb
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-STALL_S = 0.5 if build_kind() == "plain" else 2.0
+STALL_S = {"plain": 0.5, "asan": 1.0, "tsan": 2.0}[build_kind()]
 
 
 def faulty(start_server, **flags):
@@ -23,8 +23,10 @@ def wait_for_state(api, rank, state):
 class Tenant(threading.Thread):
     """Lives on one rank: steps its sequences for ever, checks every answer, and opens new ones when they are lost."""
 
-    def __init__(self, server, rank, seed):
+    def __init__(self, server, rank, seed, words=()):
+        """words: one of them may be in an error's details in place of the rank, where the device itself says no."""
         super().__init__(daemon=True)
+        self.words = (f"rank {rank}", *words)
         self.model = Model(server.api(), seed=seed)
         self.rank = rank
         self.handles = []
@@ -53,7 +55,7 @@ class Tenant(threading.Thread):
                 self.steps += 1
         except grpc.RpcError as error:
             assert error.code() == CODE.UNAVAILABLE, error
-            assert f"rank {self.rank}" in error.details(), error
+            assert any(word in error.details() for word in self.words), error
             self.losses.append((begin, time.monotonic()))
             if self.handles:
                 self.model.api.release_all()
@@ -122,6 +124,91 @@ def test_each_rank_killed_in_turn_takes_its_own_calls_and_no_others(start_server
 @pytest.mark.slow
 def test_ranks_killed_on_many_threads(start_server):
     kill_in_turn(faulty(start_server, ranks=4, rank_restart_backoff_ms=5, cq_threads=4), rounds=28)
+
+
+# Devices that break
+
+
+def ranks_on_device_of(api, rank):
+    """The ranks that lose their device if that of `rank` breaks: GPUs may be shared."""
+    info = api.info()
+    if info.backend != "cuda":
+        return {rank}
+    return {one.rank for one in info.ranks if one.device == info.ranks[rank].device}
+
+
+def restart(admin, rank):
+    """Until it serves: a GPU cannot be used again before all its ranks have let go of it."""
+
+    def serves():
+        state = admin.info().ranks[rank].state
+        if state == pb.RANK_STATE_LOST:
+            admin.call("RestartRank", pb.RestartRankRequest(rank=rank))
+        return state == pb.RANK_STATE_SERVING
+
+    eventually(serves, TIMEOUT_S, f"rank {rank} restarted")
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_device_that_breaks_under_load_takes_its_ranks_and_serves_again(start_server, admin, by_hand):
+    """With ATTND_TEST_BACKEND=cuda a real error; on one GPU that all ranks share, all are lost."""
+    ranks, rounds = 4, 3
+    server = faulty(
+        start_server,
+        ranks=ranks,
+        rank_stall_ms=20_000,  # a GPU's first calls after a reset take a while
+        rank_restart_backoff_ms=0 if by_hand else 20,
+        admin_token_file=admin.path,
+    )
+    api = server.api(metadata=admin.metadata)
+    words = ("the device is broken", "cuda: ")
+    tenants = [Tenant(server, rank, seed=rank, words=words) for rank in range(ranks)]
+    for tenant in tenants:
+        tenant.start()
+
+    def all_step_on(of):
+        before = [tenant.steps for tenant in of]
+
+        def do():
+            assert all(tenant.is_alive() for tenant in of), [tenant.failure for tenant in of]
+            return all(tenant.steps > steps + 1 for tenant, steps in zip(of, before, strict=True))
+
+        eventually(do, TIMEOUT_S, "everybody is served")
+
+    lost = ranks_on_device_of(api, 1)
+    others = [tenant for tenant in tenants if tenant.rank not in lost]
+    for number in range(1, rounds + 1):
+        all_step_on(tenants)
+        losses = [len(tenant.losses) for tenant in tenants]
+        broken = time.monotonic()
+        server.break_rank(1)
+        for tenant, count in zip(tenants, losses, strict=True):
+            if tenant.rank in lost:
+                eventually(lambda t=tenant, c=count: len(t.losses) > c, TIMEOUT_S, "the calls of the lost rank")
+                begin, end = tenant.losses[count]
+                assert end - max(begin, broken) < 1 or build_kind() == "tsan", "its call took too long to end"
+        all_step_on(others)
+        for rank in lost:
+            if by_hand:
+                restart(api, rank)
+            eventually(lambda r=rank, n=number: api.info().ranks[r].restarts == n, TIMEOUT_S, "the restart")
+        all_step_on(tenants)  # every answer is checked
+        assert [len(tenant.losses) for tenant in others] == [losses[tenant.rank] for tenant in others]
+    for tenant in tenants:
+        tenant.leaving = True
+    for tenant in tenants:
+        tenant.join(TIMEOUT_S)
+        assert not tenant.is_alive(), "a call has not ended"
+        tenant.check()
+    for info in api.info().ranks:
+        assert (info.losses, info.stalls) == (rounds if info.rank in lost else 0, 0)
+    told = [record for record in server.log_records() if record["event"] == "rank_lost"]
+    assert {record["rank"] for record in told} == lost
+    if lost == {1}:
+        assert [word for word in words if word in told[0]["error"]]
+
+
+# Every kind of call
 
 
 def test_every_kind_of_call_ends_on_a_rank_that_hangs(start_server):
