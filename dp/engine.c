@@ -7,6 +7,12 @@
 
 #include "dp/state.h"
 
+/*
+ * What a GPU reads in about 15 us. Calls that read less share a launch, which would take them several times its 5 us
+ * one by one; of calls that read more one is got ready while another is run.
+ */
+#define ALONE_BYTES ((uint64_t)64 << 20)
+
 /* ------------------------------------------------------------------------------------------- */
 /* Life */
 
@@ -119,6 +125,7 @@ attn_status dp_engine_create(const dp_config *config, dp_engine **engine) {
     created->config.v_scales = NULL;
     /* A pinned rank works on its own cores, not on the submitter's. */
     if (!config->pin_cpus) created->small_bytes = dp_rank_small_bytes(created->ranks[0].rank);
+    created->alone_bytes = dp_rank_overlaps(created->ranks[0].rank) ? ALONE_BYTES : UINT64_MAX;
     *engine = created;
     return attn_ok();
 fail:

@@ -469,8 +469,10 @@ static bool same_sinks(const dp_options *left, const dp_options *right) {
 }
 
 static bool layer_joins(const dp_job *first_job, const dp_job *job) {
-    const dp_step *first = ((const dp_layer_part *)first_job)->step;
-    const dp_step *other = ((const dp_layer_part *)job)->step;
+    const dp_layer_part *part = (const dp_layer_part *)first_job, *other_part = (const dp_layer_part *)job;
+    if (part->alone || other_part->alone) return false;
+    const dp_step *first = part->step;
+    const dp_step *other = other_part->step;
     const dp_options *left = &first->input.options;
     const dp_options *right = &other->input.options;
     return first->input.layer == other->input.layer && first->read_only == other->read_only &&

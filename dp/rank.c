@@ -717,6 +717,8 @@ const char *dp_rank_device(const dp_rank *rank) { return attn_backend_describe(r
 
 uint64_t dp_rank_small_bytes(const dp_rank *rank) { return attn_backend_small_bytes(rank->worker->backend); }
 
+bool dp_rank_overlaps(const dp_rank *rank) { return rank->worker->depth > 1; }
+
 /* ------------------------------------------------------------------------------------------- */
 /* For `run`, `start` and `complete` */
 

@@ -182,6 +182,7 @@ void dp_rank_read_record(dp_rank *rank, dp_rank_record *record);
 /* Of the worker in office, right after dp_rank_create. */
 const char *dp_rank_device(const dp_rank *rank);
 uint64_t dp_rank_small_bytes(const dp_rank *rank);
+bool dp_rank_overlaps(const dp_rank *rank); /* more than one group is in flight at a time, if there are as many */
 
 /* ------------------------------------------------------------------------------------------- */
 /* For `run`, `start` and `complete` only */

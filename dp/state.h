@@ -65,6 +65,7 @@ typedef struct {
     dp_job job; /* first: a job is its part */
     dp_step *step;
     dp_batch *batch;
+    bool alone; /* it is much: not to be merged with others into a launch */
     bool failed;
     attn_saved_status failure;
 } dp_layer_part;
@@ -176,6 +177,7 @@ struct dp_engine {
     char isa[32];
     size_t query_row_bytes, key_row_bytes, value_row_bytes, out_row_bytes;
     uint64_t small_bytes;  /* a layer that reads no more may run on the submitting thread */
+    uint64_t alone_bytes;  /* a part of a layer that reads as much is not merged with others into a launch */
     dp_engine_rank *ranks; /* [config.ranks] */
     dp_results *results;
     dp_watchdog *watchdog;

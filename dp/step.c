@@ -281,11 +281,16 @@ static bool is_small(const dp_engine *engine, const dp_partition *partition) {
     return bytes <= engine->small_bytes;
 }
 
+static bool is_alone(const dp_engine *engine, const dp_batch *batch) {
+    return batch->tokens * (uint64_t)(engine->key_row_bytes + engine->value_row_bytes) >= engine->alone_bytes;
+}
+
 static void make_parts(dp_step *step) {
     for (uint32_t b = 0; b < step->partition.batch_count; b++) {
         dp_layer_part *part = &step->parts[b];
         part->step = step;
         part->batch = &step->partition.batches[b];
+        part->alone = is_alone(step->engine, part->batch);
         part->job.kind = &dp_layer_job_kind;
         part->job.weight = part->batch->size;
         part->job.epoch = part->batch->epoch;

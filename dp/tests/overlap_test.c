@@ -200,6 +200,26 @@ static void run_steps(bool at_once, char *outs) {
     destroy_engine(engine);
 }
 
+static void calls_that_read_much_are_got_ready_behind_each_other_and_not_merged(void **state) {
+    (void)state;
+    dp_engine *engine = create_queueing_engine();
+    engine->alone_bytes = 1;
+    flight flights[4];
+    for (int i = 0; i < 4; i++)
+        board(&flights[i], engine, 100, 1 + (uint64_t)i);
+    overlap_hold();
+    take_off_one_by_one(flights, 4);
+    assert_int_equal(2, overlap_in_flight(NULL));
+    overlap_release();
+    for (int i = 0; i < 4; i++) {
+        assert_ok(wait_for_call(&flights[i].call));
+        assert_int_equal(1, flights[i].call.call.timing[0].merged_calls);
+        land(&flights[i]);
+    }
+    assert_int_equal(4, rank_info(engine, 0).launches);
+    destroy_engine(engine);
+}
+
 static void launches_that_overlap_give_the_bits_of_single_ones(void **state) {
     (void)state;
     static char outs[2][3 * MANY * OUT_BYTES];
@@ -676,6 +696,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_launch_begins_while_one_is_in_flight_and_a_third_waits),
         cmocka_unit_test(calls_that_wait_are_merged_behind_those_in_flight),
+        cmocka_unit_test(calls_that_read_much_are_got_ready_behind_each_other_and_not_merged),
         cmocka_unit_test(launches_that_overlap_give_the_bits_of_single_ones),
         cmocka_unit_test(time_that_launches_share_is_busy_once),
         cmocka_unit_test(small_call_beside_one_in_flight_is_the_workers),
