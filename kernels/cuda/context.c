@@ -82,7 +82,8 @@ attn_status attn_cuda_context_enter(int device) {
     cudaError_t error = broken ? mend(device) : cudaSuccess;
     if (error != cudaSuccess) {
         count_out(device);
-        return attn_error(ATTN_UNAVAILABLE, "cuda: device %d has failed, and a reset did not help: %s", device,
+        return attn_error(ATTN_UNAVAILABLE,
+                          "cuda: device %d has failed, and a reset did not help (%s): it takes another process", device,
                           cudaGetErrorString(error));
     }
     make_current(device);

@@ -172,7 +172,7 @@ static void a_reset_that_does_not_help_is_tried_again(void **state) {
     runtime.useless_resets = 2;
     leave(1);
     assert_resets(0, 1);
-    assert_refused(1, "a reset did not help: illegal");
+    assert_refused(1, "a reset did not help (illegal");
     assert_resets(0, 1);
     enter(1);
     assert_resets(0, 1);
