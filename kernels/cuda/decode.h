@@ -55,7 +55,7 @@ typedef struct {
 typedef struct {
     void *memory;
     uint32_t slots;
-    uint32_t rows; /* of a slot: 8, 16 or 64 */
+    uint32_t rows; /* of a slot: 8, 16 or 64; of blocks of 128 rows a partial result takes two slots of 64 */
 } attn_cuda_workspace;
 
 /*

@@ -83,7 +83,7 @@ typedef struct {
      */
     uint32_t sharing;
     const float *shared_out, *shared_lse;
-    uint32_t *status;          /* set to 1 when a page outside the pool is met; it is not read */
+    uint32_t *status; /* set to 1 when a page outside the pool is met; it is not read */
     float scale, softcap;
     uint32_t window;
     uint32_t batch_invariant;
