@@ -177,7 +177,7 @@ struct dp_engine {
     char isa[32];
     size_t query_row_bytes, key_row_bytes, value_row_bytes, out_row_bytes;
     uint64_t small_bytes;  /* a layer that reads no more may run on the submitting thread */
-    uint64_t alone_bytes;  /* a part of a layer that reads as much is not merged with others into a launch */
+    uint64_t alone_bytes;  /* a part of a layer that reads as much, prefixes unshared, is not merged with others */
     dp_engine_rank *ranks; /* [config.ranks] */
     dp_results *results;
     dp_watchdog *watchdog;
