@@ -84,6 +84,7 @@ static attn_status start_rank(dp_engine *engine, uint32_t index) {
                 .isa = config->isa,
                 .device = index,
                 .cpus = cpus,
+                .isolated = config->isolated,
                 .k_scales = config->k_scales,
                 .v_scales = config->v_scales,
             },

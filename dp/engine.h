@@ -62,6 +62,7 @@ typedef struct {
     uint32_t ranks;            /* 1 .. DP_MAX_RANKS */
     uint32_t workers_per_rank; /* CPU threads a rank, its own included */
     bool pin_cpus;             /* pin rank r's workers to cores r * workers_per_rank .. */
+    bool isolated;             /* each rank's backend in a process of its own: kernels/isolated.h */
     uint32_t pages_per_rank;
     uint32_t max_sequences; /* open at once */
     uint32_t max_batch;     /* sequences a step */

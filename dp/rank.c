@@ -12,6 +12,7 @@
 
 #include "base/clock.h"
 #include "kernels/faults.h"
+#include "kernels/isolated.h"
 #include "kernels/pipeline.h"
 
 /* How long the worker looks for a next job before it sleeps: less than a wake-up costs. */
@@ -179,6 +180,7 @@ static fallout lose(dp_rank *rank, attn_status why) {
     attn_status_save(&rank->record.last_error, why);
     rank->record.losses++;
     rank->record.plans_rejected += attn_backend_plans_rejected(worker->backend);
+    attn_backend_give_up(worker->backend);
     rank->worker = NULL;
     atomic_store(&rank->serving, NOT_SERVING);
     atomic_store(&worker->retired, true);

@@ -218,6 +218,7 @@ typedef struct {
     const char *isa;  /* cpu: "auto" (or NULL), "avx512bf16", "avx512", "avx2", "portable" */
     uint32_t device;  /* cuda: device index; counts on from 0 again where there are fewer devices */
     const int *cpus;  /* cpu: the cores to pin the workers to, [workers]; or NULL */
+    bool isolated;    /* in a process of its own: kernels/isolated.h */
 
     /* fp8 only: [layers, heads_kv] each, finite and above 0; NULL: all 1. Borrowed until create returns. */
     const float *k_scales;

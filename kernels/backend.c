@@ -6,6 +6,8 @@
 
 #include "base/status.h"
 #include "kernels/faults.h"
+#include "kernels/isolated.h"
+#include "kernels/isolated/isolated.h"
 #include "kernels/pipeline.h"
 
 /* The first is what "auto" takes: it works on every machine. */
@@ -66,11 +68,15 @@ attn_status attn_backend_create(const attn_backend_config *config, attn_backend 
     if (attn_kv_dtype(&config->geometry) == ATTN_FP8_E4M3 && !ops->stores_fp8) {
         return attn_error(ATTN_UNAVAILABLE, "the %s backend stores no keys and values in fp8_e4m3", ops->kind);
     }
-    return ops->create(config, backend);
+    return config->isolated ? attn_isolated_create(ops, config, backend) : ops->create(config, backend);
 }
 
 void attn_backend_destroy(attn_backend *backend) {
     if (backend) backend->ops->destroy(backend);
+}
+
+void attn_backend_give_up(attn_backend *backend) {
+    if (backend->ops->give_up) backend->ops->give_up(backend);
 }
 
 const char *attn_backend_describe(const attn_backend *backend) { return backend->description; }

@@ -65,7 +65,8 @@ typedef struct {
     attn_status (*finish)(attn_backend *backend, attn_timing *timing);
     void (*copy_page)(attn_backend *backend, uint32_t from, uint32_t to);
     void (*poison)(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots);
-    const attn_channel_ops *channels; /* NULL: it has none */
+    const attn_channel_ops *channels;       /* NULL: it has none */
+    void (*give_up)(attn_backend *backend); /* attn_backend_give_up; NULL: nothing is to be done */
 #ifndef ATTN_RELEASE
     void (*break_device)(attn_backend *backend); /* NULL: it has no device that could break */
 #endif

@@ -22,6 +22,7 @@
 
 #include "base/clock.h"
 #include "dp/engine.h"
+#include "kernels/isolated.h"
 #include "service/auth/auth.h"
 #include "service/config/config.h"
 #include "service/log/log.h"
@@ -163,6 +164,7 @@ static attn_status create_engine_on(const char *backend) {
         .ranks = config->ranks,
         .workers_per_rank = config->threads,
         .pin_cpus = config->pin_cpus,
+        .isolated = config->isolated,
         .pages_per_rank = config->pages,
         .max_sequences = config->max_sequences,
         .max_batch = config->max_batch,
@@ -466,6 +468,7 @@ static int print_help(void) {
 }
 
 int main(int argc, char **argv) {
+    attn_isolated_main(argc, argv);
     attn_config_action action;
     attn_status status = attn_config_read(argc, argv, &attnd.config, &action);
     if (attn_failed(status)) {

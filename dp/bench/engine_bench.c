@@ -10,6 +10,7 @@
 
 #include "base/clock.h"
 #include "dp/engine.h"
+#include "kernels/isolated.h"
 
 static const char help_text[] =
     "engine: times decode layers of the engine (dp/engine.h), below gRPC, on one rank and on several.\n"
@@ -21,6 +22,7 @@ static const char help_text[] =
     "  --backend KIND          cpu (default), cuda or reference\n"
     "  --ranks N               the most ranks (default 2); whole and spread run with 1, 2, 4 .. up to N\n"
     "  --workers N             CPU threads a rank (default 1)\n"
+    "  --isolated              each rank in a process of its own\n"
     "  --batch N               sequences a rank (default 64)\n"
     "  --tokens N              tokens a sequence, without the new one of each step (default 4096)\n"
     "  --prefix N              of them, those that forks share (default 0)\n"
@@ -57,6 +59,7 @@ typedef struct {
     uint64_t tokens, prefix;
     attn_geometry geometry;
     double seconds;
+    bool isolated;
 } options;
 
 /* An engine with sequences, and what calls of it need. */
@@ -169,6 +172,7 @@ static void create_engine(bench *b, uint32_t ranks, uint64_t tokens_a_rank) {
         .backend = chosen->backend,
         .ranks = ranks,
         .workers_per_rank = chosen->workers,
+        .isolated = chosen->isolated,
         .pages_per_rank = (uint32_t)pages,
         .max_sequences = ranks * chosen->batch + 2,
         .max_batch = ranks * chosen->batch,
@@ -460,15 +464,16 @@ static bool parse_seconds(double *seconds, const char *text) {
 
 static bool parse_options(options *chosen, int argc, char **argv) {
     static const struct option names[] = {
-        {"mode", 1, NULL, 'm'},     {"backend", 1, NULL, 'b'},   {"ranks", 1, NULL, 'r'},  {"workers", 1, NULL, 'w'},
-        {"batch", 1, NULL, 'n'},    {"tokens", 1, NULL, 't'},    {"prefix", 1, NULL, 'p'}, {"heads-q", 1, NULL, 'q'},
-        {"heads-kv", 1, NULL, 'k'}, {"head-dim", 1, NULL, 'd'},  {"dtype", 1, NULL, 'y'},  {"seconds", 1, NULL, 's'},
-        {"layers", 1, NULL, 'l'},   {"in-flight", 1, NULL, 'i'}, {"help", 0, NULL, 'h'},   {NULL, 0, NULL, 0}};
+        {"mode", 1, NULL, 'm'},     {"backend", 1, NULL, 'b'},   {"ranks", 1, NULL, 'r'},    {"workers", 1, NULL, 'w'},
+        {"batch", 1, NULL, 'n'},    {"tokens", 1, NULL, 't'},    {"prefix", 1, NULL, 'p'},   {"heads-q", 1, NULL, 'q'},
+        {"heads-kv", 1, NULL, 'k'}, {"head-dim", 1, NULL, 'd'},  {"dtype", 1, NULL, 'y'},    {"seconds", 1, NULL, 's'},
+        {"layers", 1, NULL, 'l'},   {"in-flight", 1, NULL, 'i'}, {"isolated", 0, NULL, 'o'}, {"help", 0, NULL, 'h'},
+        {NULL, 0, NULL, 0}};
     attn_geometry *g = &chosen->geometry;
     bool good = true;
     for (int option; good && (option = getopt_long(argc, argv, "", names, NULL)) != -1;) {
         uint64_t number = 0;
-        bool is_number = option != 'h' && option != '?' && parse_number(&number, optarg);
+        bool is_number = optarg != NULL && parse_number(&number, optarg);
         switch (option) {
         case 'm': good = parse_mode(&chosen->mode, optarg); break;
         case 'b': chosen->backend = optarg; break;
@@ -496,6 +501,7 @@ static bool parse_options(options *chosen, int argc, char **argv) {
             good = is_number;
             g->head_dim = g->head_dim_v = (uint32_t)number;
             break;
+        case 'o': chosen->isolated = true; break;
         case 'h': fputs(help_text, stdout); exit(0);
         default: return false;
         }
@@ -507,6 +513,7 @@ static bool parse_options(options *chosen, int argc, char **argv) {
 }
 
 int main(int argc, char **argv) {
+    attn_isolated_main(argc, argv);
     options chosen = {.backend = "cpu",
                       .ranks = 2,
                       .workers = 1,

@@ -119,7 +119,8 @@ static attn_status create_backend(test_pool *pool, const backend_row *row, uint3
                                   .workers = workers,
                                   .isa = row->isa,
                                   .k_scales = k_scales,
-                                  .v_scales = v_scales};
+                                  .v_scales = v_scales,
+                                  .isolated = getenv("ATTND_TEST_ISOLATED") != NULL};
     attn_status status = attn_backend_create(&config, &pool->backend);
     free(k_scales);
     free(v_scales);

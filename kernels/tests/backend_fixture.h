@@ -8,6 +8,8 @@
  * addresses, outputs are garbage before a decode, and layer 0 is never written: tests use LAYER. A pool
  * of fp8 has a random scale for every layer and head, small enough that some elements saturate.
  *
+ * With ATTND_TEST_ISOLATED in the environment backends are isolated: main() begins with attn_isolated_main.
+ *
  * The oracle (sequence_errors) is float64 on the test's own copy of the rows, of fp8 on what is meant by
  * their stored values; it shares no code with any backend, the reference included.
  */
@@ -23,6 +25,7 @@
 #include <cmocka.h>
 
 #include "kernels/attention.h"
+#include "kernels/isolated.h"
 #include "kernels/split_plan.h"
 
 /* ------------------------------------------------------------------------------------------- */

@@ -630,7 +630,8 @@ static void a_part_that_contradicts_itself_is_refused(void **state) {
     pool_close(&pool);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    attn_isolated_main(argc, argv);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(unknown_kind_is_refused_with_those_there_are),
         cmocka_unit_test(unknown_isa_is_refused),

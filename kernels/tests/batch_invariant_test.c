@@ -326,7 +326,8 @@ static void default_mode_repeats_bit_for_bit(void **state) {
     close_crowd(&the_crowd);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    attn_isolated_main(argc, argv);
     const struct CMUnitTest tests[] = {
         ON_EVERY_BACKEND(any_batch_and_any_workers_give_the_same_bits),
         ON_EVERY_BACKEND(so_do_they_in_fp16_and_fp32_with_large_pages_and_other_dims),

@@ -266,7 +266,8 @@ static void the_extremes_of_the_matrix_are_within_bounds(void **state) {
     print_findings(&found);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    attn_isolated_main(argc, argv);
     const struct CMUnitTest tests[] = {
         ON_EVERY_BACKEND(all_pairs_of_the_matrix_are_within_bounds),
         ON_EVERY_BACKEND(the_extremes_of_the_matrix_are_within_bounds),

@@ -288,7 +288,8 @@ static void a_start_that_is_refused_leaves_those_before_it(void **state) {
     pool_close(&pool);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    attn_isolated_main(argc, argv);
     const struct CMUnitTest tests[] = {
         ON_EVERY_BACKEND(decodes_started_behind_others_are_right),
         ON_EVERY_BACKEND(so_they_are_in_batch_invariant_mode),

@@ -429,7 +429,8 @@ static void a_member_with_other_pages_is_refused(void **state) {
     close_family();
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    attn_isolated_main(argc, argv);
     const struct CMUnitTest tests[] = {
         ON_EVERY_BACKEND(outputs_are_right_whatever_the_dtype_the_group_and_the_queries),
         ON_EVERY_BACKEND(outputs_are_right_with_softcap_and_sinks),

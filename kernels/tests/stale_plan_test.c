@@ -339,7 +339,8 @@ static void a_plan_of_5_sequences_at_batch_993_is_rejected(void **state) {
     close_case();
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    attn_isolated_main(argc, argv);
     const struct CMUnitTest tests[] = {
         ON_EVERY_BACKEND(a_plan_that_fits_is_used_and_changes_no_bit),
         ON_EVERY_BACKEND(a_plan_of_5_sequences_at_batch_8_is_rejected),

@@ -1,0 +1,335 @@
+/* The parent's side: a backend that posts commands to its process and waits for the answers. */
+#include "kernels/backend.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "kernels/isolated/create.h"
+#include "kernels/isolated/isolated.h"
+#include "kernels/isolated/mailbox.h"
+#include "kernels/isolated/packet.h"
+#include "kernels/isolated/process.h"
+
+/*
+ * How long to look for an answer before sleeping. A kind with a device behind it is not worth a sleep, as its driver's
+ * own waits are not; one of this machine's CPUs needs them for itself.
+ */
+#define SPIN_FOR_DEVICE_NS 2000000
+#define SPIN_FOR_CPU_NS    20000
+
+typedef struct {
+    const attn_batch *batch;
+    attn_packet packet;
+    attn_command *command;
+} flight;
+
+typedef struct {
+    attn_backend base;
+    attn_backend_ops ops; /* the base's: those below, and what differs by kind */
+    attn_mailbox mailbox;
+    attn_process *process;
+    uint32_t posted;
+    flight flights[ATTN_FLIGHTS];
+    uint32_t oldest; /* flight */
+    int64_t spin_ns;
+} isolated_backend;
+
+static isolated_backend *of(attn_backend *backend) { return (isolated_backend *)backend; }
+
+/* ------------------------------------------------------------------------------------------- */
+/* Commands */
+
+static bool is_answered(attn_command *command) {
+    return atomic_load_explicit(&command->is_answered, memory_order_acquire);
+}
+
+/* The outcome borrows the command's place. */
+static attn_status wait_for(isolated_backend *self, attn_command *command) {
+    attn_bell *bell = &self->mailbox.control->answered;
+    for (;;) {
+        uint32_t seen = attn_bell_count(bell);
+        if (is_answered(command)) return attn_status_view(&command->outcome);
+        if (attn_process_has_ended(self->process)) return attn_process_end(self->process);
+        attn_bell_wait(bell, seen, self->spin_ns);
+    }
+}
+
+/* A place in the ring, for the caller to fill and to post; waits for one. */
+static attn_status next_command(isolated_backend *self, attn_command_kind kind, attn_command **command) {
+    attn_command *next = &self->mailbox.control->ring[self->posted % ATTN_RING];
+    if (self->posted >= ATTN_RING) {
+        attn_status before = wait_for(self, next);
+        if (!is_answered(next)) return before;
+    }
+    memset(next, 0, sizeof *next);
+    next->kind = kind;
+    *command = next;
+    return attn_ok();
+}
+
+static void post(isolated_backend *self) {
+    self->posted++;
+    attn_bell_ring(&self->mailbox.control->posted);
+}
+
+/* The rows region, with room for so many bytes. */
+static attn_status reserve_rows(isolated_backend *self, attn_command *command, size_t bytes, char **rows) {
+    ATTN_TRY(attn_mailbox_reserve(&self->mailbox, ATTN_ROWS_REGION, bytes));
+    command->region_bytes = bytes;
+    *rows = self->mailbox.regions[ATTN_ROWS_REGION].base;
+    return attn_ok();
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* The pool */
+
+/* Of an append or an export: page table, key rows, value rows, from the region's beginning on. */
+typedef struct {
+    char *pages, *keys, *values;
+    size_t pages_bytes, keys_bytes, values_bytes;
+} row_places;
+
+static attn_status begin_rows(isolated_backend *self, attn_command_kind kind, uint32_t layer, const uint32_t *pages,
+                              uint64_t position, uint32_t tokens, attn_command **command, row_places *places) {
+    const attn_geometry *geometry = &self->base.geometry;
+    ATTN_TRY(next_command(self, kind, command));
+    uint32_t count = (uint32_t)((position + tokens - 1) / geometry->page_size + 1);
+    places->pages_bytes = count * sizeof *pages;
+    places->keys_bytes = tokens * attn_key_row_bytes(geometry);
+    places->values_bytes = tokens * attn_value_row_bytes(geometry);
+    ATTN_TRY(
+        reserve_rows(self, *command, places->pages_bytes + places->keys_bytes + places->values_bytes, &places->pages));
+    places->keys = places->pages + places->pages_bytes;
+    places->values = places->keys + places->keys_bytes;
+    memcpy(places->pages, pages, places->pages_bytes);
+    (*command)->layer = layer;
+    (*command)->position = position;
+    (*command)->tokens = tokens;
+    (*command)->pages = count;
+    return attn_ok();
+}
+
+static attn_status isolated_append(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
+                                   uint32_t tokens, const void *keys, const void *values) {
+    isolated_backend *self = of(backend);
+    attn_command *command;
+    row_places places;
+    ATTN_TRY(begin_rows(self, ATTN_COMMAND_APPEND, layer, pages, position, tokens, &command, &places));
+    memcpy(places.keys, keys, places.keys_bytes);
+    memcpy(places.values, values, places.values_bytes);
+    post(self);
+    return wait_for(self, command);
+}
+
+static attn_status isolated_export(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
+                                   uint32_t tokens, void *keys, void *values) {
+    isolated_backend *self = of(backend);
+    attn_command *command;
+    row_places places;
+    ATTN_TRY(begin_rows(self, ATTN_COMMAND_EXPORT, layer, pages, position, tokens, &command, &places));
+    post(self);
+    ATTN_TRY(wait_for(self, command));
+    memcpy(keys, places.keys, places.keys_bytes);
+    memcpy(values, places.values, places.values_bytes);
+    return attn_ok();
+}
+
+/* A process that has ended says so at the next call that can. */
+static void isolated_copy_page(attn_backend *backend, uint32_t from, uint32_t to) {
+    isolated_backend *self = of(backend);
+    attn_command *command;
+    if (attn_failed(next_command(self, ATTN_COMMAND_COPY_PAGE, &command))) return;
+    command->page = from;
+    command->to = to;
+    post(self);
+}
+
+static void isolated_poison(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots) {
+    isolated_backend *self = of(backend);
+    attn_command *command;
+    if (attn_failed(next_command(self, ATTN_COMMAND_POISON, &command))) return;
+    command->page = page;
+    command->to = first_slot;
+    command->slots = slots;
+    post(self);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Decoding */
+
+/* A plan is checked here, where rejected ones are counted and logged, and again where it is used. */
+static attn_status accept_plan(attn_backend *backend, const attn_batch *batch, const attn_plan **plan) {
+    if (*plan == NULL) return attn_ok();
+    ATTN_TRY(attn_line_build(&backend->line, batch));
+    *plan = attn_backend_accept_plan(backend, *plan);
+    return attn_ok();
+}
+
+static attn_status isolated_start(attn_backend *backend, const attn_batch *batch, const attn_plan *plan) {
+    isolated_backend *self = of(backend);
+    uint32_t region = (self->oldest + backend->started) % ATTN_FLIGHTS;
+    flight *next = &self->flights[region];
+    ATTN_TRY(accept_plan(backend, batch, &plan));
+    ATTN_TRY(next_command(self, ATTN_COMMAND_DECODE, &next->command));
+    size_t plan_bytes = plan == NULL ? 0 : attn_plan_bytes(backend->line.workers);
+    attn_packet_counts counts = attn_packet_count(&backend->geometry, batch, plan_bytes);
+    size_t bytes = attn_packet_place(&backend->geometry, &counts, NULL).bytes;
+    ATTN_TRY(attn_mailbox_reserve(&self->mailbox, region, bytes));
+    next->packet = attn_packet_place(&backend->geometry, &counts, self->mailbox.regions[region].base);
+    next->packet.head->counts = counts;
+    attn_packet_pack(&next->packet, &backend->geometry, batch, plan);
+    next->batch = batch;
+    next->command->identity = backend->identity;
+    next->command->region = region;
+    next->command->region_bytes = bytes;
+    post(self);
+    return attn_ok();
+}
+
+static bool isolated_has_ended(attn_backend *backend) {
+    isolated_backend *self = of(backend);
+    return is_answered(self->flights[self->oldest].command) || attn_process_has_ended(self->process);
+}
+
+static attn_status isolated_finish(attn_backend *backend, attn_timing *timing) {
+    isolated_backend *self = of(backend);
+    flight *ended = &self->flights[self->oldest];
+    self->oldest = (self->oldest + 1) % ATTN_FLIGHTS;
+    ATTN_TRY(wait_for(self, ended->command));
+    *timing = ended->command->timing;
+    attn_packet_deliver(&ended->packet, &backend->geometry, ended->batch);
+    return attn_ok();
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Life */
+
+static bool may_isolate;
+
+void attn_isolated_allow(void) { may_isolate = true; }
+
+static void free_all(isolated_backend *self) {
+    if (self->process != NULL && !attn_process_destroy(self->process)) return; /* who waits for its end has the rest */
+    attn_mailbox_close(&self->mailbox);
+    free(self);
+}
+
+static void isolated_destroy(attn_backend *backend) {
+    attn_backend_fini(backend);
+    free_all(of(backend));
+}
+
+static void isolated_give_up(attn_backend *backend) { attn_process_kill(of(backend)->process); }
+
+#ifndef ATTN_RELEASE
+static void isolated_break(attn_backend *backend) {
+    isolated_backend *self = of(backend);
+    attn_command *command;
+    if (attn_failed(next_command(self, ATTN_COMMAND_BREAK, &command))) return;
+    post(self);
+}
+#endif
+
+static const attn_backend_ops isolated_ops = {
+    .destroy = isolated_destroy,
+    .append = isolated_append,
+    .export = isolated_export,
+    .start = isolated_start,
+    .has_ended = isolated_has_ended,
+    .finish = isolated_finish,
+    .copy_page = isolated_copy_page,
+    .poison = isolated_poison,
+    .give_up = isolated_give_up,
+#ifndef ATTN_RELEASE
+    .break_device = isolated_break,
+#endif
+};
+
+static attn_create_request request_of(const attn_backend_config *config) {
+    attn_create_request request = {.geometry = config->geometry,
+                                   .pages = config->pages,
+                                   .workers = config->workers,
+                                   .device = config->device,
+                                   .has_cpus = config->cpus != NULL,
+                                   .has_k_scales = config->k_scales != NULL,
+                                   .has_v_scales = config->v_scales != NULL};
+    snprintf(request.kind, sizeof request.kind, "%s", config->kind == NULL ? "auto" : config->kind);
+    snprintf(request.isa, sizeof request.isa, "%s", config->isa == NULL ? "" : config->isa);
+    return request;
+}
+
+static void put(char **end, const void *bytes, size_t count) {
+    if (bytes == NULL) return;
+    memcpy(*end, bytes, count);
+    *end += count;
+}
+
+/* Has the process create its backend; *reply is in the rows region. */
+static attn_status create_there(isolated_backend *self, const attn_backend_config *config, attn_create_reply *reply) {
+    attn_create_request request = request_of(config);
+    size_t scales = (size_t)config->geometry.layers * config->geometry.heads_kv * sizeof(float);
+    attn_command *command;
+    char *end;
+    ATTN_TRY(next_command(self, ATTN_COMMAND_CREATE, &command));
+    ATTN_TRY(reserve_rows(self, command,
+                          sizeof request + sizeof *reply + config->workers * sizeof *config->cpus + 2 * scales, &end));
+    put(&end, &request, sizeof request);
+    put(&end, config->cpus, config->workers * sizeof *config->cpus);
+    put(&end, config->k_scales, scales);
+    put(&end, config->v_scales, scales);
+    post(self);
+    ATTN_TRY(wait_for(self, command));
+    memcpy(reply, self->mailbox.regions[ATTN_ROWS_REGION].base, sizeof *reply);
+    return attn_ok();
+}
+
+static void ring_for_the_end(void *mailbox) { attn_bell_ring(&((attn_mailbox *)mailbox)->control->answered); }
+
+static void init_base(isolated_backend *self, const attn_backend_ops *kind, const attn_backend_config *config,
+                      const attn_create_reply *reply) {
+    self->ops = isolated_ops;
+    self->ops.kind = kind->kind;
+    self->ops.stores_fp8 = kind->stores_fp8;
+    self->ops.depth = reply->depth < ATTN_FLIGHTS ? reply->depth : ATTN_FLIGHTS;
+    if (sysconf(_SC_NPROCESSORS_ONLN) > 1) {
+        self->spin_ns = reply->depth > 1 ? SPIN_FOR_DEVICE_NS : SPIN_FOR_CPU_NS;
+    }
+    attn_backend_init(&self->base, &self->ops, config, reply->tile_tokens, reply->block_queries, reply->workers);
+    snprintf(self->base.description, sizeof self->base.description, "%.130s, process %d", reply->description,
+             attn_process_id(self->process));
+}
+
+/* `self` has its mailbox. */
+static attn_status start_process(isolated_backend *self, const attn_backend_ops *kind,
+                                 const attn_backend_config *config) {
+    attn_create_reply reply;
+    ATTN_TRY(attn_process_start(self->mailbox.fd, ring_for_the_end, &self->mailbox, &self->process));
+    ATTN_TRY(create_there(self, config, &reply));
+    init_base(self, kind, config, &reply);
+    return attn_ok();
+}
+
+attn_status attn_isolated_create(const attn_backend_ops *kind, const attn_backend_config *config,
+                                 attn_backend **backend) {
+    if (!may_isolate) {
+        return attn_error(ATTN_UNAVAILABLE, "this program has no isolated backends: attn_isolated_main was not called");
+    }
+    isolated_backend *self = calloc(1, sizeof *self);
+    if (self == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for an isolated backend");
+    attn_status status = attn_mailbox_create(&self->mailbox);
+    if (attn_failed(status)) {
+        free(self);
+        return status;
+    }
+    status = start_process(self, kind, config);
+    if (attn_failed(status)) {
+        attn_saved_status why; /* it may be in the memory that goes */
+        attn_status_save(&why, status);
+        free_all(self);
+        return attn_error(why.code, "%s", why.message);
+    }
+    *backend = &self->base;
+    return status;
+}

@@ -1,0 +1,91 @@
+/*
+ * A batch in shared memory: its arrays one after another, without pointers.
+ *
+ * The head says how much of everything there is, and from that both processes find where it is. The parent packs
+ * (attn_packet_pack), the child makes a batch of it that points into the same memory (attn_packet_batch), and when the
+ * child's backend has written the outputs there, the parent hands them out (attn_packet_deliver). Page tables hold
+ * no more than the pages of the sequences' lengths.
+ */
+#ifndef ATTND_KERNELS_ISOLATED_PACKET_H
+#define ATTND_KERNELS_ISOLATED_PACKET_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/attention.h"
+#include "kernels/split_plan.h"
+
+typedef struct {
+    uint32_t size;
+    uint32_t pages; /* of all page tables */
+    uint32_t prefixes;
+    uint32_t members; /* of all prefixes */
+    uint64_t rows;    /* of queries */
+    uint64_t new_rows;
+    uint64_t out_rows; /* of whole sequences */
+    uint64_t partial_rows;
+    uint64_t plan_bytes;
+    bool has_new, has_lses, has_parts, has_sinks;
+} attn_packet_counts;
+
+/* At the beginning of the region. */
+typedef struct {
+    attn_packet_counts counts;
+    uint32_t layer;
+    float scale, softcap;
+    uint32_t window;
+    bool batch_invariant, device_time;
+} attn_packet_head;
+
+typedef struct {
+    uint32_t members, tokens;
+} attn_packed_prefix;
+
+/* Where it all is, in one process. Shapes as in attn_batch; sequences one after another. */
+typedef struct {
+    attn_packet_head *head;
+    uint32_t *lengths, *query_lengths; /* [size] */
+    uint32_t *page_offsets;            /* [size + 1] */
+    uint32_t *pages;
+    bool *reads;      /* [size]; with has_new */
+    attn_part *parts; /* [size]; with has_parts */
+    attn_plan *plan;
+    attn_packed_prefix *prefixes;
+    uint32_t *members;
+    float *sinks;
+    char *queries, *keys, *values; /* of the new rows */
+    char *outs;                    /* of whole sequences */
+    float *lses;
+    float *partial_outs, *partial_lses; /* of spread ones */
+    size_t bytes;                       /* of it all */
+} attn_packet;
+
+/* What a batch comes to; `plan_bytes` of its plan, 0: none. */
+attn_packet_counts attn_packet_count(const attn_geometry *geometry, const attn_batch *batch, size_t plan_bytes);
+
+/* Finds the places. `base` may be NULL, for the bytes. */
+attn_packet attn_packet_place(const attn_geometry *geometry, const attn_packet_counts *counts, char *base);
+
+/* Fills a packet, whose head has its counts, with all but the outputs. */
+void attn_packet_pack(const attn_packet *packet, const attn_geometry *geometry, const attn_batch *batch,
+                      const attn_plan *plan);
+
+/* Copies the outputs to where the batch wants them. */
+void attn_packet_deliver(const attn_packet *packet, const attn_geometry *geometry, const attn_batch *batch);
+
+/* The pointers of a batch made of a packet: memory that is kept, and grows. Zero at first. */
+typedef struct {
+    void *memory;
+    size_t bytes;
+} attn_packet_pointers;
+
+/*
+ * Makes `*batch` of a packet, valid as long as both and `pointers` are left alone. ATTN_RESOURCE_EXHAUSTED.
+ */
+attn_status attn_packet_batch(const attn_packet *packet, const attn_geometry *geometry, attn_packet_pointers *pointers,
+                              attn_batch *batch);
+
+void attn_packet_pointers_free(attn_packet_pointers *pointers);
+
+#endif

@@ -1,0 +1,221 @@
+/* The child's side: takes commands, one after another, and lets its backend do them. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include "kernels/backend.h"
+#include "kernels/faults.h"
+#include "kernels/isolated.h"
+#include "kernels/isolated/create.h"
+#include "kernels/isolated/isolated.h"
+#include "kernels/isolated/mailbox.h"
+#include "kernels/isolated/packet.h"
+#include "kernels/isolated/process.h"
+#include "kernels/pipeline.h"
+
+/* How long to look for a next command before sleeping: what a wake-up costs, or the gap between two layers. */
+#define SPIN_NS 50000
+
+typedef struct {
+    attn_command *command;
+    attn_batch batch;
+    attn_packet_pointers pointers;
+} flight;
+
+typedef struct {
+    attn_mailbox mailbox;
+    attn_backend *backend;
+    uint32_t taken; /* commands */
+    flight flights[ATTN_FLIGHTS];
+    uint32_t oldest, in_flight; /* flights */
+    int64_t spin_ns;
+} server;
+
+static void answer(server *self, attn_command *command, attn_status outcome) {
+    attn_status_save(&command->outcome, outcome);
+    atomic_store_explicit(&command->is_answered, true, memory_order_release);
+    attn_bell_ring(&self->mailbox.control->answered);
+}
+
+static attn_status map_rows(server *self, const attn_command *command, char **rows) {
+    ATTN_TRY(attn_mailbox_reserve(&self->mailbox, ATTN_ROWS_REGION, command->region_bytes));
+    *rows = self->mailbox.regions[ATTN_ROWS_REGION].base;
+    return attn_ok();
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Creating */
+
+static const void *take(const char **end, bool is_there, size_t bytes) {
+    const char *begin = *end;
+    if (!is_there) return NULL;
+    *end += bytes;
+    return begin;
+}
+
+static attn_status create(server *self, const attn_command *command) {
+    char *rows;
+    ATTN_TRY(map_rows(self, command, &rows));
+    attn_create_request request;
+    memcpy(&request, rows, sizeof request);
+    const char *end = rows + sizeof request;
+    size_t scales = (size_t)request.geometry.layers * request.geometry.heads_kv * sizeof(float);
+    attn_backend_config config = {.kind = request.kind,
+                                  .geometry = request.geometry,
+                                  .pages = request.pages,
+                                  .workers = request.workers,
+                                  .isa = request.isa[0] == '\0' ? NULL : request.isa,
+                                  .device = request.device};
+    config.cpus = take(&end, request.has_cpus, request.workers * sizeof *config.cpus);
+    config.k_scales = take(&end, request.has_k_scales, scales);
+    config.v_scales = take(&end, request.has_v_scales, scales);
+    ATTN_TRY(attn_backend_create(&config, &self->backend));
+    const attn_line *line = &self->backend->line;
+    attn_create_reply reply = {.tile_tokens = line->tile_tokens,
+                               .block_queries = line->block_queries,
+                               .workers = line->workers,
+                               .depth = attn_backend_depth(self->backend)};
+    snprintf(reply.description, sizeof reply.description, "%s", attn_backend_describe(self->backend));
+    memcpy(rows, &reply, sizeof reply);
+    return attn_ok();
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Rows and pages */
+
+static attn_status move_rows(server *self, const attn_command *command) {
+    const attn_geometry *geometry = attn_backend_geometry(self->backend);
+    char *rows;
+    ATTN_TRY(map_rows(self, command, &rows));
+    const uint32_t *pages = (const uint32_t *)(void *)rows;
+    char *keys = rows + command->pages * sizeof *pages, *values = keys + command->tokens * attn_key_row_bytes(geometry);
+    if (command->kind == ATTN_COMMAND_EXPORT) {
+        return attn_backend_export(self->backend, command->layer, pages, command->pages, command->position,
+                                   command->tokens, keys, values);
+    }
+    return attn_backend_append(self->backend, command->layer, pages, command->pages, command->position, command->tokens,
+                               keys, values);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Decodes */
+
+static attn_status start(server *self, flight *next) {
+    const attn_command *command = next->command;
+    const attn_geometry *geometry = attn_backend_geometry(self->backend);
+    ATTN_TRY(attn_mailbox_reserve(&self->mailbox, command->region, command->region_bytes));
+    char *base = self->mailbox.regions[command->region].base;
+    attn_packet_counts counts = ((const attn_packet_head *)(void *)base)->counts;
+    attn_packet packet = attn_packet_place(geometry, &counts, base);
+    ATTN_TRY(attn_packet_batch(&packet, geometry, &next->pointers, &next->batch));
+    attn_backend_set_identity(self->backend, command->identity);
+    return attn_backend_start(self->backend, &next->batch, counts.plan_bytes > 0 ? packet.plan : NULL);
+}
+
+static void finish_oldest(server *self) {
+    attn_command *command = self->flights[self->oldest].command;
+    self->oldest = (self->oldest + 1) % ATTN_FLIGHTS;
+    self->in_flight--;
+    attn_status outcome = attn_backend_finish(self->backend, &command->timing);
+    answer(self, command, outcome);
+}
+
+/* Nothing of a decode that did not start is in flight; its outcome is known now. */
+static void decode(server *self, attn_command *command) {
+    while (self->in_flight >= attn_backend_depth(self->backend) || self->in_flight == ATTN_FLIGHTS)
+        finish_oldest(self);
+    flight *next = &self->flights[(self->oldest + self->in_flight) % ATTN_FLIGHTS];
+    next->command = command;
+    attn_status status = start(self, next);
+    if (attn_failed(status)) {
+        answer(self, command, status);
+        return;
+    }
+    self->in_flight++;
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Commands */
+
+static attn_status do_at_once(server *self, const attn_command *command) {
+    switch (command->kind) {
+    case ATTN_COMMAND_CREATE: return create(self, command);
+    case ATTN_COMMAND_APPEND:
+    case ATTN_COMMAND_EXPORT: return move_rows(self, command);
+    case ATTN_COMMAND_COPY_PAGE: return attn_backend_copy_page(self->backend, command->page, command->to);
+    case ATTN_COMMAND_POISON: return attn_backend_poison(self->backend, command->page, command->to, command->slots);
+#ifndef ATTN_RELEASE
+    case ATTN_COMMAND_BREAK: attn_backend_break(self->backend); return attn_ok();
+#endif
+    default: return attn_error(ATTN_INTERNAL, "an isolated backend was sent command %d", (int)command->kind);
+    }
+}
+
+static void take_command(server *self) {
+    attn_command *command = &self->mailbox.control->ring[self->taken++ % ATTN_RING];
+    if (command->kind == ATTN_COMMAND_DECODE)
+        decode(self, command);
+    else
+        answer(self, command, do_at_once(self, command));
+}
+
+/* With decodes in flight: looks for a command to come and for the oldest to end, as long as that takes. */
+static void look_about(server *self) {
+    if (attn_backend_has_ended(self->backend))
+        finish_oldest(self);
+    else if (self->spin_ns == 0)
+        usleep(1);
+}
+
+static void serve(server *self) {
+    attn_bell *posted = &self->mailbox.control->posted;
+    for (;;) {
+        if (attn_bell_count(posted) != self->taken)
+            take_command(self);
+        else if (self->in_flight > 0)
+            look_about(self);
+        else
+            attn_bell_wait(posted, self->taken, self->spin_ns);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Life */
+
+/* The parent has closed the pipe, or has ended. The system takes back what the backend has. */
+static void *end_with_parent(void *unused) {
+    char byte;
+    ssize_t count;
+    (void)unused;
+    do
+        count = read(STDIN_FILENO, &byte, 1);
+    while (count > 0 || (count < 0 && errno == EINTR));
+    _exit(EXIT_SUCCESS);
+}
+
+static int run(void) {
+    server self = {.spin_ns = sysconf(_SC_NPROCESSORS_ONLN) > 1 ? SPIN_NS : 0};
+    pthread_t watcher;
+    prctl(PR_SET_NAME, "attnd-backend");
+    signal(SIGINT, SIG_IGN); /* at a terminal they are sent to both: the parent decides */
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGPIPE, SIG_IGN);
+    attn_status status = attn_mailbox_open(&self.mailbox, ATTN_PROCESS_MEMORY_FD);
+    if (attn_failed(status) || pthread_create(&watcher, NULL, end_with_parent, NULL) != 0) {
+        fprintf(stderr, "attnd-backend: cannot start: %s\n", attn_failed(status) ? status.message : "no thread");
+        return EXIT_FAILURE;
+    }
+    serve(&self);
+    return EXIT_SUCCESS;
+}
+
+void attn_isolated_main(int argc, char **argv) {
+    if (argc == 2 && strcmp(argv[1], ATTN_PROCESS_MARK) == 0) _exit(run());
+    attn_isolated_allow();
+}
