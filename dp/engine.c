@@ -201,6 +201,7 @@ void dp_engine_rank_info(dp_engine *engine, uint32_t rank, dp_rank_info *info) {
         .stalls = record.stalls,
         .restarts = record.restarts,
         .failed_restarts = record.failed_restarts,
+        .process = record.process,
         .device = of->device,
     };
     snprintf(info->last_error, sizeof info->last_error, "%s", record.last_error.message);

@@ -125,6 +125,7 @@ typedef struct {
     uint64_t restarts;                          /* since start */
     uint64_t failed_restarts;                   /* since start */
     char last_error[ATTN_STATUS_MESSAGE_BYTES]; /* why it was lost last, or not restarted; "": it never was */
+    uint32_t process;                           /* its backend's own, if that has one and serves; else 0 */
     const char *device;                         /* lives as long as the engine */
 } dp_rank_info;
 

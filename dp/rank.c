@@ -711,6 +711,7 @@ void dp_rank_read_record(dp_rank *rank, dp_rank_record *record) {
     *record = rank->record;
     record->lost = rank->worker == NULL;
     record->starting = rank->starting != NULL;
+    record->process = rank->worker == NULL ? 0 : attn_backend_process(rank->worker->backend);
     if (rank->worker != NULL) record->plans_rejected += attn_backend_plans_rejected(rank->worker->backend);
     pthread_mutex_unlock(&rank->lock);
 }

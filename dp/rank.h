@@ -174,6 +174,7 @@ typedef struct {
     uint64_t restarts;
     uint64_t failed_restarts;
     uint64_t plans_rejected;
+    uint32_t process;             /* attn_backend_process of the worker in office; 0: or there is none */
     attn_saved_status last_error; /* why it was lost last, or why its last start failed; ATTN_OK: never */
 } dp_rank_record;
 

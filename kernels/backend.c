@@ -75,6 +75,8 @@ void attn_backend_destroy(attn_backend *backend) {
     if (backend) backend->ops->destroy(backend);
 }
 
+uint32_t attn_backend_process(const attn_backend *backend) { return backend->process; }
+
 void attn_backend_give_up(attn_backend *backend) {
     if (backend->ops->give_up) backend->ops->give_up(backend);
 }

@@ -88,6 +88,7 @@ struct attn_backend {
     uint32_t started;                /* decodes that are not finished */
     attn_timing timing;              /* of the one that is started, of a kind that decodes at once */
     _Atomic uint64_t plans_rejected; /* read by any thread */
+    uint32_t process;                /* attn_backend_process */
     char description[160];           /* attn_backend_describe; the backend fills it at creation */
 #ifndef ATTN_RELEASE
     bool broken; /* attn_backend_break, of a backend without break_device */

@@ -23,6 +23,9 @@
  */
 void attn_isolated_main(int argc, char **argv);
 
+/* The process that an isolated backend runs in; 0: this one. Any thread. */
+uint32_t attn_backend_process(const attn_backend *backend);
+
 /*
  * The caller is done with a backend that has failed, or hangs, and does not wait for it: an isolated one's process is
  * killed, so that whatever call it is in ends with ATTN_UNAVAILABLE. Others are left alone. Any thread, while the

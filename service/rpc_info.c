@@ -48,6 +48,7 @@ static void fill_rank(uint32_t rank, dp_rank_info *info, Attnd__V1__RankInfo *me
     message->stalls = info->stalls;
     message->restarts = info->restarts;
     message->last_error = info->last_error;
+    message->process = info->process;
 }
 
 static attn_status answer_get_server_info(call *call, const wire_message *message) {

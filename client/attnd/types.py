@@ -101,6 +101,7 @@ class RankInfo:
     stalls: int  #: of those, because it had work and did not move
     restarts: int  #: since then
     last_error: str  #: why it was lost last, or could not be restarted; "": it never was
+    process: int = 0  #: its process, where ranks have their own; 0: the server's, or the rank is lost
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,7 @@ def rank_info_of(message: pb.RankInfo) -> RankInfo:
         stalls=message.stalls,
         restarts=message.restarts,
         last_error=message.last_error,
+        process=message.process,
     )
 
 

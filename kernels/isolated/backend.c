@@ -297,8 +297,8 @@ static void init_base(isolated_backend *self, const attn_backend_ops *kind, cons
         self->spin_ns = reply->depth > 1 ? SPIN_FOR_DEVICE_NS : SPIN_FOR_CPU_NS;
     }
     attn_backend_init(&self->base, &self->ops, config, reply->tile_tokens, reply->block_queries, reply->workers);
-    snprintf(self->base.description, sizeof self->base.description, "%.130s, process %d", reply->description,
-             attn_process_id(self->process));
+    self->base.process = (uint32_t)attn_process_id(self->process);
+    snprintf(self->base.description, sizeof self->base.description, "%s", reply->description);
 }
 
 /* `self` has its mailbox. */

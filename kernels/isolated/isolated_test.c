@@ -44,11 +44,7 @@ static attn_backend *open_backend(void) {
     return backend;
 }
 
-static pid_t process_of(const attn_backend *backend) {
-    const char *last = strrchr(attn_backend_describe(backend), ' ');
-    assert_non_null(last);
-    return (pid_t)atoi(last + 1);
-}
+static pid_t process_of(const attn_backend *backend) { return (pid_t)attn_backend_process(backend); }
 
 static bool is_alive(pid_t process) { return kill(process, 0) == 0; }
 
@@ -246,7 +242,7 @@ static int be_a_parent(void) {
     attn_backend_config config = isolated_config();
     attn_backend *backend = NULL;
     if (attn_failed(attn_backend_create(&config, &backend))) return EXIT_FAILURE;
-    printf("%s\n", attn_backend_describe(backend));
+    printf("%u\n", attn_backend_process(backend));
     fflush(stdout);
     for (;;)
         pause();
@@ -254,15 +250,13 @@ static int be_a_parent(void) {
 
 static void it_ends_with_its_parent_whatever_ends_that(void **state) {
     (void)state;
-    char told[200] = "", *last;
+    char told[200] = "";
     FILE *parent = popen("exec /proc/$PPID/exe parent & echo $!; wait", "r");
     assert_non_null(parent);
     assert_non_null(fgets(told, sizeof told, parent));
     pid_t killed = (pid_t)atoi(told);
     assert_non_null(fgets(told, sizeof told, parent));
-    last = strrchr(told, ' ');
-    assert_non_null(last);
-    pid_t process = (pid_t)atoi(last + 1);
+    pid_t process = (pid_t)atoi(told);
     assert_true(is_alive(process));
     assert_int_equal(0, kill(killed, SIGKILL));
     assert_ends(process);

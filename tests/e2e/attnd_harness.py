@@ -175,6 +175,7 @@ class Server:
         "metrics_port": 0,
         "log_level": "info",
         "grace_ms": 5000,
+        "isolated": os.environ.get("ATTND_TEST_ISOLATED"),
     }
 
     def __init__(self, folder, bare=False, environment=None, **flags):

@@ -1,5 +1,7 @@
 """Ranks that fail, hang and come back, under load: their own calls end at once, all others go on."""
 
+import os
+import signal
 import threading
 import time
 
@@ -73,9 +75,17 @@ def wait_for_restart(api, rank, before):
     eventually(lambda: api.info().ranks[rank].restarts > before.restarts, TIMEOUT_S, "the restart")
 
 
-def kill_in_turn(server, rounds):
+def fail_or_stall(server, _, rank, hangs):
+    (server.stall_rank if hangs else server.fail_rank)(rank)
+
+
+def kill_or_stop_process(_, api, rank, hangs):
+    os.kill(api.info().ranks[rank].process, signal.SIGSTOP if hangs else signal.SIGKILL)
+
+
+def kill_in_turn(server, rounds, kill=fail_or_stall, words=()):
     ranks = 4
-    tenants = [Tenant(server, rank % ranks, seed=rank) for rank in range(2 * ranks)]
+    tenants = [Tenant(server, rank % ranks, seed=rank, words=words) for rank in range(2 * ranks)]
     api = server.api()
     for tenant in tenants:
         tenant.start()
@@ -91,7 +101,7 @@ def kill_in_turn(server, rounds):
         losses = [len(tenant.losses) for tenant in tenants]
         rank_before = api.info().ranks[victim]
         killed = time.monotonic()
-        (server.stall_rank if hangs else server.fail_rank)(victim)
+        kill(server, api, victim, hangs)
         wait_for_restart(api, victim, rank_before)
         for tenant, count in zip(tenants, losses, strict=True):
             if tenant.rank != victim:
@@ -121,6 +131,25 @@ def test_each_rank_killed_in_turn_takes_its_own_calls_and_no_others(start_server
     kill_in_turn(faulty(start_server, ranks=4, rank_restart_backoff_ms=10), rounds=20)
 
 
+def test_each_isolated_rank_s_process_killed_or_stopped_in_turn_takes_its_own_calls_and_no_others(start_server):
+    server = faulty(start_server, ranks=4, rank_restart_backoff_ms=10, isolated="true")
+    processes = {rank.process for rank in server.api().info().ranks}
+    assert len(processes) == 4 and server.pid not in processes and 0 not in processes
+    kill_in_turn(server, 20, kill_or_stop_process, words=("of this backend was ended by signal 9",))
+    assert not processes & {rank.process for rank in server.api().info().ranks}
+    told = [record["error"] for record in server.log_records() if record["event"] == "rank_lost"]
+    assert sum("was ended by signal 9 (KILL)" in error for error in told) == 12
+    assert sum("stalled" in error for error in told) == 8
+
+
+def test_the_processes_of_isolated_ranks_end_with_the_server(start_server):
+    server = start_server(ranks=3, isolated="true")
+    processes = [rank.process for rank in server.api().info().ranks]
+    server.stop()
+    for process in processes:
+        eventually(lambda pid=process: not os.path.exists(f"/proc/{pid}"), what=f"the end of process {process}")
+
+
 @pytest.mark.slow
 def test_ranks_killed_on_many_threads(start_server):
     kill_in_turn(faulty(start_server, ranks=4, rank_restart_backoff_ms=5, cq_threads=4), rounds=28)
@@ -129,12 +158,12 @@ def test_ranks_killed_on_many_threads(start_server):
 # Devices that break
 
 
-def ranks_on_device_of(api, rank):
-    """The ranks that lose their device if that of `rank` breaks: GPUs may be shared."""
+def ranks_lost_with(api, rank):
+    """The ranks that are lost if the device of `rank` breaks: all that use CUDA in the same process."""
     info = api.info()
     if info.backend != "cuda":
         return {rank}
-    return {one.rank for one in info.ranks if one.device == info.ranks[rank].device}
+    return {one.rank for one in info.ranks if one.process == info.ranks[rank].process}
 
 
 def comes_back(admin, rank, restarts, by_hand):
@@ -150,9 +179,9 @@ def comes_back(admin, rank, restarts, by_hand):
     return admin.info().ranks[rank].restarts == restarts
 
 
-@pytest.mark.parametrize("by_hand", [True, False])
-def test_a_device_that_breaks_under_load_takes_its_ranks_and_serves_again(start_server, admin, by_hand):
-    """With ATTND_TEST_BACKEND=cuda a real error; on one GPU that all ranks share, all are lost."""
+@pytest.mark.parametrize(("by_hand", "isolated"), [(True, "false"), (False, "false"), (True, "true"), (False, "true")])
+def test_a_device_that_breaks_under_load_takes_its_ranks_and_serves_again(start_server, admin, by_hand, isolated):
+    """With ATTND_TEST_BACKEND=cuda a real error; in one process all ranks are lost, on whatever GPU they are."""
     ranks, rounds = 4, 3
     server = faulty(
         start_server,
@@ -160,6 +189,7 @@ def test_a_device_that_breaks_under_load_takes_its_ranks_and_serves_again(start_
         rank_stall_ms=20_000,  # a GPU's first calls after a reset take a while
         rank_restart_backoff_ms=0 if by_hand else 20,
         admin_token_file=admin.path,
+        isolated=isolated,
     )
     api = server.api(metadata=admin.metadata)
     words = ("the device is broken", "cuda: ")
@@ -176,7 +206,7 @@ def test_a_device_that_breaks_under_load_takes_its_ranks_and_serves_again(start_
 
         eventually(do, TIMEOUT_S, "everybody is served")
 
-    lost = ranks_on_device_of(api, 1)
+    lost = ranks_lost_with(api, 1)
     others = [tenant for tenant in tenants if tenant.rank not in lost]
     for number in range(1, rounds + 1):
         all_step_on(tenants)
@@ -190,7 +220,7 @@ def test_a_device_that_breaks_under_load_takes_its_ranks_and_serves_again(start_
                 assert end - max(begin, broken) < 1 or build_kind() == "tsan", "its call took too long to end"
         all_step_on(others)
         if not all([comes_back(api, rank, number, by_hand) for rank in lost]):
-            assert api.info().backend == "cuda"
+            assert api.info().backend == "cuda" and isolated == "false"
             rounds = number
             break
         all_step_on(tenants)  # every answer is checked
