@@ -1,10 +1,11 @@
 /*
  * What all that this process has on one device lives in: the device's context.
  *
- * After an error such as an illegal address a context is broken: every later call in it fails. What helps then, short
- * of a new process, is to reset the device, which takes away all that anybody has there. So the users of a context are
- * counted: the last one of a broken context resets the device, and nobody enters it before. One that hangs never
- * leaves; then nobody enters it again.
+ * After an error such as an illegal address a context is broken: every later call in it fails, and, with the drivers
+ * that we have seen, in this process's contexts on all other devices, too. What could help then, short of a new process
+ * (kernels/isolated.h), is to reset the device, which takes away all that anybody has there. So the users of a context
+ * are counted: the last one of a broken context resets the device, and nobody enters it before. One that hangs never
+ * leaves; then nobody enters it again. Where the reset does not help, who enters next is told so.
  *
  * A user is whatever owns memory, streams or events of the device: a backend, or a channel.
  *
