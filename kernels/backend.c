@@ -75,6 +75,14 @@ void attn_backend_destroy(attn_backend *backend) {
     if (backend) backend->ops->destroy(backend);
 }
 
+void attn_backend_lend(attn_backend *backend, void *memory, size_t bytes) {
+    if (backend->ops->borrow) backend->ops->borrow(backend, memory, bytes);
+}
+
+void attn_backend_take_back(attn_backend *backend, void *memory) {
+    if (backend->ops->give_back) backend->ops->give_back(backend, memory);
+}
+
 uint32_t attn_backend_process(const attn_backend *backend) { return backend->process; }
 
 void attn_backend_give_up(attn_backend *backend) {

@@ -67,6 +67,8 @@ typedef struct {
     void (*poison)(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots);
     const attn_channel_ops *channels;       /* NULL: it has none */
     void (*give_up)(attn_backend *backend); /* attn_backend_give_up; NULL: nothing is to be done */
+    void (*borrow)(attn_backend *backend, void *memory, size_t bytes); /* NULL: it would gain nothing */
+    void (*give_back)(attn_backend *backend, void *memory);
 #ifndef ATTN_RELEASE
     void (*break_device)(attn_backend *backend); /* NULL: it has no device that could break */
 #endif
@@ -117,6 +119,14 @@ attn_scale attn_backend_scale(const attn_backend *backend, uint32_t layer, uint3
  * ATTN_INVALID_ARGUMENT. Every page index that is within a sequence's length: ATTN_INTERNAL.
  */
 attn_status attn_batch_check(const attn_backend *backend, const attn_batch *batch);
+
+/*
+ * Lends the backend memory, until that is taken back: a device may then read rows from there, and write rows there,
+ * that lie one after another, without copies by the host. It changes nothing else. Before the memory goes, and while no
+ * call uses it, attn_backend_take_back.
+ */
+void attn_backend_lend(attn_backend *backend, void *memory, size_t bytes);
+void attn_backend_take_back(attn_backend *backend, void *memory);
 
 /* ATTN_INTERNAL if a decode is started: then the backend is not to be asked for `what`. */
 attn_status attn_backend_check_idle(const attn_backend *backend, const char *what);

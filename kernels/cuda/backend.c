@@ -39,10 +39,12 @@
 #define HOPPER_MAJOR 9
 #endif
 
-#define ALIGNMENT    256
-#define BLOCKS_AN_SM 2
-#define COPIERS_MOST 6
-#define FLIGHTS      2
+#define ALIGNMENT          256
+#define BLOCKS_AN_SM       2
+#define COPIERS_MOST       6
+#define FLIGHTS            2
+#define BORROWED_MOST      4
+#define UPLOADED_BY_ITSELF ((size_t)64 << 10)
 #define SLOT_BYTES_MOST                                                                                                \
     ((size_t)256 << 20) /* batch_invariant: of partial results of a wave, at least one sequence's                      \
                          */
@@ -74,9 +76,28 @@ typedef struct {
     uint32_t *status; /* pinned: set to 1 by a kernel that met a page outside the pool */
 } call_memory;
 
+/* Memory of the caller's that the device reads and writes itself: attn_backend_borrow. */
+typedef struct {
+    char *host, *device; /* NULL: none */
+    size_t bytes;
+} borrowed;
+
+/*
+ * Where a call's rows lie one after another, in borrowed memory: nothing needs copying from there to pinned memory, or
+ * from pinned memory to there. NULL: they do not, or there are none.
+ */
+typedef struct {
+    const char *queries, *keys, *values;
+    char *outs;
+    float *lses;
+    bool ins_stay, outs_stay; /* what to make of it */
+} rows_in_place;
+
 /* A decode from its start until it is finished. Two take turns; append and export use the first, with none started. */
 typedef struct {
     arena up, down;
+    arena rows; /* device memory for rows that come from where they are */
+    rows_in_place in_place;
     uint32_t *status;                       /* pinned; call_memory.status */
     cudaEvent_t uploaded, ended;            /* recorded behind its upload and its last kernel */
     cudaEvent_t kernels_begin, kernels_end; /* attn_batch.device_time: around the kernels */
@@ -105,8 +126,9 @@ typedef struct {
     attn_cuda_workspace runs, chunks; /* of decode.h: default mode, batch_invariant */
     float *scales;                    /* device; fp8: [2, layers, heads_kv], of keys and of values; else NULL */
     uint32_t *statuses;               /* pinned, [FLIGHTS] */
-    cudaError_t failed;               /* what an operation that returns nothing has met */
-    uint32_t launches;                /* of kernels, by the decode that is being started */
+    borrowed borrowed[BORROWED_MOST];
+    cudaError_t failed; /* what an operation that returns nothing has met */
+    uint32_t launches;  /* of kernels, by the decode that is being started */
 } cuda_backend;
 
 static cuda_backend *of(attn_backend *backend) { return (cuda_backend *)backend; }
@@ -292,6 +314,50 @@ static void note(cuda_backend *self, cudaError_t error) {
     if (self->failed == cudaSuccess) self->failed = error;
 }
 
+/* ------------------------------------------------------------------------------------------- */
+/* Borrowed memory */
+
+static void cuda_borrow(attn_backend *backend, void *memory, size_t bytes) {
+    cuda_backend *self = of(backend);
+    borrowed *free_one = NULL;
+    cudaSetDevice(self->device);
+    for (uint32_t i = 0; i < BORROWED_MOST && free_one == NULL; i++) {
+        if (self->borrowed[i].host == NULL) free_one = &self->borrowed[i];
+    }
+    if (free_one == NULL) return;
+    void *device = NULL;
+    cudaError_t error = cudaHostRegister(memory, bytes, cudaHostRegisterDefault);
+    if (error == cudaSuccess) error = cudaHostGetDevicePointer(&device, memory, 0);
+    if (error == cudaSuccess)
+        *free_one = (borrowed){memory, device, bytes};
+    else
+        cudaGetLastError(); /* then rows there are copied as all others */
+}
+
+static void cuda_give_back(attn_backend *backend, void *memory) {
+    cuda_backend *self = of(backend);
+    cudaSetDevice(self->device);
+    for (uint32_t i = 0; i < BORROWED_MOST; i++) {
+        if (self->borrowed[i].host != memory) continue;
+        cudaHostUnregister(memory);
+        self->borrowed[i] = (borrowed){0};
+    }
+}
+
+/* What the device has borrowed memory at; NULL: these bytes are not in any. */
+static char *device_address(const cuda_backend *self, const void *bytes, size_t count) {
+    const char *begin = bytes;
+    for (uint32_t i = 0; i < BORROWED_MOST; i++) {
+        const borrowed *of = &self->borrowed[i];
+        if (of->host == NULL || begin < of->host || begin > of->host + of->bytes) continue;
+        if (count <= (size_t)(of->host + of->bytes - begin)) return of->device + (begin - of->host);
+    }
+    return NULL;
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Pages */
+
 /* All layers' tiles of a page: they lie a layer apart. */
 static void cuda_copy_page(attn_backend *backend, uint32_t from, uint32_t to) {
     cuda_backend *self = of(backend);
@@ -332,7 +398,19 @@ static attn_status settle(cuda_backend *self, flight *settled) {
 }
 
 /* ------------------------------------------------------------------------------------------- */
-/* Appending and exporting rows of one sequence */
+/* Uploads; appending and exporting rows of one sequence */
+
+static attn_status upload(place from, const void *to_end, cudaStream_t stream) {
+    size_t bytes = (size_t)((const char *)to_end - (const char *)from.host);
+    return cuda_status(cudaMemcpyAsync(from.device, from.host, bytes, cudaMemcpyHostToDevice, stream),
+                       "upload of a call");
+}
+
+static attn_status upload_rows(const void *from, place to, size_t bytes, cudaStream_t stream) {
+    if (bytes == 0) return attn_ok();
+    CUDA_TRY(cudaMemcpyAsync(to.device, from, bytes, cudaMemcpyHostToDevice, stream));
+    return attn_ok();
+}
 
 /* Where `tokens` tokens of a page table are, as the kernels take it: page * page_size + slot. */
 static void fill_places(const cuda_backend *self, uint32_t *places, const uint32_t *pages, uint64_t position,
@@ -344,6 +422,19 @@ static void fill_places(const cuda_backend *self, uint32_t *places, const uint32
     }
 }
 
+/* Is the host's row of a head as long as the device's? Else rows are copied to be filled up, or cut. */
+static bool has_rows_as_they_are(const cuda_backend *self) {
+    return self->base.geometry.head_dim == self->layer.head_dim &&
+           self->base.geometry.head_dim_v == self->layer.head_dim_v;
+}
+
+/* Need key and value rows, of so many heads in all, not be copied? */
+static bool stays(const cuda_backend *self, const void *keys, const void *values, size_t rows) {
+    row_bytes row = host_row(self);
+    return has_rows_as_they_are(self) && device_address(self, keys, rows * row.key) &&
+           device_address(self, values, rows * row.value);
+}
+
 static attn_status cuda_append(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
                                uint32_t tokens, const void *keys, const void *values) {
     cuda_backend *self = of(backend);
@@ -352,19 +443,28 @@ static attn_status cuda_append(attn_backend *backend, uint32_t layer, const uint
     row_bytes there = device_row(self), here = host_row(self);
     place at, key, value;
     attn_status status;
+    bool stay = stays(self, keys, values, rows);
     cudaSetDevice(self->device);
     for (int earnest = 0; earnest < 2; earnest++) {
-        carver from = {.memory = earnest ? &only->up : NULL};
+        carver from = {.memory = earnest ? &only->up : NULL}, apart = {.memory = earnest ? &only->rows : NULL};
         at = carve(&from, tokens * sizeof(uint32_t));
-        key = carve(&from, rows * there.key);
-        value = carve(&from, rows * there.value);
-        if (!earnest && !arena_reserve(&only->up, from.used, &status)) return status;
+        key = carve(stay ? &apart : &from, rows * there.key);
+        value = carve(stay ? &apart : &from, rows * there.value);
+        if (earnest) continue;
+        if (!arena_reserve(&only->up, from.used, &status) || !arena_reserve(&only->rows, apart.used, &status)) {
+            return status;
+        }
     }
     fill_places(self, at.host, pages, position, tokens);
-    copy_rows(key.host, there.key, keys, here.key, rows);
-    copy_rows(value.host, there.value, values, here.value, rows);
-    size_t bytes = (size_t)((char *)value.host - only->up.host) + rows * there.value;
-    CUDA_TRY(cudaMemcpyAsync(only->up.device, only->up.host, bytes, cudaMemcpyHostToDevice, self->stream));
+    if (stay) {
+        ATTN_TRY(upload(at, (uint32_t *)at.host + tokens, self->stream));
+        ATTN_TRY(upload_rows(keys, key, rows * here.key, self->stream));
+        ATTN_TRY(upload_rows(values, value, rows * here.value, self->stream));
+    } else {
+        copy_rows(key.host, there.key, keys, here.key, rows);
+        copy_rows(value.host, there.value, values, here.value, rows);
+        ATTN_TRY(upload(at, (char *)value.host + rows * there.value, self->stream));
+    }
     attn_cuda_layer to = layer_at(self, layer);
     CUDA_TRY(attn_cuda_append(&to, at.device, key.device, value.device, tokens, only->status, self->stream));
     CUDA_TRY(cudaEventRecord(only->ended, self->stream));
@@ -379,23 +479,29 @@ static attn_status cuda_export(attn_backend *backend, uint32_t layer, const uint
     row_bytes there = device_row(self), here = host_row(self);
     place at, key, value;
     attn_status status;
+    bool stay = stays(self, keys, values, rows);
     cudaSetDevice(self->device);
     for (int earnest = 0; earnest < 2; earnest++) {
         carver up = {.memory = earnest ? &only->up : NULL}, down = {.memory = earnest ? &only->down : NULL};
         at = carve(&up, tokens * sizeof(uint32_t));
         key = carve(&down, rows * there.key);
         value = carve(&down, rows * there.value);
+        if (stay) {
+            key.device = device_address(self, keys, rows * here.key);
+            value.device = device_address(self, values, rows * here.value);
+        }
         if (earnest) continue;
         if (!arena_reserve(&only->up, up.used, &status) || !arena_reserve(&only->down, down.used, &status)) {
             return status;
         }
     }
     fill_places(self, at.host, pages, position, tokens);
-    CUDA_TRY(cudaMemcpyAsync(at.device, at.host, tokens * sizeof(uint32_t), cudaMemcpyHostToDevice, self->stream));
+    ATTN_TRY(upload(at, (uint32_t *)at.host + tokens, self->stream));
     attn_cuda_layer from = layer_at(self, layer);
     CUDA_TRY(attn_cuda_export(&from, at.device, key.device, value.device, tokens, only->status, self->stream));
     CUDA_TRY(cudaEventRecord(only->ended, self->stream));
     ATTN_TRY(settle(self, only));
+    if (stay) return attn_ok();
     copy_rows(keys, here.key, key.host, there.key, rows);
     copy_rows(values, here.value, value.host, there.value, rows);
     return attn_ok();
@@ -482,8 +588,10 @@ static tally count_batch(const cuda_backend *self, const attn_batch *batch) {
     return count;
 }
 
-static void lay_out(const cuda_backend *self, const attn_batch *batch, const tally *count, carver *up, carver *down,
-                    call_memory *memory) {
+/* Rows that come from where they are have device memory of their own; the others are uploaded with the tables. */
+static void lay_out(const cuda_backend *self, const flight *of, const tally *count, carver *up, carver *rows,
+                    carver *down, call_memory *memory) {
+    const attn_batch *batch = of->batch;
     const attn_geometry *geometry = &self->base.geometry;
     row_bytes row = device_row(self);
     size_t query_rows = (size_t)count->rows * geometry->heads_q,
@@ -498,9 +606,10 @@ static void lay_out(const cuda_backend *self, const attn_batch *batch, const tal
     memory->page_offsets = carve(up, batch->size * sizeof(uint32_t));
     memory->page_table = carve(up, count->pages * sizeof(uint32_t));
     memory->places = carve(up, count->new_rows * sizeof(uint32_t));
-    memory->queries = carve(up, query_rows * row.key);
-    memory->keys = carve(up, new_rows * row.key);
-    memory->values = carve(up, new_rows * row.value);
+    if (!of->in_place.ins_stay) rows = up;
+    memory->queries = carve(rows, query_rows * row.key);
+    memory->keys = carve(rows, new_rows * row.key);
+    memory->values = carve(rows, new_rows * row.value);
     memory->sinks = carve(up, geometry->heads_q * sizeof(float));
     memory->first_pieces = carve(up, (self->base.line.workers + 1) * sizeof(uint32_t));
     memory->merges = carve(up, count->merges * sizeof(attn_cuda_merge));
@@ -515,14 +624,74 @@ static void lay_out(const cuda_backend *self, const attn_batch *batch, const tal
 
 /* False: as arena_reserve. */
 static bool reserve_call(const cuda_backend *self, flight *next, const tally *count, attn_status *status) {
-    carver up = {0}, down = {0};
+    carver up = {0}, rows = {0}, down = {0};
     next->memory = (call_memory){.status = next->status};
-    lay_out(self, next->batch, count, &up, &down, &next->memory);
-    if (!arena_reserve(&next->up, up.used, status) || !arena_reserve(&next->down, down.used, status)) return false;
+    lay_out(self, next, count, &up, &rows, &down, &next->memory);
+    if (!arena_reserve(&next->up, up.used, status) || !arena_reserve(&next->rows, rows.used, status) ||
+        !arena_reserve(&next->down, down.used, status)) {
+        return false;
+    }
     up = (carver){.memory = &next->up};
+    rows = (carver){.memory = &next->rows};
     down = (carver){.memory = &next->down};
-    lay_out(self, next->batch, count, &up, &down, &next->memory);
+    lay_out(self, next, count, &up, &rows, &down, &next->memory);
+    if (!next->in_place.outs_stay) return true;
+    next->memory.out.device = device_address(self, next->in_place.outs, next->out_bytes);
+    if (next->in_place.lses != NULL) next->memory.lse.device = device_address(self, next->in_place.lses, 0);
     return true;
+}
+
+/* Does `rows` begin where `*end` is, or is it the first? Then the end is `bytes` further on. */
+static bool goes_on(const void *rows, const char **first, const char **end, size_t bytes) {
+    if (*first == NULL) *first = *end = rows;
+    if (rows == NULL || rows != *end) return false;
+    *end += bytes;
+    return true;
+}
+
+/* False: some rows are somewhere else than right behind those of the sequence before. */
+static bool find_adjacent_rows(const attn_geometry *geometry, const attn_batch *batch, rows_in_place *found) {
+    const char *query_end = NULL, *key_end = NULL, *value_end = NULL, *out_end = NULL, *lse_end = NULL;
+    const char *outs = NULL, *lses = NULL;
+    *found = (rows_in_place){0};
+    for (uint32_t i = 0; i < batch->size; i++) {
+        size_t rows = batch->query_lengths[i], new_rows = attn_batch_new_rows(batch, i);
+        if (!goes_on(batch->queries[i], &found->queries, &query_end, rows * attn_query_row_bytes(geometry)) ||
+            !goes_on(batch->outs[i], &outs, &out_end, rows * attn_out_row_bytes(geometry))) {
+            return false;
+        }
+        if (batch->lses != NULL &&
+            !goes_on(batch->lses[i], &lses, &lse_end, rows * geometry->heads_q * sizeof(float))) {
+            return false;
+        }
+        if (new_rows == 0) continue;
+        if (!goes_on(batch->new_keys[i], &found->keys, &key_end, new_rows * attn_key_row_bytes(geometry)) ||
+            !goes_on(batch->new_values[i], &found->values, &value_end, new_rows * attn_value_row_bytes(geometry))) {
+            return false;
+        }
+    }
+    found->outs = (char *)(uintptr_t)outs;
+    found->lses = (float *)(uintptr_t)lses;
+    return true;
+}
+
+/* Which of the batch's rows stay where they are. Uploads of their own cost more than copies of few bytes. */
+static rows_in_place find_rows(const cuda_backend *self, const attn_batch *batch, const tally *count) {
+    const attn_geometry *geometry = &self->base.geometry;
+    rows_in_place found = {0};
+    if (self->borrowed[0].host == NULL || !has_rows_as_they_are(self)) return found;
+    if (batch->parts != NULL || count->prefixes > 0 || !find_adjacent_rows(geometry, batch, &found)) {
+        return (rows_in_place){0};
+    }
+    size_t queries = count->rows * attn_query_row_bytes(geometry),
+           keys = count->new_rows * attn_key_row_bytes(geometry);
+    size_t values = count->new_rows * attn_value_row_bytes(geometry), outs = count->rows * attn_out_row_bytes(geometry);
+    size_t lses = found.lses == NULL ? 0 : count->rows * geometry->heads_q * sizeof(float);
+    found.ins_stay = queries + keys + values >= UPLOADED_BY_ITSELF && device_address(self, found.queries, queries) &&
+                     (count->new_rows == 0 ||
+                      (device_address(self, found.keys, keys) && device_address(self, found.values, values)));
+    found.outs_stay = device_address(self, found.outs, outs) && (lses == 0 || device_address(self, found.lses, lses));
+    return found;
 }
 
 /* How far a call's rows are packed. */
@@ -820,17 +989,23 @@ static attn_cuda_work describe_work(const cuda_backend *self, const attn_batch *
     };
 }
 
-static attn_status upload(place from, const void *to_end, cudaStream_t stream) {
-    size_t bytes = (size_t)((const char *)to_end - (const char *)from.host);
-    return cuda_status(cudaMemcpyAsync(from.device, from.host, bytes, cudaMemcpyHostToDevice, stream),
-                       "upload of a call");
+/* Tables and rows. */
+static attn_status upload_all(const cuda_backend *self, const flight *uploaded, const tally *count,
+                              cudaStream_t stream) {
+    const call_memory *memory = &uploaded->memory;
+    const rows_in_place *rows = &uploaded->in_place;
+    const attn_geometry *geometry = &self->base.geometry;
+    ATTN_TRY(upload(memory->sequences, memory->first_pieces.host, stream));
+    if (!rows->ins_stay) return attn_ok();
+    ATTN_TRY(upload_rows(rows->queries, memory->queries, count->rows * attn_query_row_bytes(geometry), stream));
+    ATTN_TRY(upload_rows(rows->keys, memory->keys, count->new_rows * attn_key_row_bytes(geometry), stream));
+    return upload_rows(rows->values, memory->values, count->new_rows * attn_value_row_bytes(geometry), stream);
 }
 
 /* Beside the kernels of the decode before, where there is one. */
-static attn_status upload_flight(cuda_backend *self, const flight *uploaded) {
-    const call_memory *memory = &uploaded->memory;
-    if (self->base.started == 0) return upload(memory->sequences, memory->first_pieces.host, self->stream);
-    ATTN_TRY(upload(memory->sequences, memory->first_pieces.host, self->uploads));
+static attn_status upload_flight(cuda_backend *self, const flight *uploaded, const tally *count) {
+    if (self->base.started == 0) return upload_all(self, uploaded, count, self->stream);
+    ATTN_TRY(upload_all(self, uploaded, count, self->uploads));
     CUDA_TRY(cudaEventRecord(uploaded->uploaded, self->uploads));
     CUDA_TRY(cudaStreamWaitEvent(self->stream, uploaded->uploaded, 0));
     return attn_ok();
@@ -961,7 +1136,7 @@ static attn_status run_decode(cuda_backend *self, const attn_batch *batch, const
 static attn_status launch_flight(cuda_backend *self, flight *launched, const attn_plan *plan, const tally *count) {
     const attn_batch *batch = launched->batch;
     const call_memory *memory = &launched->memory;
-    ATTN_TRY(upload_flight(self, launched));
+    ATTN_TRY(upload_flight(self, launched, count));
     if (batch->device_time) CUDA_TRY(cudaEventRecord(launched->kernels_begin, self->stream));
     if (self->is_fast) {
         ATTN_TRY(run_decode(self, batch, memory, count));
@@ -994,15 +1169,17 @@ static attn_status cuda_start(attn_backend *backend, const attn_batch *batch, co
     ATTN_TRY(attn_line_build(&backend->line, batch));
     plan = attn_backend_accept_plan(backend, plan);
     tally count = count_batch(self, batch);
+    row_bytes row = device_row(self);
+    next->in_place = find_rows(self, batch, &count);
+    next->out_bytes = count.rows * backend->geometry.heads_q * row.value;
     if (!reserve_call(self, next, &count, &status)) return status;
     next->timing.plan_ns = attn_now_ns() - next->start_ns;
 
     pack_tables(self, batch, &next->memory, &count);
     size_t heads_q = backend->geometry.heads_q, heads_kv = backend->geometry.heads_kv;
-    row_bytes row = device_row(self);
     copying rows = {.self = self, .batch = batch, .memory = &next->memory, .copy = copy_in};
-    copy_all(&rows, count.rows * heads_q * row.key + count.new_rows * heads_kv * (row.key + row.value));
-    next->out_bytes = count.rows * heads_q * row.value;
+    size_t in_bytes = count.rows * heads_q * row.key + count.new_rows * heads_kv * (row.key + row.value);
+    if (!next->in_place.ins_stay) copy_all(&rows, in_bytes);
     status = launch_flight(self, next, plan, &count);
     next->timing.launches = self->launches;
     if (attn_failed(status)) take_back(self, next);
@@ -1032,7 +1209,7 @@ static attn_status cuda_finish(attn_backend *backend, attn_timing *timing) {
     cudaSetDevice(self->device);
     ATTN_TRY(settle(self, ended));
     copying rows = {.self = self, .batch = ended->batch, .memory = &ended->memory, .copy = copy_out};
-    copy_all(&rows, ended->out_bytes);
+    if (!ended->in_place.outs_stay) copy_all(&rows, ended->out_bytes);
     *timing = ended->timing;
     if (ended->batch->device_time) ATTN_TRY(read_device_time(ended, timing));
     timing->attention_ns = attn_now_ns() - ended->start_ns - timing->plan_ns;
@@ -1044,6 +1221,7 @@ static attn_status cuda_finish(attn_backend *backend, attn_timing *timing) {
 
 static attn_status flight_init(flight *made, uint32_t *status) {
     made->down.kind = ARENA_SHARED;
+    made->rows.kind = ARENA_DEVICE;
     made->status = status;
     *status = 0;
     CUDA_TRY(cudaEventCreateWithFlags(&made->uploaded, cudaEventDisableTiming));
@@ -1060,6 +1238,7 @@ static void flight_fini(flight *made) {
     if (made->kernels_begin) cudaEventDestroy(made->kernels_begin);
     if (made->kernels_end) cudaEventDestroy(made->kernels_end);
     arena_fini(&made->up);
+    arena_fini(&made->rows);
     arena_fini(&made->down);
 }
 
@@ -1256,6 +1435,8 @@ const attn_backend_ops attn_cuda_backend_ops = {
     .finish = cuda_finish,
     .copy_page = cuda_copy_page,
     .poison = cuda_poison,
+    .borrow = cuda_borrow,
+    .give_back = cuda_give_back,
 #ifndef ATTN_RELEASE
     .break_device = cuda_break,
 #endif

@@ -85,25 +85,15 @@ static attn_status reserve_rows(isolated_backend *self, attn_command *command, s
 /* ------------------------------------------------------------------------------------------- */
 /* The pool */
 
-/* Of an append or an export: page table, key rows, value rows, from the region's beginning on. */
-typedef struct {
-    char *pages, *keys, *values;
-    size_t pages_bytes, keys_bytes, values_bytes;
-} row_places;
-
 static attn_status begin_rows(isolated_backend *self, attn_command_kind kind, uint32_t layer, const uint32_t *pages,
-                              uint64_t position, uint32_t tokens, attn_command **command, row_places *places) {
+                              uint64_t position, uint32_t tokens, attn_command **command, attn_packed_rows *rows) {
     const attn_geometry *geometry = &self->base.geometry;
-    ATTN_TRY(next_command(self, kind, command));
     uint32_t count = (uint32_t)((position + tokens - 1) / geometry->page_size + 1);
-    places->pages_bytes = count * sizeof *pages;
-    places->keys_bytes = tokens * attn_key_row_bytes(geometry);
-    places->values_bytes = tokens * attn_value_row_bytes(geometry);
-    ATTN_TRY(
-        reserve_rows(self, *command, places->pages_bytes + places->keys_bytes + places->values_bytes, &places->pages));
-    places->keys = places->pages + places->pages_bytes;
-    places->values = places->keys + places->keys_bytes;
-    memcpy(places->pages, pages, places->pages_bytes);
+    char *base;
+    ATTN_TRY(next_command(self, kind, command));
+    ATTN_TRY(reserve_rows(self, *command, attn_packed_rows_place(geometry, count, tokens, NULL).bytes, &base));
+    *rows = attn_packed_rows_place(geometry, count, tokens, base);
+    memcpy(rows->pages, pages, count * sizeof *pages);
     (*command)->layer = layer;
     (*command)->position = position;
     (*command)->tokens = tokens;
@@ -115,10 +105,10 @@ static attn_status isolated_append(attn_backend *backend, uint32_t layer, const 
                                    uint32_t tokens, const void *keys, const void *values) {
     isolated_backend *self = of(backend);
     attn_command *command;
-    row_places places;
-    ATTN_TRY(begin_rows(self, ATTN_COMMAND_APPEND, layer, pages, position, tokens, &command, &places));
-    memcpy(places.keys, keys, places.keys_bytes);
-    memcpy(places.values, values, places.values_bytes);
+    attn_packed_rows rows;
+    ATTN_TRY(begin_rows(self, ATTN_COMMAND_APPEND, layer, pages, position, tokens, &command, &rows));
+    memcpy(rows.keys, keys, tokens * attn_key_row_bytes(&backend->geometry));
+    memcpy(rows.values, values, tokens * attn_value_row_bytes(&backend->geometry));
     post(self);
     return wait_for(self, command);
 }
@@ -127,12 +117,12 @@ static attn_status isolated_export(attn_backend *backend, uint32_t layer, const 
                                    uint32_t tokens, void *keys, void *values) {
     isolated_backend *self = of(backend);
     attn_command *command;
-    row_places places;
-    ATTN_TRY(begin_rows(self, ATTN_COMMAND_EXPORT, layer, pages, position, tokens, &command, &places));
+    attn_packed_rows rows;
+    ATTN_TRY(begin_rows(self, ATTN_COMMAND_EXPORT, layer, pages, position, tokens, &command, &rows));
     post(self);
     ATTN_TRY(wait_for(self, command));
-    memcpy(keys, places.keys, places.keys_bytes);
-    memcpy(values, places.values, places.values_bytes);
+    memcpy(keys, rows.keys, tokens * attn_key_row_bytes(&backend->geometry));
+    memcpy(values, rows.values, tokens * attn_value_row_bytes(&backend->geometry));
     return attn_ok();
 }
 

@@ -38,9 +38,12 @@ attn_packet_counts attn_packet_count(const attn_geometry *geometry, const attn_b
     return counts;
 }
 
-/* The next place of `count` things of `size` bytes; *bytes grows by them. Aligned for vectors. */
+/* Of a device's vectors. */
+#define ALIGNMENT 256
+
+/* The next place of `count` things of `size` bytes; *bytes grows by them. */
 static void *place(char *base, size_t *bytes, uint64_t count, size_t size) {
-    size_t offset = (*bytes + 63) / 64 * 64;
+    size_t offset = (*bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     *bytes = offset + count * size;
     return base == NULL ? NULL : base + offset;
 }
@@ -70,6 +73,14 @@ attn_packet attn_packet_place(const attn_geometry *geometry, const attn_packet_c
     packet.partial_lses = place(base, &bytes, counts->partial_rows * heads, sizeof *packet.partial_lses);
     packet.bytes = bytes;
     return packet;
+}
+
+attn_packed_rows attn_packed_rows_place(const attn_geometry *geometry, uint32_t pages, uint32_t tokens, char *base) {
+    attn_packed_rows rows = {0};
+    rows.pages = place(base, &rows.bytes, pages, sizeof *rows.pages);
+    rows.keys = place(base, &rows.bytes, tokens, attn_key_row_bytes(geometry));
+    rows.values = place(base, &rows.bytes, tokens, attn_value_row_bytes(geometry));
+    return rows;
 }
 
 /* ------------------------------------------------------------------------------------------- */

@@ -74,6 +74,15 @@ void attn_packet_pack(const attn_packet *packet, const attn_geometry *geometry, 
 /* Copies the outputs to where the batch wants them. */
 void attn_packet_deliver(const attn_packet *packet, const attn_geometry *geometry, const attn_batch *batch);
 
+/* Rows of one sequence that are appended or exported: its page table, key rows, value rows. */
+typedef struct {
+    uint32_t *pages;
+    char *keys, *values;
+    size_t bytes; /* of it all */
+} attn_packed_rows;
+
+attn_packed_rows attn_packed_rows_place(const attn_geometry *geometry, uint32_t pages, uint32_t tokens, char *base);
+
 /* The pointers of a batch made of a packet: memory that is kept, and grows. Zero at first. */
 typedef struct {
     void *memory;

@@ -43,9 +43,21 @@ static void answer(server *self, attn_command *command, attn_status outcome) {
     attn_bell_ring(&self->mailbox.control->answered);
 }
 
-static attn_status map_rows(server *self, const attn_command *command, char **rows) {
-    ATTN_TRY(attn_mailbox_reserve(&self->mailbox, ATTN_ROWS_REGION, command->region_bytes));
-    *rows = self->mailbox.regions[ATTN_ROWS_REGION].base;
+/* What is mapped is lent to the backend, once there is one: a device then needs no copies. */
+static void lend(server *self, uint32_t region) {
+    if (self->backend == NULL || self->mailbox.regions[region].base == NULL) return;
+    attn_backend_lend(self->backend, self->mailbox.regions[region].base, self->mailbox.regions[region].bytes);
+}
+
+static attn_status map_region(server *self, uint32_t region, uint64_t bytes, char **base) {
+    char *before = self->mailbox.regions[region].base;
+    if (bytes > self->mailbox.regions[region].bytes) {
+        if (before != NULL && self->backend != NULL) attn_backend_take_back(self->backend, before);
+        attn_status status = attn_mailbox_reserve(&self->mailbox, region, bytes);
+        lend(self, region);
+        if (attn_failed(status)) return status;
+    }
+    *base = self->mailbox.regions[region].base;
     return attn_ok();
 }
 
@@ -61,7 +73,7 @@ static const void *take(const char **end, bool is_there, size_t bytes) {
 
 static attn_status create(server *self, const attn_command *command) {
     char *rows;
-    ATTN_TRY(map_rows(self, command, &rows));
+    ATTN_TRY(map_region(self, ATTN_ROWS_REGION, command->region_bytes, &rows));
     attn_create_request request;
     memcpy(&request, rows, sizeof request);
     const char *end = rows + sizeof request;
@@ -76,6 +88,7 @@ static attn_status create(server *self, const attn_command *command) {
     config.k_scales = take(&end, request.has_k_scales, scales);
     config.v_scales = take(&end, request.has_v_scales, scales);
     ATTN_TRY(attn_backend_create(&config, &self->backend));
+    lend(self, ATTN_ROWS_REGION);
     const attn_line *line = &self->backend->line;
     attn_create_reply reply = {.tile_tokens = line->tile_tokens,
                                .block_queries = line->block_queries,
@@ -90,17 +103,16 @@ static attn_status create(server *self, const attn_command *command) {
 /* Rows and pages */
 
 static attn_status move_rows(server *self, const attn_command *command) {
-    const attn_geometry *geometry = attn_backend_geometry(self->backend);
-    char *rows;
-    ATTN_TRY(map_rows(self, command, &rows));
-    const uint32_t *pages = (const uint32_t *)(void *)rows;
-    char *keys = rows + command->pages * sizeof *pages, *values = keys + command->tokens * attn_key_row_bytes(geometry);
+    char *base;
+    ATTN_TRY(map_region(self, ATTN_ROWS_REGION, command->region_bytes, &base));
+    attn_packed_rows rows =
+        attn_packed_rows_place(attn_backend_geometry(self->backend), command->pages, command->tokens, base);
     if (command->kind == ATTN_COMMAND_EXPORT) {
-        return attn_backend_export(self->backend, command->layer, pages, command->pages, command->position,
-                                   command->tokens, keys, values);
+        return attn_backend_export(self->backend, command->layer, rows.pages, command->pages, command->position,
+                                   command->tokens, rows.keys, rows.values);
     }
-    return attn_backend_append(self->backend, command->layer, pages, command->pages, command->position, command->tokens,
-                               keys, values);
+    return attn_backend_append(self->backend, command->layer, rows.pages, command->pages, command->position,
+                               command->tokens, rows.keys, rows.values);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -109,8 +121,8 @@ static attn_status move_rows(server *self, const attn_command *command) {
 static attn_status start(server *self, flight *next) {
     const attn_command *command = next->command;
     const attn_geometry *geometry = attn_backend_geometry(self->backend);
-    ATTN_TRY(attn_mailbox_reserve(&self->mailbox, command->region, command->region_bytes));
-    char *base = self->mailbox.regions[command->region].base;
+    char *base;
+    ATTN_TRY(map_region(self, command->region, command->region_bytes, &base));
     attn_packet_counts counts = ((const attn_packet_head *)(void *)base)->counts;
     attn_packet packet = attn_packet_place(geometry, &counts, base);
     ATTN_TRY(attn_packet_batch(&packet, geometry, &next->pointers, &next->batch));
