@@ -378,6 +378,7 @@ static void make_fault(int value) {
     case RELEASE: dp_engine_release_rank(attnd.engine, rank); break;
     case BREAK: dp_engine_break_rank(attnd.engine, rank); break;
     }
+    attn_log_event(ATTN_LOG_INFO, "fault_made", 0); /* who sent the signal waits for this */
 #else
     (void)value;
 #endif

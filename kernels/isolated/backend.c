@@ -6,6 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "kernels/cpu/workers.h"
 #include "kernels/isolated/create.h"
 #include "kernels/isolated/isolated.h"
 #include "kernels/isolated/mailbox.h"
@@ -18,6 +19,10 @@
  */
 #define SPIN_FOR_DEVICE_NS 2000000
 #define SPIN_FOR_CPU_NS    20000
+
+/* As many threads copy rows as fast as memory takes them. Fewer bytes are copied before others are awake. */
+#define COPIERS_MOST    6
+#define COPIED_TOGETHER ((size_t)256 << 10)
 
 typedef struct {
     const attn_batch *batch;
@@ -34,6 +39,7 @@ typedef struct {
     flight flights[ATTN_FLIGHTS];
     uint32_t oldest; /* flight */
     int64_t spin_ns;
+    attn_cpu_workers *copiers; /* of rows, where the workers that it may have have nothing else to do; or NULL */
 } isolated_backend;
 
 static isolated_backend *of(attn_backend *backend) { return (isolated_backend *)backend; }
@@ -149,6 +155,28 @@ static void isolated_poison(attn_backend *backend, uint32_t page, uint32_t first
 /* ------------------------------------------------------------------------------------------- */
 /* Decoding */
 
+/* Of each sequence of a flight, by several threads where that is much. */
+typedef struct {
+    const flight *of;
+    const attn_geometry *geometry;
+    void (*copy)(const attn_packet *packet, const attn_geometry *geometry, const attn_batch *batch, uint32_t i);
+    atomic_uint next;
+} copying;
+
+static void copy_some(void *context, uint32_t worker) {
+    copying *rows = context;
+    (void)worker;
+    for (uint32_t i; (i = atomic_fetch_add(&rows->next, 1)) < rows->of->batch->size;)
+        rows->copy(&rows->of->packet, rows->geometry, rows->of->batch, i);
+}
+
+static void copy_all(const isolated_backend *self, copying *rows) {
+    if (self->copiers == NULL || rows->of->packet.bytes < COPIED_TOGETHER)
+        copy_some(rows, 0);
+    else
+        attn_cpu_workers_run(self->copiers, copy_some, rows);
+}
+
 /* A plan is checked here, where rejected ones are counted and logged, and again where it is used. */
 static attn_status accept_plan(attn_backend *backend, const attn_batch *batch, const attn_plan **plan) {
     if (*plan == NULL) return attn_ok();
@@ -171,6 +199,8 @@ static attn_status isolated_start(attn_backend *backend, const attn_batch *batch
     next->packet.head->counts = counts;
     attn_packet_pack(&next->packet, &backend->geometry, batch, plan);
     next->batch = batch;
+    copying rows = {.of = next, .geometry = &backend->geometry, .copy = attn_packet_pack_rows};
+    copy_all(self, &rows);
     next->command->identity = backend->identity;
     next->command->region = region;
     next->command->region_bytes = bytes;
@@ -189,7 +219,8 @@ static attn_status isolated_finish(attn_backend *backend, attn_timing *timing) {
     self->oldest = (self->oldest + 1) % ATTN_FLIGHTS;
     ATTN_TRY(wait_for(self, ended->command));
     *timing = ended->command->timing;
-    attn_packet_deliver(&ended->packet, &backend->geometry, ended->batch);
+    copying rows = {.of = ended, .geometry = &backend->geometry, .copy = attn_packet_deliver};
+    copy_all(self, &rows);
     return attn_ok();
 }
 
@@ -207,6 +238,7 @@ static void free_all(isolated_backend *self) {
 }
 
 static void isolated_destroy(attn_backend *backend) {
+    attn_cpu_workers_destroy(of(backend)->copiers);
     attn_backend_fini(backend);
     free_all(of(backend));
 }
@@ -297,6 +329,8 @@ static attn_status start_process(isolated_backend *self, const attn_backend_ops 
     attn_create_reply reply;
     ATTN_TRY(attn_process_start(self->mailbox.fd, ring_for_the_end, &self->mailbox, &self->process));
     ATTN_TRY(create_there(self, config, &reply));
+    uint32_t copiers = config->workers < COPIERS_MOST ? config->workers : COPIERS_MOST;
+    if (reply.depth > 1 && copiers > 1) ATTN_TRY(attn_cpu_workers_create(copiers, NULL, &self->copiers));
     init_base(self, kind, config, &reply);
     return attn_ok();
 }

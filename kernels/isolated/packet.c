@@ -58,6 +58,9 @@ attn_packet attn_packet_place(const attn_geometry *geometry, const attn_packet_c
     packet.page_offsets = place(base, &bytes, (uint64_t)counts->size + 1, sizeof *packet.page_offsets);
     packet.pages = place(base, &bytes, counts->pages, sizeof *packet.pages);
     packet.reads = place(base, &bytes, counts->size, sizeof *packet.reads);
+    packet.first_rows = place(base, &bytes, counts->size, sizeof *packet.first_rows);
+    packet.first_news = place(base, &bytes, counts->size, sizeof *packet.first_news);
+    packet.first_outs = place(base, &bytes, counts->size, sizeof *packet.first_outs);
     packet.parts = place(base, &bytes, of_parts, sizeof *packet.parts);
     packet.plan = place(base, &bytes, counts->plan_bytes, 1);
     packet.prefixes = place(base, &bytes, counts->prefixes, sizeof *packet.prefixes);
@@ -101,6 +104,22 @@ static void pack_tables(const attn_packet *packet, const attn_geometry *geometry
     if (batch->parts != NULL) memcpy(packet->parts, batch->parts, batch->size * sizeof *packet->parts);
 }
 
+static void pack_first_rows(const attn_packet *packet, const attn_batch *batch) {
+    uint64_t rows = 0, news = 0, outs = 0, partials = 0;
+    for (uint32_t i = 0; i < batch->size; i++) {
+        bool is_part = attn_batch_part(batch, i) != NULL;
+        packet->first_rows[i] = rows;
+        packet->first_news[i] = news;
+        packet->first_outs[i] = is_part ? partials : outs;
+        rows += batch->query_lengths[i];
+        news += attn_batch_new_rows(batch, i);
+        if (is_part)
+            partials += partial_rows_of(batch, i);
+        else
+            outs += batch->query_lengths[i];
+    }
+}
+
 static void pack_prefixes(const attn_packet *packet, const attn_batch *batch) {
     uint32_t *members = packet->members;
     for (uint32_t p = 0; p < batch->prefix_count; p++) {
@@ -108,23 +127,6 @@ static void pack_prefixes(const attn_packet *packet, const attn_batch *batch) {
         packet->prefixes[p] = (attn_packed_prefix){prefix->count, prefix->tokens};
         memcpy(members, prefix->members, prefix->count * sizeof *members);
         members += prefix->count;
-    }
-}
-
-/* Appends the bytes at `*end`. */
-static void put(char **end, const void *bytes, size_t count) {
-    memcpy(*end, bytes, count);
-    *end += count;
-}
-
-static void pack_rows(const attn_packet *packet, const attn_geometry *geometry, const attn_batch *batch) {
-    char *queries = packet->queries, *keys = packet->keys, *values = packet->values;
-    for (uint32_t i = 0; i < batch->size; i++) {
-        size_t new_rows = attn_batch_new_rows(batch, i);
-        put(&queries, batch->queries[i], batch->query_lengths[i] * attn_query_row_bytes(geometry));
-        if (new_rows == 0) continue;
-        put(&keys, batch->new_keys[i], new_rows * attn_key_row_bytes(geometry));
-        put(&values, batch->new_values[i], new_rows * attn_value_row_bytes(geometry));
     }
 }
 
@@ -138,37 +140,43 @@ void attn_packet_pack(const attn_packet *packet, const attn_geometry *geometry, 
     head->batch_invariant = batch->batch_invariant;
     head->device_time = batch->device_time;
     pack_tables(packet, geometry, batch);
+    pack_first_rows(packet, batch);
     pack_prefixes(packet, batch);
-    pack_rows(packet, geometry, batch);
     if (batch->sinks != NULL) memcpy(packet->sinks, batch->sinks, geometry->heads_q * sizeof *packet->sinks);
     if (plan != NULL) memcpy(packet->plan, plan, head->counts.plan_bytes);
+}
+
+void attn_packet_pack_rows(const attn_packet *packet, const attn_geometry *geometry, const attn_batch *batch,
+                           uint32_t i) {
+    size_t new_rows = attn_batch_new_rows(batch, i), query = attn_query_row_bytes(geometry);
+    size_t key = attn_key_row_bytes(geometry), value = attn_value_row_bytes(geometry);
+    memcpy(packet->queries + packet->first_rows[i] * query, batch->queries[i], batch->query_lengths[i] * query);
+    if (new_rows == 0) return;
+    memcpy(packet->keys + packet->first_news[i] * key, batch->new_keys[i], new_rows * key);
+    memcpy(packet->values + packet->first_news[i] * value, batch->new_values[i], new_rows * value);
 }
 
 /* ------------------------------------------------------------------------------------------- */
 /* And back */
 
-/* Takes the bytes from `*end` on. */
-static void take(void *to, const char **end, size_t count) {
-    memcpy(to, *end, count);
-    *end += count;
+static void deliver_partial(const attn_packet *packet, const attn_geometry *geometry, const attn_batch *batch,
+                            uint32_t i) {
+    size_t heads = geometry->heads_q, first = packet->first_outs[i] * heads, rows = partial_rows_of(batch, i) * heads;
+    size_t dim = geometry->head_dim_v;
+    memcpy(batch->partials[i].out, packet->partial_outs + first * dim, rows * dim * sizeof(float));
+    memcpy(batch->partials[i].lse, packet->partial_lses + first, rows * sizeof(float));
 }
 
-void attn_packet_deliver(const attn_packet *packet, const attn_geometry *geometry, const attn_batch *batch) {
-    const char *outs = packet->outs, *lses = (const char *)packet->lses;
-    const char *partial_outs = (const char *)packet->partial_outs, *partial_lses = (const char *)packet->partial_lses;
-    size_t lse_bytes = geometry->heads_q * sizeof(float), out_bytes = attn_out_row_bytes(geometry);
-    for (uint32_t i = 0; i < batch->size; i++) {
-        size_t rows = batch->query_lengths[i];
-        if (attn_batch_part(batch, i) != NULL) {
-            rows = partial_rows_of(batch, i);
-            take(batch->partials[i].out, &partial_outs, rows * geometry->head_dim_v * lse_bytes);
-            take(batch->partials[i].lse, &partial_lses, rows * lse_bytes);
-            continue;
-        }
-        take(batch->outs[i], &outs, rows * out_bytes);
-        if (batch->lses != NULL && batch->lses[i] != NULL) memcpy(batch->lses[i], lses, rows * lse_bytes);
-        if (batch->lses != NULL) lses += rows * lse_bytes;
+void attn_packet_deliver(const attn_packet *packet, const attn_geometry *geometry, const attn_batch *batch,
+                         uint32_t i) {
+    if (attn_batch_part(batch, i) != NULL) {
+        deliver_partial(packet, geometry, batch, i);
+        return;
     }
+    size_t row = attn_out_row_bytes(geometry), heads = geometry->heads_q, rows = batch->query_lengths[i];
+    memcpy(batch->outs[i], packet->outs + packet->first_outs[i] * row, rows * row);
+    if (batch->lses == NULL || batch->lses[i] == NULL) return;
+    memcpy(batch->lses[i], packet->lses + packet->first_outs[i] * heads, rows * heads * sizeof(float));
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -195,44 +203,25 @@ static pointer_arrays place_pointers(const attn_packet_counts *counts, char *bas
     return arrays;
 }
 
-/* `batch` has its lengths, parts and reads. */
 static void point_to_rows(const attn_packet *packet, const attn_geometry *geometry, const pointer_arrays *arrays,
-                          const attn_batch *batch) {
-    const char *queries = packet->queries, *keys = packet->keys, *values = packet->values;
-    for (uint32_t i = 0; i < batch->size; i++) {
-        arrays->queries[i] = queries;
-        queries += batch->query_lengths[i] * attn_query_row_bytes(geometry);
-        bool is_read = packet->reads[i];
-        arrays->new_keys[i] = is_read ? NULL : keys;
-        arrays->new_values[i] = is_read ? NULL : values;
-        size_t new_rows = attn_batch_new_rows(batch, i);
-        keys += new_rows * attn_key_row_bytes(geometry);
-        values += new_rows * attn_value_row_bytes(geometry);
-    }
+                          uint32_t i) {
+    arrays->queries[i] = packet->queries + packet->first_rows[i] * attn_query_row_bytes(geometry);
+    arrays->new_keys[i] = arrays->new_values[i] = NULL;
+    if (packet->reads[i]) return;
+    arrays->new_keys[i] = packet->keys + packet->first_news[i] * attn_key_row_bytes(geometry);
+    arrays->new_values[i] = packet->values + packet->first_news[i] * attn_value_row_bytes(geometry);
 }
 
 static void point_to_outputs(const attn_packet *packet, const attn_geometry *geometry, const pointer_arrays *arrays,
-                             const attn_batch *batch) {
-    char *outs = packet->outs;
-    float *lses = packet->lses, *partial_outs = packet->partial_outs, *partial_lses = packet->partial_lses;
-    size_t heads = geometry->heads_q;
-    for (uint32_t i = 0; i < batch->size; i++) {
-        size_t rows = batch->query_lengths[i];
-        arrays->outs[i] = NULL;
-        arrays->lses[i] = NULL;
-        arrays->partials[i] = (attn_partial){0};
-        if (attn_batch_part(batch, i) != NULL) {
-            rows = partial_rows_of(batch, i);
-            arrays->partials[i] = (attn_partial){partial_outs, partial_lses};
-            partial_outs += rows * heads * geometry->head_dim_v;
-            partial_lses += rows * heads;
-            continue;
-        }
-        arrays->outs[i] = outs;
-        arrays->lses[i] = lses;
-        outs += rows * attn_out_row_bytes(geometry);
-        if (batch->lses != NULL) lses += rows * heads;
-    }
+                             const attn_batch *batch, uint32_t i) {
+    size_t first = packet->first_outs[i], heads = geometry->heads_q;
+    bool is_part = attn_batch_part(batch, i) != NULL;
+    arrays->outs[i] = is_part ? NULL : packet->outs + first * attn_out_row_bytes(geometry);
+    arrays->lses[i] = is_part || batch->lses == NULL ? NULL : packet->lses + first * heads;
+    arrays->partials[i] = (attn_partial){0};
+    if (!is_part) return;
+    arrays->partials[i].out = packet->partial_outs + first * heads * geometry->head_dim_v;
+    arrays->partials[i].lse = packet->partial_lses + first * heads;
 }
 
 static void point_to_members(const attn_packet *packet, const pointer_arrays *arrays) {
@@ -281,8 +270,10 @@ attn_status attn_packet_batch(const attn_packet *packet, const attn_geometry *ge
                           .sinks = counts->has_sinks ? packet->sinks : NULL,
                           .batch_invariant = head->batch_invariant,
                           .device_time = head->device_time};
-    point_to_rows(packet, geometry, &arrays, batch);
-    point_to_outputs(packet, geometry, &arrays, batch);
+    for (uint32_t i = 0; i < batch->size; i++) {
+        point_to_rows(packet, geometry, &arrays, i);
+        point_to_outputs(packet, geometry, &arrays, batch, i);
+    }
     point_to_members(packet, &arrays);
     return attn_ok();
 }

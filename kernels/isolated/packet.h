@@ -2,9 +2,9 @@
  * A batch in shared memory: its arrays one after another, without pointers.
  *
  * The head says how much of everything there is, and from that both processes find where it is. The parent packs
- * (attn_packet_pack), the child makes a batch of it that points into the same memory (attn_packet_batch), and when the
- * child's backend has written the outputs there, the parent hands them out (attn_packet_deliver). Page tables hold
- * no more than the pages of the sequences' lengths.
+ * (attn_packet_pack, and attn_packet_pack_rows for each sequence), the child makes a batch of it that points into the
+ * same memory (attn_packet_batch), and when the child's backend has written the outputs there, the parent hands them
+ * out (attn_packet_deliver). Page tables hold no more than the pages of the sequences' lengths.
  */
 #ifndef ATTND_KERNELS_ISOLATED_PACKET_H
 #define ATTND_KERNELS_ISOLATED_PACKET_H
@@ -48,8 +48,11 @@ typedef struct {
     uint32_t *lengths, *query_lengths; /* [size] */
     uint32_t *page_offsets;            /* [size + 1] */
     uint32_t *pages;
-    bool *reads;      /* [size]; with has_new */
-    attn_part *parts; /* [size]; with has_parts */
+    bool *reads;          /* [size] */
+    uint64_t *first_rows; /* [size] of a sequence: its first row among the queries, */
+    uint64_t *first_news; /* the new rows, */
+    uint64_t *first_outs; /* and the outs, or the partial rows */
+    attn_part *parts;     /* [size]; with has_parts */
     attn_plan *plan;
     attn_packed_prefix *prefixes;
     uint32_t *members;
@@ -67,12 +70,16 @@ attn_packet_counts attn_packet_count(const attn_geometry *geometry, const attn_b
 /* Finds the places. `base` may be NULL, for the bytes. */
 attn_packet attn_packet_place(const attn_geometry *geometry, const attn_packet_counts *counts, char *base);
 
-/* Fills a packet, whose head has its counts, with all but the outputs. */
+/* Fills a packet, whose head has its counts, with all but rows and outputs. */
 void attn_packet_pack(const attn_packet *packet, const attn_geometry *geometry, const attn_batch *batch,
                       const attn_plan *plan);
 
-/* Copies the outputs to where the batch wants them. */
-void attn_packet_deliver(const attn_packet *packet, const attn_geometry *geometry, const attn_batch *batch);
+/* After that: sequence i's queries and new rows. Sequences may be packed at the same time, by several threads. */
+void attn_packet_pack_rows(const attn_packet *packet, const attn_geometry *geometry, const attn_batch *batch,
+                           uint32_t i);
+
+/* Copies sequence i's outputs to where the batch wants them. Likewise. */
+void attn_packet_deliver(const attn_packet *packet, const attn_geometry *geometry, const attn_batch *batch, uint32_t i);
 
 /* Rows of one sequence that are appended or exported: its page table, key rows, value rows. */
 typedef struct {

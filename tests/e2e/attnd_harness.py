@@ -282,7 +282,9 @@ class Server:
 
     def _send_fault(self, action, rank):
         value = ctypes.c_void_p(256 * action + rank)
+        made = self.log().count('"fault_made"')
         assert ctypes.CDLL(None).sigqueue(self.pid, signal.SIGUSR1, value) == 0
+        eventually(lambda: self.log().count('"fault_made"') > made, TIMEOUT_S, "the fault that was asked for")
 
     def wait(self, timeout_s=TIMEOUT_S):
         return self.process.wait(timeout_s)
