@@ -189,7 +189,7 @@ static bool is_worth_it(const dp_transfer *transfer) {
 bool dp_direct_start(dp_transfer *transfer, void (*ended)(dp_transfer *transfer, attn_status status)) {
     dp_engine *engine = transfer->engine;
     if (transfer->to->stripes > 1 || transfer->from->length == 0 || !is_worth_it(transfer)) return false;
-    if (engine->config.isolated || !attn_backend_kind_has_channels(engine->backend)) return false;
+    if (!attn_backend_kind_has_channels(engine->backend)) return false;
     if (atomic_exchange(&engine->direct_busy, true)) return false;
     dp_direct *direct = make_direct(transfer, ended);
     if (direct == NULL || attn_failed(submit(direct))) {

@@ -19,11 +19,29 @@
 #include "kernels/channel.h"
 #include "kernels/split_plan.h"
 
+/* What both sides of a channel between two processes have to know: what is in it is the kind's. */
+typedef struct {
+    char bytes[128];
+} attn_channel_id;
+
+/* Of a channel whose other side is in another process. */
+typedef struct {
+    attn_channel_end own;
+    uint32_t index;   /* 0 or 1: which side it is */
+    int other_device; /* where the other one is */
+    attn_channel_id id;
+    bool (*is_revoked)(void *context); /* by somebody who wants it broken; asked while a side waits */
+    void *context;
+} attn_channel_side;
+
 /* A kind's channels: operations as attn_channel_.. , whose arguments have been checked; count > 0. */
 typedef struct attn_channel_ops {
     /* Fills in where the backend's pool is. */
     void (*describe)(attn_backend *backend, attn_channel_end *end);
     attn_status (*create)(const attn_channel_end *first, const attn_channel_end *second, attn_channel **channel);
+    /* For channels between processes: an id for both sides, and one side. NULL: there are none such. */
+    attn_status (*make_id)(attn_channel_id *id);
+    attn_status (*create_side)(const attn_channel_side *side, attn_channel **channel);
     void (*destroy)(attn_channel *channel);
     void (*break_off)(attn_channel *channel, const char *why);
     attn_status (*send)(attn_channel *channel, attn_backend *own, const uint32_t *pages, uint32_t count,

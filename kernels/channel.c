@@ -23,7 +23,7 @@ attn_status attn_channel_create(const attn_channel_end *first, const attn_channe
     if (first->ops != second->ops || !same_geometry(&first->geometry, &second->geometry)) {
         return attn_error(ATTN_UNAVAILABLE, "no channel between backends of different kinds or geometries");
     }
-    if (first->ops == NULL) return attn_error(ATTN_UNAVAILABLE, "backends of the host, and isolated ones, have no channels");
+    if (first->ops == NULL) return attn_error(ATTN_UNAVAILABLE, "backends of the host have no channels");
     return first->ops->create(first, second, channel);
 }
 

@@ -8,7 +8,8 @@
  *
  * Batches and rows go by memory that both processes have mapped, copied once on the way there and once on the way
  * back, and results are bitwise those of the same backend in this process. Decodes are pipelined as far as the kind
- * does (pipeline.h); an error of its start is told by the finish. Such a backend has no channels (channel.h).
+ * does (pipeline.h); an error of its start is told by the finish. Such backends have channels (channel.h) with each
+ * other; that there is no library is told by the first that is sent.
  *
  * The child ends when its backend is destroyed, and when this process ends, in whatever way.
  */

@@ -151,6 +151,12 @@ static uint64_t *tenant_quotas(const attn_config *config) {
     return quotas;
 }
 
+/* With cuda an error of one device costs a process all that it has on any. */
+static bool is_isolated(const char *backend) {
+    if (strcmp(attnd.config.isolated, "auto") != 0) return strcmp(attnd.config.isolated, "true") == 0;
+    return strcmp(backend, "cuda") == 0 && attnd.config.ranks > 1;
+}
+
 static attn_status create_engine_on(const char *backend) {
     const attn_config *config = &attnd.config;
     uint64_t *quotas = tenant_quotas(config);
@@ -164,7 +170,7 @@ static attn_status create_engine_on(const char *backend) {
         .ranks = config->ranks,
         .workers_per_rank = config->threads,
         .pin_cpus = config->pin_cpus,
-        .isolated = config->isolated,
+        .isolated = is_isolated(backend),
         .pages_per_rank = config->pages,
         .max_sequences = config->max_sequences,
         .max_batch = config->max_batch,
@@ -308,6 +314,7 @@ static void say_ready(void) {
         attn_log_string(&line, "instance", attnd.instance);
         attn_log_string(&line, "backend", attnd.backend);
         attn_log_string(&line, "device", info.device);
+        attn_log_bool(&line, "isolated", info.process != 0);
         attn_log_u64(&line, "ranks", dp_engine_ranks(attnd.engine));
         attn_log_u64(&line, "pages_per_rank", info.pages_total);
         if (attnd.config.metrics) attn_log_u64(&line, "metrics_port", attnd.metrics_port);

@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 #include "base/clock.h"
@@ -62,6 +63,7 @@ static void find_nccl(void) {
 
 /* Owned by the thread that drives the side's backend, but for what the channel's lock guards. */
 typedef struct {
+    bool is_here;            /* and not in another process */
     attn_cuda_pages pool;    /* without a list of pages.. */
     int device;              /* ..of this device */
     ncclComm_t communicator; /* NULL: not connected yet */
@@ -75,6 +77,8 @@ typedef struct {
     ncclUniqueId id;
     uint32_t batch; /* pages that staging has room for */
     channel_side sides[2];
+    bool (*is_revoked)(void *context); /* attn_channel_side; or NULL */
+    void *context;
     pthread_mutex_t lock;
     bool broken;   /* guarded by lock, as is.. */
     char why[160]; /* ..this */
@@ -91,7 +95,7 @@ static bool is_broken(nccl_channel *self) {
     pthread_mutex_lock(&self->lock);
     bool broken = self->broken;
     pthread_mutex_unlock(&self->lock);
-    return broken;
+    return broken || (self->is_revoked != NULL && self->is_revoked(self->context));
 }
 
 static void break_channel(nccl_channel *self, const char *what, const char *why) {
@@ -242,9 +246,10 @@ static void free_side(channel_side *side) {
 
 static void channel_break_off(attn_channel *channel, const char *why) { break_channel(of(channel), "", why); }
 
-static void channel_destroy(attn_channel *channel) {
-    nccl_channel *self = of(channel);
+/* What the channel has on a device outlives the backend there. */
+static void free_channel(nccl_channel *self) {
     for (int i = 0; i < 2; i++) {
+        if (!self->sides[i].is_here) continue;
         free_side(&self->sides[i]);
         attn_cuda_context_leave(self->sides[i].device);
     }
@@ -252,45 +257,79 @@ static void channel_destroy(attn_channel *channel) {
     free(self);
 }
 
-static channel_side side_of(const attn_channel_end *end) {
-    return (channel_side){.pool = {.pool = end->pool,
-                                   .layer_bytes = end->layer_bytes,
-                                   .page_bytes = end->page_bytes,
-                                   .layers = end->geometry.layers},
-                          .device = end->device};
+static void channel_destroy(attn_channel *channel) { free_channel(of(channel)); }
+
+static attn_status make_id(attn_channel_id *id) {
+    _Static_assert(sizeof(ncclUniqueId) == sizeof(attn_channel_id), "an id is NCCL's");
+    ncclUniqueId made;
+    pthread_once(&nccl_once, find_nccl);
+    if (nccl.missing[0] != '\0') return attn_error(ATTN_UNAVAILABLE, "no channel between devices: %s", nccl.missing);
+    ncclResult_t result = nccl.get_unique_id(&made);
+    if (result != ncclSuccess) {
+        return attn_error(ATTN_UNAVAILABLE, "no channel between devices: NCCL: %s", nccl.error_text(result));
+    }
+    memcpy(id, &made, sizeof made);
+    return attn_ok();
 }
 
-/* What the channel has on a device outlives the backends there. */
-static attn_status enter_contexts(const channel_side sides[2]) {
-    ATTN_TRY(attn_cuda_context_enter(sides[0].device));
-    attn_status status = attn_cuda_context_enter(sides[1].device);
-    if (attn_failed(status)) attn_cuda_context_leave(sides[0].device);
-    return status;
+/* A channel without sides. */
+static nccl_channel *make_channel(const attn_channel_id *id) {
+    nccl_channel *made = calloc(1, sizeof *made);
+    if (made == NULL) return NULL;
+    made->base.ops = &attn_nccl_channel_ops;
+    memcpy(&made->id, id, sizeof made->id);
+    pthread_mutex_init(&made->lock, NULL);
+    return made;
+}
+
+/* Makes side `index` be here. */
+static attn_status add_side(nccl_channel *self, int index, const attn_channel_end *end) {
+    channel_side *side = &self->sides[index];
+    ATTN_TRY(attn_cuda_context_enter(end->device));
+    self->base.ends[index] = *end;
+    *side = (channel_side){.is_here = true,
+                           .pool = {.pool = end->pool,
+                                    .layer_bytes = end->layer_bytes,
+                                    .page_bytes = end->page_bytes,
+                                    .layers = end->geometry.layers},
+                           .device = end->device};
+    size_t page = packed_bytes(side, 1);
+    self->batch = page < STAGING_BYTES ? (uint32_t)(STAGING_BYTES / page) : 1;
+    return attn_ok();
 }
 
 static attn_status channel_create(const attn_channel_end *first, const attn_channel_end *second,
                                   attn_channel **channel) {
-    pthread_once(&nccl_once, find_nccl);
-    if (nccl.missing[0] != '\0') return attn_error(ATTN_UNAVAILABLE, "no channel between devices: %s", nccl.missing);
+    attn_channel_id id;
     if (first->device == second->device) {
         return attn_error(ATTN_UNAVAILABLE, "no channel: both ends are on device %d", first->device);
     }
-    nccl_channel *self = calloc(1, sizeof *self);
+    ATTN_TRY(make_id(&id));
+    nccl_channel *self = make_channel(&id);
     if (self == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a channel");
-    self->base = (attn_channel){&attn_nccl_channel_ops, {*first, *second}};
-    self->sides[0] = side_of(first);
-    self->sides[1] = side_of(second);
-    size_t page = packed_bytes(&self->sides[0], 1);
-    self->batch = page < STAGING_BYTES ? (uint32_t)(STAGING_BYTES / page) : 1;
-    ncclResult_t result = nccl.get_unique_id(&self->id);
-    attn_status status = result == ncclSuccess ? enter_contexts(self->sides)
-                                               : attn_error(ATTN_UNAVAILABLE, "no channel between devices: NCCL: %s",
-                                                            nccl.error_text(result));
+    attn_status status = add_side(self, 0, first);
+    if (!attn_failed(status)) status = add_side(self, 1, second);
     if (attn_failed(status)) {
-        free(self);
+        free_channel(self);
         return status;
     }
-    pthread_mutex_init(&self->lock, NULL);
+    *channel = &self->base;
+    return attn_ok();
+}
+
+static attn_status channel_create_side(const attn_channel_side *side, attn_channel **channel) {
+    pthread_once(&nccl_once, find_nccl);
+    if (nccl.missing[0] != '\0') return attn_error(ATTN_UNAVAILABLE, "no channel between devices: %s", nccl.missing);
+    nccl_channel *self = make_channel(&side->id);
+    if (self == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a channel");
+    self->is_revoked = side->is_revoked;
+    self->context = side->context;
+    self->sides[1 - side->index].device = side->other_device;
+    attn_status status = add_side(self, (int)side->index, &side->own);
+    if (attn_failed(status)) {
+        free_channel(self);
+        return status;
+    }
     *channel = &self->base;
     return attn_ok();
 }
@@ -298,6 +337,8 @@ static attn_status channel_create(const attn_channel_end *first, const attn_chan
 const attn_channel_ops attn_nccl_channel_ops = {
     .describe = attn_cuda_describe_end,
     .create = channel_create,
+    .make_id = make_id,
+    .create_side = channel_create_side,
     .destroy = channel_destroy,
     .break_off = channel_break_off,
     .send = channel_send,

@@ -1,12 +1,14 @@
 /* The parent's side: a backend that posts commands to its process and waits for the answers. */
 #include "kernels/backend.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "kernels/cpu/workers.h"
+#include "kernels/isolated/channel.h"
 #include "kernels/isolated/create.h"
 #include "kernels/isolated/isolated.h"
 #include "kernels/isolated/mailbox.h"
@@ -30,7 +32,8 @@ typedef struct {
     attn_command *command;
 } flight;
 
-typedef struct {
+typedef struct isolated_backend isolated_backend;
+struct isolated_backend {
     attn_backend base;
     attn_backend_ops ops; /* the base's: those below, and what differs by kind */
     attn_mailbox mailbox;
@@ -40,7 +43,9 @@ typedef struct {
     uint32_t oldest; /* flight */
     int64_t spin_ns;
     attn_cpu_workers *copiers; /* of rows, where the workers that it may have have nothing else to do; or NULL */
-} isolated_backend;
+    int device;                /* of a kind with channels */
+    isolated_backend *next;    /* in the list of all there are */
+};
 
 static isolated_backend *of(attn_backend *backend) { return (isolated_backend *)backend; }
 
@@ -225,6 +230,53 @@ static attn_status isolated_finish(attn_backend *backend, attn_timing *timing) {
 }
 
 /* ------------------------------------------------------------------------------------------- */
+/* Channels, which may outlive their backends */
+
+static pthread_mutex_t all_lock = PTHREAD_MUTEX_INITIALIZER;
+static isolated_backend *all; /* guarded by it */
+
+static void list(isolated_backend *self) {
+    pthread_mutex_lock(&all_lock);
+    self->next = all;
+    all = self;
+    pthread_mutex_unlock(&all_lock);
+}
+
+static void unlist(isolated_backend *self) {
+    pthread_mutex_lock(&all_lock);
+    isolated_backend **link = &all;
+    while (*link != self)
+        link = &(*link)->next;
+    *link = self->next;
+    pthread_mutex_unlock(&all_lock);
+}
+
+void attn_isolated_revoke(const attn_backend *backend, uint64_t number) {
+    pthread_mutex_lock(&all_lock);
+    for (isolated_backend *each = all; each != NULL; each = each->next) {
+        if (&each->base == backend) atomic_store(&each->mailbox.control->revoked_channel, number);
+    }
+    pthread_mutex_unlock(&all_lock);
+}
+
+void attn_isolated_describe_end(attn_backend *backend, attn_channel_end *end) { end->device = of(backend)->device; }
+
+attn_status attn_isolated_ask(attn_backend *backend, attn_command_kind kind, attn_channel_request *request,
+                              const uint32_t *pages) {
+    isolated_backend *self = of(backend);
+    attn_command *command;
+    char *rows;
+    ATTN_TRY(next_command(self, kind, &command));
+    ATTN_TRY(reserve_rows(self, command, sizeof *request + request->count * sizeof *pages, &rows));
+    memcpy(rows, request, sizeof *request);
+    if (request->count > 0) memcpy(rows + sizeof *request, pages, request->count * sizeof *pages);
+    post(self);
+    ATTN_TRY(wait_for(self, command));
+    memcpy(request, rows, sizeof *request);
+    return attn_ok();
+}
+
+/* ------------------------------------------------------------------------------------------- */
 /* Life */
 
 static bool may_isolate;
@@ -238,6 +290,7 @@ static void free_all(isolated_backend *self) {
 }
 
 static void isolated_destroy(attn_backend *backend) {
+    unlist(of(backend));
     attn_cpu_workers_destroy(of(backend)->copiers);
     attn_backend_fini(backend);
     free_all(of(backend));
@@ -314,6 +367,8 @@ static void init_base(isolated_backend *self, const attn_backend_ops *kind, cons
     self->ops = isolated_ops;
     self->ops.kind = kind->kind;
     self->ops.stores_fp8 = kind->stores_fp8;
+    self->ops.channels = kind->channels == NULL ? NULL : &attn_isolated_channel_ops;
+    self->device = reply->device;
     self->ops.depth = reply->depth < ATTN_FLIGHTS ? reply->depth : ATTN_FLIGHTS;
     if (sysconf(_SC_NPROCESSORS_ONLN) > 1) {
         self->spin_ns = reply->depth > 1 ? SPIN_FOR_DEVICE_NS : SPIN_FOR_CPU_NS;
@@ -354,6 +409,7 @@ attn_status attn_isolated_create(const attn_backend_ops *kind, const attn_backen
         free_all(self);
         return attn_error(why.code, "%s", why.message);
     }
+    list(self);
     *backend = &self->base;
     return status;
 }

@@ -23,6 +23,7 @@ typedef struct {
 typedef struct {
     uint32_t tile_tokens, block_queries, workers; /* of the backend's line */
     uint32_t depth;
+    int device; /* of a kind with channels */
     char description[160];
 } attn_create_reply;
 

@@ -36,6 +36,9 @@ typedef enum {
     ATTN_COMMAND_COPY_PAGE,
     ATTN_COMMAND_POISON,
     ATTN_COMMAND_BREAK,
+    ATTN_COMMAND_CHANNEL_ID, /* these three: channel.h's */
+    ATTN_COMMAND_SEND,
+    ATTN_COMMAND_RECEIVE,
 } attn_command_kind;
 
 typedef struct {
@@ -73,8 +76,9 @@ static inline uint32_t attn_bell_count(const attn_bell *bell) {
 
 /* At the beginning of the memory. */
 typedef struct {
-    attn_bell posted;   /* once a command: so many are in the ring, and were before */
-    attn_bell answered; /* by the child, and when it has ended */
+    attn_bell posted;                 /* once a command: so many are in the ring, and were before */
+    attn_bell answered;               /* by the child, and when it has ended */
+    _Atomic uint64_t revoked_channel; /* channel.h */
     attn_command ring[ATTN_RING];
 } attn_control;
 

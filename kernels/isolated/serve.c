@@ -12,6 +12,7 @@
 #include "kernels/backend.h"
 #include "kernels/faults.h"
 #include "kernels/isolated.h"
+#include "kernels/isolated/channel.h"
 #include "kernels/isolated/create.h"
 #include "kernels/isolated/isolated.h"
 #include "kernels/isolated/mailbox.h"
@@ -35,6 +36,8 @@ typedef struct {
     flight flights[ATTN_FLIGHTS];
     uint32_t oldest, in_flight; /* flights */
     int64_t spin_ns;
+    attn_channel *channel; /* that it has a side of; NULL: none */
+    uint64_t channel_number;
 } server;
 
 static void answer(server *self, attn_command *command, attn_status outcome) {
@@ -93,7 +96,8 @@ static attn_status create(server *self, const attn_command *command) {
     attn_create_reply reply = {.tile_tokens = line->tile_tokens,
                                .block_queries = line->block_queries,
                                .workers = line->workers,
-                               .depth = attn_backend_depth(self->backend)};
+                               .depth = attn_backend_depth(self->backend),
+                               .device = attn_channel_end_of(self->backend).device};
     snprintf(reply.description, sizeof reply.description, "%s", attn_backend_describe(self->backend));
     memcpy(rows, &reply, sizeof reply);
     return attn_ok();
@@ -153,6 +157,55 @@ static void decode(server *self, attn_command *command) {
 }
 
 /* ------------------------------------------------------------------------------------------- */
+/* Channels */
+
+static bool is_revoked(void *context) {
+    const server *self = context;
+    return atomic_load(&self->mailbox.control->revoked_channel) == self->channel_number;
+}
+
+static void close_channel(server *self) {
+    attn_channel_destroy(self->channel);
+    self->channel = NULL;
+}
+
+static attn_status make_channel_id(server *self, const attn_command *command) {
+    attn_channel_request request;
+    char *rows;
+    ATTN_TRY(map_region(self, ATTN_ROWS_REGION, command->region_bytes, &rows));
+    memcpy(&request, rows, sizeof request);
+    ATTN_TRY(self->backend->ops->channels->make_id(&request.id));
+    memcpy(rows, &request, sizeof request);
+    return attn_ok();
+}
+
+static attn_status open_channel(server *self, const attn_channel_request *request) {
+    if (self->channel != NULL && self->channel_number == request->number) return attn_ok();
+    close_channel(self);
+    attn_channel_side side = {.own = attn_channel_end_of(self->backend),
+                              .index = request->index,
+                              .other_device = request->other_device,
+                              .id = request->id,
+                              .is_revoked = is_revoked,
+                              .context = self};
+    self->channel_number = request->number;
+    return self->backend->ops->channels->create_side(&side, &self->channel);
+}
+
+static attn_status use_channel(server *self, const attn_command *command) {
+    attn_channel_request request;
+    char *rows;
+    ATTN_TRY(map_region(self, ATTN_ROWS_REGION, command->region_bytes, &rows));
+    memcpy(&request, rows, sizeof request);
+    const uint32_t *pages = (const uint32_t *)(void *)(rows + sizeof request);
+    ATTN_TRY(open_channel(self, &request));
+    attn_status status = (command->kind == ATTN_COMMAND_SEND ? attn_channel_send : attn_channel_receive)(
+        self->channel, self->backend, pages, request.count, request.timeout_ns);
+    if (attn_failed(status)) close_channel(self);
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------- */
 /* Commands */
 
 static attn_status do_at_once(server *self, const attn_command *command) {
@@ -161,6 +214,9 @@ static attn_status do_at_once(server *self, const attn_command *command) {
     case ATTN_COMMAND_APPEND:
     case ATTN_COMMAND_EXPORT: return move_rows(self, command);
     case ATTN_COMMAND_COPY_PAGE: return attn_backend_copy_page(self->backend, command->page, command->to);
+    case ATTN_COMMAND_CHANNEL_ID: return make_channel_id(self, command);
+    case ATTN_COMMAND_SEND:
+    case ATTN_COMMAND_RECEIVE: return use_channel(self, command);
     case ATTN_COMMAND_POISON: return attn_backend_poison(self->backend, command->page, command->to, command->slots);
 #ifndef ATTN_RELEASE
     case ATTN_COMMAND_BREAK: attn_backend_break(self->backend); return attn_ok();
@@ -171,6 +227,7 @@ static attn_status do_at_once(server *self, const attn_command *command) {
 
 static void take_command(server *self) {
     attn_command *command = &self->mailbox.control->ring[self->taken++ % ATTN_RING];
+    if (self->channel != NULL && is_revoked(self)) close_channel(self);
     if (command->kind == ATTN_COMMAND_DECODE)
         decode(self, command);
     else

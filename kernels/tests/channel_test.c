@@ -18,6 +18,7 @@
 #include "base/clock.h"
 #include "kernels/attention.h"
 #include "kernels/channel.h"
+#include "kernels/isolated.h"
 
 enum { PAGES = 600, PAGE_SIZE = 64, SENT = 500 };
 static const int64_t SECOND = 1000000000;
@@ -32,7 +33,12 @@ static const attn_geometry geometry = {.layers = 2,
                                        .page_size = PAGE_SIZE};
 
 static attn_backend *open_backend(const char *kind, uint32_t device) {
-    attn_backend_config config = {.kind = kind, .geometry = geometry, .pages = PAGES, .workers = 1, .device = device};
+    attn_backend_config config = {.kind = kind,
+                                  .geometry = geometry,
+                                  .pages = PAGES,
+                                  .workers = 1,
+                                  .device = device,
+                                  .isolated = getenv("ATTND_TEST_ISOLATED") != NULL};
     attn_backend *backend = NULL;
     attn_status status = attn_backend_create(&config, &backend);
     if (attn_failed(status)) print_message("no %s backend: %s\n", kind, status.message);
@@ -308,7 +314,8 @@ static void backends_of_two_kinds_have_no_channel(void **state) {
     close_pair(pair);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    attn_isolated_main(argc, argv);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(pages_arrive_as_they_were_sent_both_ways),
         cmocka_unit_test(a_side_that_nobody_meets_gives_up_in_time),

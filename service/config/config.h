@@ -55,7 +55,7 @@ typedef struct {
     uint32_t ranks;
     uint32_t threads; /* a rank, its own included; default: usable cores / ranks, 1 at least */
     bool pin_cpus;
-    bool isolated;                    /* see dp_config.isolated */
+    const char *isolated;             /* "auto": with cuda and several ranks, "true", "false"; see dp_config.isolated */
     uint32_t pages;                   /* a rank; default: 1 GiB of them, 64 at least */
     float rebalance_factor;           /* see dp_config.rebalance_factor; 0: never, else above 1 */
     uint64_t direct_move_bytes;       /* see dp_config.direct_move_bytes; 0: never */

@@ -62,6 +62,7 @@ static void without_flags_the_defaults_are_a_complete_loopback_server(void **sta
     assert_int_equal(config.listen_count, 1);
     assert_string_equal(config.listen[0], "127.0.0.1:7400");
     assert_string_equal(config.backend, "auto");
+    assert_string_equal(config.isolated, "auto");
     assert_string_equal(config.isa, "auto");
     assert_int_equal(config.ranks, 1);
     assert_in_range(config.threads, 1, 1024);
@@ -113,7 +114,7 @@ static void every_key_of_the_file_arrives(void **state) {
                    "geometry: {layers: 2, heads_q: 12, heads_kv: 3, head_dim: 40, head_dim_v: 48,\n"
                    "           dtype: fp32, page_size: 128}\n"
                    "ranks: {count: 5, backend: reference, isa: avx2, threads: 6, pin_cpus: true, pages: 7,\n"
-                   "        rebalance_factor: 1.5, spread_above_tokens: 8000}\n"
+                   "        isolated: true, rebalance_factor: 1.5, spread_above_tokens: 8000}\n"
                    "limits: {max_batch: 8, max_sequences: 9, max_sequence_tokens: 10, max_queue: 11,\n"
                    "         max_message_mb: 12, step_idle_ms: 13, sequence_idle_ms: 14}\n"
                    "metrics: {port: 15, address: '::1'}\n"
@@ -137,6 +138,7 @@ static void every_key_of_the_file_arrives(void **state) {
     assert_int_equal(config.threads, 6);
     assert_true(config.pin_cpus);
     assert_int_equal(config.pages, 7);
+    assert_string_equal(config.isolated, "true");
     assert_true(config.rebalance_factor == 1.5f);
     assert_int_equal(config.spread_above_tokens, 8000);
     assert_int_equal(config.max_batch, 8);

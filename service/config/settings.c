@@ -13,6 +13,7 @@
 
 static const char *const backend_choices[] = {"auto", "cpu", "reference", "cuda", NULL};
 static const char *const isa_choices[] = {"auto", "avx512bf16", "avx512", "avx2", "portable", NULL};
+static const char *const isolated_choices[] = {"auto", "true", "false", NULL};
 static const char *const page_size_choices[] = {"16", "32", "64", "128", NULL};
 static const char *const dtype_choices[] = {"bf16", "fp16", "fp32", NULL};
 static const char *const kv_dtype_choices[] = {"auto", "fp8_e4m3", NULL};
@@ -67,9 +68,10 @@ const attn_setting attn_settings[] = {
      ATTN_SETTING_U32, AT(threads), 1, 1024, 0, NULL},
     {"ranks", "pin_cpus", "pin-cpus", "BOOL", "false", "Pin the threads of rank r to cores r * threads and up.",
      ATTN_SETTING_BOOL, .offset = AT(pin_cpus)},
-    {"ranks", "isolated", "isolated", "BOOL", "false",
-     "Each rank in a process of its own: what breaks one, or its GPU, leaves the others alone.", ATTN_SETTING_BOOL,
-     .offset = AT(isolated)},
+    {"ranks", "isolated", "isolated", "WHEN", "auto",
+     "Each rank in a process of its own, so that what breaks one, or its GPU, leaves the others alone: true, false, or "
+     "auto: with cuda and more than one rank.",
+     ATTN_SETTING_CHOICE, .offset = AT(isolated), .choices = isolated_choices},
     {"ranks", "pages", "pages", "N", NULL, "Pages of a rank's KV cache. Default: as many as fit 1 GiB, at least 64.",
      ATTN_SETTING_U32, AT(pages), 1, 1u << 30, 0, NULL},
     {"ranks", "rebalance_factor", "rebalance-factor", "X", "0",
