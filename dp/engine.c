@@ -94,12 +94,31 @@ static attn_status start_rank(dp_engine *engine, uint32_t index) {
     };
     attn_status status = dp_rank_create(&rank, &engine->ranks[index].rank);
     free(cpus);
-    if (attn_failed(status)) return status;
+    return status;
+}
+
+static attn_status await_rank(dp_engine *engine, uint32_t index) {
+    ATTN_TRY(dp_rank_await(engine->ranks[index].rank));
     engine->ranks[index].device = strdup(dp_rank_device(engine->ranks[index].rank));
     if (engine->ranks[index].device == NULL) {
         return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for rank %u", index);
     }
     return attn_ok();
+}
+
+/* All have come to an end of their start when this returns; the first failure. */
+static attn_status start_ranks(dp_engine *engine) {
+    attn_saved_status first = {0};
+    uint32_t started = 0;
+    while (started < engine->config.ranks && first.code == ATTN_OK) {
+        attn_status_save(&first, start_rank(engine, started));
+        if (first.code == ATTN_OK) started++;
+    }
+    for (uint32_t r = 0; r < started; r++) {
+        attn_status status = await_rank(engine, r);
+        if (first.code == ATTN_OK) attn_status_save(&first, status);
+    }
+    return first.code == ATTN_OK ? attn_ok() : attn_error(first.code, "%s", first.message);
 }
 
 attn_status dp_engine_create(const dp_config *config, dp_engine **engine) {
@@ -119,8 +138,7 @@ attn_status dp_engine_create(const dp_config *config, dp_engine **engine) {
     }
     ATTN_TRY_GOTO(status, dp_steps_init(&created->steps), fail);
     ATTN_TRY_GOTO(status, dp_sequences_init(&created->sequences, config), fail);
-    for (uint32_t r = 0; r < config->ranks; r++)
-        ATTN_TRY_GOTO(status, start_rank(created, r), fail);
+    ATTN_TRY_GOTO(status, start_ranks(created), fail);
     ATTN_TRY_GOTO(status, dp_watchdog_create(created, &created->watchdog), fail);
     created->config.k_scales = NULL; /* the ranks have their own */
     created->config.v_scales = NULL;

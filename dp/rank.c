@@ -542,20 +542,6 @@ static bool copy_config(dp_rank_config *copy, const dp_rank_config *config) {
     return !missing;
 }
 
-static attn_status start_first_worker(dp_rank *rank) {
-    ATTN_TRY(dp_rank_start(rank));
-    pthread_mutex_lock(&rank->lock);
-    while (!rank->starting->started)
-        pthread_cond_wait(&rank->started_or_not, &rank->lock);
-    pthread_mutex_unlock(&rank->lock);
-    if (dp_rank_look_at_start(rank) == DP_START_FAILED) {
-        const attn_saved_status *error = &rank->record.last_error;
-        return attn_error(error->code, "%s", error->message);
-    }
-    dp_rank_install(rank, 1);
-    return attn_ok();
-}
-
 attn_status dp_rank_create(const dp_rank_config *config, dp_rank **rank) {
     dp_rank *created = calloc(1, sizeof *created);
     if (created == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for rank %u", config->index);
@@ -570,13 +556,26 @@ attn_status dp_rank_create(const dp_rank_config *config, dp_rank **rank) {
     pthread_cond_init(&created->called_back, NULL);
     pthread_cond_init(&created->released, NULL);
     attn_status status = copy_config(&created->config, config)
-                             ? start_first_worker(created)
+                             ? dp_rank_start(created)
                              : attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for rank %u", config->index);
     if (attn_failed(status)) {
         rank_unreference(created);
         return status;
     }
     *rank = created;
+    return attn_ok();
+}
+
+attn_status dp_rank_await(dp_rank *rank) {
+    pthread_mutex_lock(&rank->lock);
+    while (!rank->starting->started)
+        pthread_cond_wait(&rank->started_or_not, &rank->lock);
+    pthread_mutex_unlock(&rank->lock);
+    if (dp_rank_look_at_start(rank) == DP_START_FAILED) {
+        const attn_saved_status *error = &rank->record.last_error;
+        return attn_error(error->code, "%s", error->message);
+    }
+    dp_rank_install(rank, 1);
     return attn_ok();
 }
 

@@ -89,8 +89,14 @@ typedef struct {
     uint32_t max_weight; /* of a launch */
 } dp_rank_config;
 
-/* Makes a rank with a worker in office, which has created its backend: epoch 1. Fails as attn_backend_create does. */
+/* Makes a rank, and starts its first worker, so that ranks create their backends at the same time. */
 attn_status dp_rank_create(const dp_rank_config *config, dp_rank **rank);
+
+/*
+ * To be called once after that: waits until the worker has created its backend and is in office, epoch 1. Fails as
+ * attn_backend_create does; the rank is then to be destroyed.
+ */
+attn_status dp_rank_await(dp_rank *rank);
 
 /*
  * Stops the worker in office, and the one that is starting, and waits until all workers, retired ones too, have come
@@ -180,7 +186,7 @@ typedef struct {
 
 void dp_rank_read_record(dp_rank *rank, dp_rank_record *record);
 
-/* Of the worker in office, right after dp_rank_create. */
+/* Of the worker in office, right after dp_rank_await. */
 const char *dp_rank_device(const dp_rank *rank);
 uint64_t dp_rank_small_bytes(const dp_rank *rank);
 bool dp_rank_overlaps(const dp_rank *rank); /* more than one group is in flight at a time, if there are as many */

@@ -599,6 +599,7 @@ static void stopping_a_rank_completes_what_is_in_flight(void **state) {
     dp_rank *rank;
     bare_job jobs[2] = {{.job = {.kind = &bare_kind, .epoch = 1}}, {.job = {.kind = &bare_kind, .epoch = 1}}};
     assert_ok(dp_rank_create(&config, &rank));
+    assert_ok(dp_rank_await(rank));
     overlap_hold();
     for (int i = 0; i < 2; i++) {
         assert_ok(dp_rank_reserve(rank, 1));

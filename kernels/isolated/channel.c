@@ -23,25 +23,31 @@ typedef struct {
 static isolated_channel *of(attn_channel *channel) { return (isolated_channel *)channel; }
 
 /* With the lock held. */
-static attn_status broken_status(const isolated_channel *self) {
-    return attn_error(ATTN_UNAVAILABLE, "the channel between devices %d and %d is broken: %.200s",
-                      self->base.ends[0].device, self->base.ends[1].device, self->why);
-}
+static attn_status broken_status(const isolated_channel *self) { return attn_error(ATTN_UNAVAILABLE, "%s", self->why); }
 
-static void channel_break_off(attn_channel *channel, const char *why) {
-    isolated_channel *self = of(channel);
+/* The first reason stays. */
+static void break_for(isolated_channel *self, attn_status why) {
     pthread_mutex_lock(&self->lock);
-    if (!self->broken) snprintf(self->why, sizeof self->why, "%s", why);
+    if (!self->broken) snprintf(self->why, sizeof self->why, "%s", why.message);
     self->broken = true;
     pthread_cond_broadcast(&self->changed);
     pthread_mutex_unlock(&self->lock);
     for (int i = 0; i < 2; i++)
-        attn_isolated_revoke(channel->ends[i].backend, self->number);
+        attn_isolated_revoke(self->base.ends[i].backend, self->number);
+}
+
+static attn_status broken_because(const isolated_channel *self, const char *why) {
+    return attn_error(ATTN_UNAVAILABLE, "the channel between devices %d and %d is broken: %s",
+                      self->base.ends[0].device, self->base.ends[1].device, why);
+}
+
+static void channel_break_off(attn_channel *channel, const char *why) {
+    break_for(of(channel), broken_because(of(channel), why));
 }
 
 /* What a side's process says of it, unless the channel was broken before. */
 static attn_status side_fails(isolated_channel *self, attn_status status) {
-    channel_break_off(&self->base, status.message);
+    break_for(self, status);
     pthread_mutex_lock(&self->lock);
     status = broken_status(self);
     pthread_mutex_unlock(&self->lock);
@@ -76,7 +82,7 @@ static attn_status wait_for_id(isolated_channel *self, int64_t deadline) {
     bool has_id = self->has_id;
     pthread_mutex_unlock(&self->lock);
     if (has_id) return attn_ok();
-    return side_fails(self, attn_error(ATTN_UNAVAILABLE, "connecting: the other side did not come in time"));
+    return side_fails(self, broken_because(self, "connecting: the other side did not come in time"));
 }
 
 /* The first side makes it. Where the channel is broken, says so. */
