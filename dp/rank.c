@@ -15,8 +15,12 @@
 #include "kernels/isolated.h"
 #include "kernels/pipeline.h"
 
-/* How long the worker looks for a next job before it sleeps: less than a wake-up costs. */
-#define SPIN_NS 20000
+/*
+ * How long the worker looks for a next job before it sleeps: less than a wake-up costs. One with a device, whose call
+ * may be over before that of another rank on which the next layer waits, looks as long as such calls are apart.
+ */
+#define SPIN_NS            20000
+#define SPIN_FOR_DEVICE_NS 200000
 
 #define NOT_SERVING 0 /* no epoch has this number */
 
@@ -351,9 +355,10 @@ static void pause_briefly(void) {
 static bool has_waiting(const dp_rank *rank) { return atomic_load_explicit(&rank->waiting, memory_order_relaxed) > 0; }
 
 /* A job that comes right after another is picked up without a wake-up. */
-static void spin_for_work(dp_rank *rank) {
+static void spin_for_work(const dp_worker *worker) {
+    const dp_rank *rank = worker->rank;
     if (!rank->spins) return;
-    int64_t end = attn_now_ns() + SPIN_NS;
+    int64_t end = attn_now_ns() + (worker->depth > 1 ? SPIN_FOR_DEVICE_NS : SPIN_NS);
     do {
         for (int i = 0; i < 16; i++) {
             if (has_waiting(rank)) return;
@@ -434,7 +439,7 @@ static void worker_work(dp_worker *worker) {
         } else if (run_or_start(worker, group)) {
             started++;
         }
-        if (started == 0) spin_for_work(worker->rank);
+        if (started == 0) spin_for_work(worker);
     }
 }
 

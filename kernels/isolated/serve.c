@@ -20,8 +20,12 @@
 #include "kernels/isolated/process.h"
 #include "kernels/pipeline.h"
 
-/* How long to look for a next command before sleeping: what a wake-up costs, or the gap between two layers. */
-#define SPIN_NS 50000
+/*
+ * How long to look for a next command before sleeping: what a wake-up costs or, where the time is the device's, the gap
+ * between two layers, in which the parent packs a large batch.
+ */
+#define SPIN_NS            20000
+#define SPIN_FOR_DEVICE_NS 500000
 
 typedef struct {
     attn_command *command;
@@ -92,6 +96,7 @@ static attn_status create(server *self, const attn_command *command) {
     config.v_scales = take(&end, request.has_v_scales, scales);
     ATTN_TRY(attn_backend_create(&config, &self->backend));
     lend(self, ATTN_ROWS_REGION);
+    if (self->spin_ns > 0 && attn_backend_depth(self->backend) > 1) self->spin_ns = SPIN_FOR_DEVICE_NS;
     const attn_line *line = &self->backend->line;
     attn_create_reply reply = {.tile_tokens = line->tile_tokens,
                                .block_queries = line->block_queries,
