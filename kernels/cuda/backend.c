@@ -25,6 +25,7 @@
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/export.h"
+#include "kernels/cuda/in_place.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/nccl_channel.h"
 #include "kernels/cuda/probe.h"
@@ -43,7 +44,6 @@
 #define BLOCKS_AN_SM       2
 #define COPIERS_MOST       6
 #define FLIGHTS            2
-#define BORROWED_MOST      4
 #define UPLOADED_BY_ITSELF ((size_t)64 << 10)
 #define SLOT_BYTES_MOST                                                                                                \
     ((size_t)256 << 20) /* batch_invariant: of partial results of a wave, at least one sequence's                      \
@@ -76,28 +76,11 @@ typedef struct {
     uint32_t *status; /* pinned: set to 1 by a kernel that met a page outside the pool */
 } call_memory;
 
-/* Memory of the caller's that the device reads and writes itself: attn_backend_borrow. */
-typedef struct {
-    char *host, *device; /* NULL: none */
-    size_t bytes;
-} borrowed;
-
-/*
- * Where a call's rows lie one after another, in borrowed memory: nothing needs copying from there to pinned memory, or
- * from pinned memory to there. NULL: they do not, or there are none.
- */
-typedef struct {
-    const char *queries, *keys, *values;
-    char *outs;
-    float *lses;
-    bool ins_stay, outs_stay; /* what to make of it */
-} rows_in_place;
-
 /* A decode from its start until it is finished. Two take turns; append and export use the first, with none started. */
 typedef struct {
     arena up, down;
     arena rows; /* device memory for rows that come from where they are */
-    rows_in_place in_place;
+    attn_cuda_rows_in_place in_place;
     uint32_t *status;                       /* pinned; call_memory.status */
     cudaEvent_t uploaded, ended;            /* recorded behind its upload and its last kernel */
     cudaEvent_t kernels_begin, kernels_end; /* attn_batch.device_time: around the kernels */
@@ -126,7 +109,7 @@ typedef struct {
     attn_cuda_workspace runs, chunks; /* of decode.h: default mode, batch_invariant */
     float *scales;                    /* device; fp8: [2, layers, heads_kv], of keys and of values; else NULL */
     uint32_t *statuses;               /* pinned, [FLIGHTS] */
-    borrowed borrowed[BORROWED_MOST];
+    attn_cuda_borrowed borrowed;
     cudaError_t failed; /* what an operation that returns nothing has met */
     uint32_t launches;  /* of kernels, by the decode that is being started */
 } cuda_backend;
@@ -314,50 +297,6 @@ static void note(cuda_backend *self, cudaError_t error) {
     if (self->failed == cudaSuccess) self->failed = error;
 }
 
-/* ------------------------------------------------------------------------------------------- */
-/* Borrowed memory */
-
-static void cuda_borrow(attn_backend *backend, void *memory, size_t bytes) {
-    cuda_backend *self = of(backend);
-    borrowed *free_one = NULL;
-    cudaSetDevice(self->device);
-    for (uint32_t i = 0; i < BORROWED_MOST && free_one == NULL; i++) {
-        if (self->borrowed[i].host == NULL) free_one = &self->borrowed[i];
-    }
-    if (free_one == NULL) return;
-    void *device = NULL;
-    cudaError_t error = cudaHostRegister(memory, bytes, cudaHostRegisterDefault);
-    if (error == cudaSuccess) error = cudaHostGetDevicePointer(&device, memory, 0);
-    if (error == cudaSuccess)
-        *free_one = (borrowed){memory, device, bytes};
-    else
-        cudaGetLastError(); /* then rows there are copied as all others */
-}
-
-static void cuda_give_back(attn_backend *backend, void *memory) {
-    cuda_backend *self = of(backend);
-    cudaSetDevice(self->device);
-    for (uint32_t i = 0; i < BORROWED_MOST; i++) {
-        if (self->borrowed[i].host != memory) continue;
-        cudaHostUnregister(memory);
-        self->borrowed[i] = (borrowed){0};
-    }
-}
-
-/* What the device has borrowed memory at; NULL: these bytes are not in any. */
-static char *device_address(const cuda_backend *self, const void *bytes, size_t count) {
-    const char *begin = bytes;
-    for (uint32_t i = 0; i < BORROWED_MOST; i++) {
-        const borrowed *of = &self->borrowed[i];
-        if (of->host == NULL || begin < of->host || begin > of->host + of->bytes) continue;
-        if (count <= (size_t)(of->host + of->bytes - begin)) return of->device + (begin - of->host);
-    }
-    return NULL;
-}
-
-/* ------------------------------------------------------------------------------------------- */
-/* Pages */
-
 /* All layers' tiles of a page: they lie a layer apart. */
 static void cuda_copy_page(attn_backend *backend, uint32_t from, uint32_t to) {
     cuda_backend *self = of(backend);
@@ -431,8 +370,8 @@ static bool has_rows_as_they_are(const cuda_backend *self) {
 /* Need key and value rows, of so many heads in all, not be copied? */
 static bool stays(const cuda_backend *self, const void *keys, const void *values, size_t rows) {
     row_bytes row = host_row(self);
-    return has_rows_as_they_are(self) && device_address(self, keys, rows * row.key) &&
-           device_address(self, values, rows * row.value);
+    return has_rows_as_they_are(self) && attn_cuda_address(&self->borrowed, keys, rows * row.key) &&
+           attn_cuda_address(&self->borrowed, values, rows * row.value);
 }
 
 static attn_status cuda_append(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
@@ -487,8 +426,8 @@ static attn_status cuda_export(attn_backend *backend, uint32_t layer, const uint
         key = carve(&down, rows * there.key);
         value = carve(&down, rows * there.value);
         if (stay) {
-            key.device = device_address(self, keys, rows * here.key);
-            value.device = device_address(self, values, rows * here.value);
+            key.device = attn_cuda_address(&self->borrowed, keys, rows * here.key);
+            value.device = attn_cuda_address(&self->borrowed, values, rows * here.value);
         }
         if (earnest) continue;
         if (!arena_reserve(&only->up, up.used, &status) || !arena_reserve(&only->down, down.used, &status)) {
@@ -606,7 +545,7 @@ static void lay_out(const cuda_backend *self, const flight *of, const tally *cou
     memory->page_offsets = carve(up, batch->size * sizeof(uint32_t));
     memory->page_table = carve(up, count->pages * sizeof(uint32_t));
     memory->places = carve(up, count->new_rows * sizeof(uint32_t));
-    if (!of->in_place.ins_stay) rows = up;
+    if (!of->in_place.ins) rows = up;
     memory->queries = carve(rows, query_rows * row.key);
     memory->keys = carve(rows, new_rows * row.key);
     memory->values = carve(rows, new_rows * row.value);
@@ -635,62 +574,24 @@ static bool reserve_call(const cuda_backend *self, flight *next, const tally *co
     rows = (carver){.memory = &next->rows};
     down = (carver){.memory = &next->down};
     lay_out(self, next, count, &up, &rows, &down, &next->memory);
-    if (!next->in_place.outs_stay) return true;
-    next->memory.out.device = device_address(self, next->in_place.outs, next->out_bytes);
-    if (next->in_place.lses != NULL) next->memory.lse.device = device_address(self, next->in_place.lses, 0);
-    return true;
-}
-
-/* Does `rows` begin where `*end` is, or is it the first? Then the end is `bytes` further on. */
-static bool goes_on(const void *rows, const char **first, const char **end, size_t bytes) {
-    if (*first == NULL) *first = *end = rows;
-    if (rows == NULL || rows != *end) return false;
-    *end += bytes;
-    return true;
-}
-
-/* False: some rows are somewhere else than right behind those of the sequence before. */
-static bool find_adjacent_rows(const attn_geometry *geometry, const attn_batch *batch, rows_in_place *found) {
-    const char *query_end = NULL, *key_end = NULL, *value_end = NULL, *out_end = NULL, *lse_end = NULL;
-    const char *outs = NULL, *lses = NULL;
-    *found = (rows_in_place){0};
-    for (uint32_t i = 0; i < batch->size; i++) {
-        size_t rows = batch->query_lengths[i], new_rows = attn_batch_new_rows(batch, i);
-        if (!goes_on(batch->queries[i], &found->queries, &query_end, rows * attn_query_row_bytes(geometry)) ||
-            !goes_on(batch->outs[i], &outs, &out_end, rows * attn_out_row_bytes(geometry))) {
-            return false;
-        }
-        if (batch->lses != NULL &&
-            !goes_on(batch->lses[i], &lses, &lse_end, rows * geometry->heads_q * sizeof(float))) {
-            return false;
-        }
-        if (new_rows == 0) continue;
-        if (!goes_on(batch->new_keys[i], &found->keys, &key_end, new_rows * attn_key_row_bytes(geometry)) ||
-            !goes_on(batch->new_values[i], &found->values, &value_end, new_rows * attn_value_row_bytes(geometry))) {
-            return false;
-        }
+    if (next->in_place.outs) next->memory.out.device = next->in_place.device_outs;
+    if (next->in_place.outs && next->in_place.device_lses != NULL) {
+        next->memory.lse.device = next->in_place.device_lses;
     }
-    found->outs = (char *)(uintptr_t)outs;
-    found->lses = (float *)(uintptr_t)lses;
     return true;
 }
 
-/* Which of the batch's rows stay where they are. Uploads of their own cost more than copies of few bytes. */
-static rows_in_place find_rows(const cuda_backend *self, const attn_batch *batch, const tally *count) {
-    const attn_geometry *geometry = &self->base.geometry;
-    rows_in_place found = {0};
-    if (self->borrowed[0].host == NULL || !has_rows_as_they_are(self)) return found;
-    if (batch->parts != NULL || count->prefixes > 0 || !find_adjacent_rows(geometry, batch, &found)) {
-        return (rows_in_place){0};
+/*
+ * Which of the batch's rows stay where they are. Uploads of their own cost more than copies of few bytes; parts, and
+ * sequences that share a prefix, have rows in another order.
+ */
+static attn_cuda_rows_in_place find_rows(const cuda_backend *self, const attn_batch *batch, size_t in_bytes,
+                                         const tally *count) {
+    if (!has_rows_as_they_are(self) || batch->parts != NULL || count->prefixes > 0) {
+        return (attn_cuda_rows_in_place){0};
     }
-    size_t queries = count->rows * attn_query_row_bytes(geometry),
-           keys = count->new_rows * attn_key_row_bytes(geometry);
-    size_t values = count->new_rows * attn_value_row_bytes(geometry), outs = count->rows * attn_out_row_bytes(geometry);
-    size_t lses = found.lses == NULL ? 0 : count->rows * geometry->heads_q * sizeof(float);
-    found.ins_stay = queries + keys + values >= UPLOADED_BY_ITSELF && device_address(self, found.queries, queries) &&
-                     (count->new_rows == 0 ||
-                      (device_address(self, found.keys, keys) && device_address(self, found.values, values)));
-    found.outs_stay = device_address(self, found.outs, outs) && (lses == 0 || device_address(self, found.lses, lses));
+    attn_cuda_rows_in_place found = attn_cuda_find_rows(&self->borrowed, &self->base.geometry, batch);
+    if (in_bytes < UPLOADED_BY_ITSELF) found.ins = false;
     return found;
 }
 
@@ -993,10 +894,10 @@ static attn_cuda_work describe_work(const cuda_backend *self, const attn_batch *
 static attn_status upload_all(const cuda_backend *self, const flight *uploaded, const tally *count,
                               cudaStream_t stream) {
     const call_memory *memory = &uploaded->memory;
-    const rows_in_place *rows = &uploaded->in_place;
+    const attn_cuda_rows_in_place *rows = &uploaded->in_place;
     const attn_geometry *geometry = &self->base.geometry;
     ATTN_TRY(upload(memory->sequences, memory->first_pieces.host, stream));
-    if (!rows->ins_stay) return attn_ok();
+    if (!rows->ins) return attn_ok();
     ATTN_TRY(upload_rows(rows->queries, memory->queries, count->rows * attn_query_row_bytes(geometry), stream));
     ATTN_TRY(upload_rows(rows->keys, memory->keys, count->new_rows * attn_key_row_bytes(geometry), stream));
     return upload_rows(rows->values, memory->values, count->new_rows * attn_value_row_bytes(geometry), stream);
@@ -1170,16 +1071,16 @@ static attn_status cuda_start(attn_backend *backend, const attn_batch *batch, co
     plan = attn_backend_accept_plan(backend, plan);
     tally count = count_batch(self, batch);
     row_bytes row = device_row(self);
-    next->in_place = find_rows(self, batch, &count);
-    next->out_bytes = count.rows * backend->geometry.heads_q * row.value;
+    size_t heads_q = backend->geometry.heads_q, heads_kv = backend->geometry.heads_kv;
+    size_t in_bytes = count.rows * heads_q * row.key + count.new_rows * heads_kv * (row.key + row.value);
+    next->in_place = find_rows(self, batch, in_bytes, &count);
+    next->out_bytes = count.rows * heads_q * row.value;
     if (!reserve_call(self, next, &count, &status)) return status;
     next->timing.plan_ns = attn_now_ns() - next->start_ns;
 
     pack_tables(self, batch, &next->memory, &count);
-    size_t heads_q = backend->geometry.heads_q, heads_kv = backend->geometry.heads_kv;
     copying rows = {.self = self, .batch = batch, .memory = &next->memory, .copy = copy_in};
-    size_t in_bytes = count.rows * heads_q * row.key + count.new_rows * heads_kv * (row.key + row.value);
-    if (!next->in_place.ins_stay) copy_all(&rows, in_bytes);
+    if (!next->in_place.ins) copy_all(&rows, in_bytes);
     status = launch_flight(self, next, plan, &count);
     next->timing.launches = self->launches;
     if (attn_failed(status)) take_back(self, next);
@@ -1209,7 +1110,7 @@ static attn_status cuda_finish(attn_backend *backend, attn_timing *timing) {
     cudaSetDevice(self->device);
     ATTN_TRY(settle(self, ended));
     copying rows = {.self = self, .batch = ended->batch, .memory = &ended->memory, .copy = copy_out};
-    if (!ended->in_place.outs_stay) copy_all(&rows, ended->out_bytes);
+    if (!ended->in_place.outs) copy_all(&rows, ended->out_bytes);
     *timing = ended->timing;
     if (ended->batch->device_time) ATTN_TRY(read_device_time(ended, timing));
     timing->attention_ns = attn_now_ns() - ended->start_ns - timing->plan_ns;
@@ -1248,6 +1149,16 @@ static void destroy_stream(cudaStream_t stream) {
     cudaStreamDestroy(stream);
 }
 
+static void cuda_borrow(attn_backend *backend, void *memory, size_t bytes) {
+    cudaSetDevice(of(backend)->device);
+    attn_cuda_borrow(&of(backend)->borrowed, memory, bytes);
+}
+
+static void cuda_give_back(attn_backend *backend, void *memory) {
+    cudaSetDevice(of(backend)->device);
+    attn_cuda_give_back(&of(backend)->borrowed, memory);
+}
+
 static void cuda_destroy(attn_backend *backend) {
     cuda_backend *self = of(backend);
     cudaSetDevice(self->device);
@@ -1256,6 +1167,7 @@ static void cuda_destroy(attn_backend *backend) {
     for (uint32_t i = 0; i < FLIGHTS; i++)
         flight_fini(&self->flights[i]);
     arena_fini(&self->apart);
+    attn_cuda_give_all_back(&self->borrowed);
     attn_cpu_workers_destroy(self->copiers);
     attn_cuda_free(self->layer.memory);
     attn_cuda_free(self->slot_out);
