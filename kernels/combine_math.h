@@ -24,10 +24,9 @@ ATTN_COMBINE_INLINE double attn_fixed_exp(double x) {
     const double factorial_reciprocals[] = {
         1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
         1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
-    if (x < -700.0) return 0.0;
-    if (!(x <= 0.0)) return (double)NAN;
-    double k = (double)(int64_t)(x * 0x1.71547652b82fep+0 - 0.5);
-    double r = (x - k * ln2_high) - k * ln2_low;
+    double within = x >= -700.0 && x <= 0.0 ? x : 0.0; /* no branches: so several can be computed at once */
+    double k = (double)(int64_t)(within * 0x1.71547652b82fep+0 - 0.5);
+    double r = (within - k * ln2_high) - k * ln2_low;
     double sum = factorial_reciprocals[13];
     for (int n = 12; n >= 0; n--) {
         sum = sum * r + factorial_reciprocals[n];
@@ -35,7 +34,7 @@ ATTN_COMBINE_INLINE double attn_fixed_exp(double x) {
     uint64_t bits = (uint64_t)(1023 + (int64_t)k) << 52;
     double power;
     memcpy(&power, &bits, sizeof power);
-    return sum * power;
+    return x < -700.0 ? 0.0 : x <= 0.0 ? sum * power : (double)NAN;
 }
 
 /* log(x) for normal x >= 1, and NaN for NaN: k ln 2 + 2 atanh((m - 1) / (m + 1)) with m in [1/sqrt 2, sqrt 2). */

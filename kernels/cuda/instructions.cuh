@@ -89,6 +89,28 @@ __device__ inline uint64_t evict_first_policy() {
     return policy;
 }
 
+__device__ inline uint64_t evict_last_policy() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ inline void store_with_policy(float *to, float value, uint64_t policy) {
+    asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(value), "l"(policy) : "memory");
+}
+
+__device__ inline void store_with_policy(float2 *to, float2 value, uint64_t policy) {
+    asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(value.x), "f"(value.y),
+                 "l"(policy)
+                 : "memory");
+}
+
+__device__ inline void store_with_policy(float4 *to, float4 value, uint64_t policy) {
+    asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "f"(value.x), "f"(value.y),
+                 "f"(value.z), "f"(value.w), "l"(policy)
+                 : "memory");
+}
+
 /* Makes what this thread wrote visible to bulk copies and wgmma that are started afterwards. */
 __device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
 

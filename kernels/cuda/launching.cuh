@@ -19,6 +19,7 @@ struct arguments {
     uint32_t stages;
     uint32_t patience_ns; /* attn_cuda_tuning */
     uint64_t *times;      /* attn_cuda_tuning */
+    uint32_t chunk_slots; /* chunks that a block can keep (chunks.cuh) */
 };
 
 /* ------------------------------------------------------------------------------------------- */

@@ -10,6 +10,7 @@
 #ifndef ATTND_KERNELS_CUDA_NARROW_CUH
 #define ATTND_KERNELS_CUDA_NARROW_CUH
 
+#include "kernels/cuda/chunks.cuh"
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/elements.cuh"
@@ -40,16 +41,18 @@ struct shape {
     static constexpr uint32_t SLICES = TOKENS / 64; /* of 16 tokens, that a warp has of a tile */
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, false>;
     using rules = line::rules<TOKENS, SIMPLE, INVARIANT>;
-    static constexpr bool CLUSTERED = CLUSTERED_; /* cluster.cuh */
+    static constexpr bool CLUSTERED = CLUSTERED_;             /* cluster.cuh */
+    static constexpr bool KEEPS_CHUNKS = SIMPLE && INVARIANT; /* chunks.cuh */
 };
 
 /* What a block keeps in shared memory, behind the ring. */
-template <typename S> struct group_memory {
+template <typename S> struct alignas(16) group_memory {
     float out[WARPS][S::ROWS][S::DIM_V + 4]; /* + 4: keeps the four states' rows off each other's banks */
     float maximum[WARPS][S::ROWS];           /* of the scores, in units of log2 */
     float sum[WARPS][S::ROWS];
     uint2 visible[WARPS][S::ROWS]; /* tokens that a row sees, from .x to before .y; a warp has its own copy */
     uint64_t turn;                 /* the group has consumed its run: the next one's begins */
+    uint64_t posted;               /* batch_invariant: the group has ended its chunk */
     uint32_t last_arriver;
 };
 
@@ -509,6 +512,120 @@ __device__ inline void finish_run(const group_context<S> &own, const line::unit 
     }
 }
 
+/* What else the groups of a block that keeps chunks have in common. */
+template <typename S> struct chunk_context {
+    const line::share &mine;
+    block_memory<S> &memory;
+    chunks::kept keeps;
+    float *staged; /* the ring, when it is not needed any more */
+    uint32_t staged_bytes;
+    uint32_t patience_ns;
+};
+
+/* Merges row `slot`, `slot` + `slots`, .. of a unit whose chunks are in the workspace. By a warp. */
+template <typename S>
+__device__ inline void merge_stored(const group_context<S> &own, const line::unit &unit, uint32_t slot,
+                                    uint32_t slots) {
+    for (uint32_t index = slot; index < own.cut.group; index += slots) {
+        rows::merge_row<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(own.call, own.work,
+                                                                              {unit, own.cut, index}, own.by, own.lane);
+    }
+}
+
+/* After the block's last chunk of a unit that it does not end with: merges it, if all of it is there. By a group. */
+template <typename S>
+__device__ inline void end_unit(const group_context<S> &own, const chunk_context<S> &with, const line::unit &unit,
+                                const chunks::unit_plan &plan) {
+    using L = typename S::rules;
+    if (plan.is_kept) {
+        for (uint32_t index = own.warp; index < own.cut.group; index += WARPS) {
+            chunks::kept_row<S::DIM_V> from = {with.keeps.outs + index * S::DIM_V, with.keeps.lses + index,
+                                               with.keeps.rows};
+            rows::merge_chunks<typename S::IO, S::DIM_V>(
+                own.call, from, rows::destination_of<L>(own.call, {unit, own.cut, index}, 0), plan.count, own.lane);
+        }
+        return;
+    }
+    if (own.warp == 0 && own.lane == 0) {
+        chunks::party party = chunks::party_of(own.work, unit, own.by);
+        own.memory.last_arriver =
+            chunks::arrive<L>(own.call, own.work, party, unit, with.mine, own.by, with.patience_ns) != 0;
+    }
+    __syncwarp(); /* the barrier counts whole warps */
+    ptx::named_barrier<GROUP_THREADS>(own.group);
+    if (own.memory.last_arriver) merge_stored<S>(own, unit, own.warp, WARPS);
+}
+
+/* Ends a chunk, the block's `number`-th run. */
+template <typename S>
+__device__ inline void finish_chunk(const group_context<S> &own, const chunk_context<S> &with, const line::unit &unit,
+                                    const rows::run &done, uint32_t number) {
+    chunks::unit_plan plan = chunks::plan_unit(unit, with.mine, own.by, with.keeps.slots);
+    static_assert(S::GROUPS == 2, "a group waits for the other");
+    uint32_t end = min(with.mine.end, unit.begin + unit.sees.tiles), before = number - 1;
+    ptx::named_barrier<GROUP_THREADS>(own.group);
+    if (number > 0) {
+        const group_memory<S> &other = with.memory.group[before % S::GROUPS];
+        ptx::barrier_wait(ptx::shared_address(&other.posted), before / S::GROUPS % 2);
+    }
+    for (uint32_t index = own.warp; index < own.cut.group; index += WARPS) {
+        rows::row_state<S::DIM_V> merged = merge_warps<S>(own.memory, index, own.lane);
+        chunks::deliver_row<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(
+            own.call, own.work, with.keeps, plan, {unit, own.cut, index}, done, own.by, merged, own.lane);
+    }
+    ptx::named_barrier<GROUP_THREADS>(own.group); /* the states may be overwritten; the partials are written */
+    bool is_ended = done.end == end && !plan.is_only;
+    if (is_ended && (plan.is_kept || end != with.mine.end)) end_unit<S>(own, with, unit, plan);
+    __syncwarp(); /* what all lanes have written, and read */
+    if (own.lane == 0) ptx::barrier_arrive(ptx::shared_address(&own.memory.posted));
+}
+
+/* Merges what is a member's part of a unit: some columns of a row, or some rows. By all groups. */
+template <typename S>
+__device__ inline void merge_part(const group_context<S> &own, const chunk_context<S> &with, const line::unit &unit,
+                                  uint32_t member, uint32_t members) {
+    constexpr uint32_t THREADS = S::GROUPS * GROUP_THREADS, PIECES = S::DIM_V / 8, MAX_PARTS = S::DIM_V / 32;
+    uint32_t warp = own.group * WARPS + own.warp, rows = own.cut.group;
+    if (members < rows) return merge_stored<S>(own, unit, member * THREADS / 32 + warp, members * THREADS / 32);
+    uint32_t parts = min(members / rows, MAX_PARTS), index = member / parts, part = member % parts;
+    if (index >= rows) return;
+    uint32_t begin = PIECES * part / parts * 8, end = PIECES * (part + 1) / parts * 8;
+    chunks::columns<S::DIM_V, S::ROWS> from = {rows::find_stored<S::DIM_V, S::ROWS>(own.work, unit, index, own.by),
+                                               unit.sees.tiles >> own.by.chunk_shift, begin, end - begin};
+    uint32_t room = min(THREADS, with.staged_bytes / (from.width * (uint32_t)sizeof(float)));
+    chunks::scratch<THREADS> &scratch = *(chunks::scratch<THREADS> *)with.memory.group[0].out;
+    chunks::merge_columns<typename S::IO, THREADS>(
+        own.call, from, rows::destination_of<typename S::rules>(own.call, {unit, own.cut, index}, 0), scratch,
+        with.staged, room, S::GROUPS, warp * 32 + own.lane);
+}
+
+/* After the share's last chunk, if others have chunks of its unit: the merge, or a part of it. By all groups. */
+template <typename S>
+__device__ inline void finish_share(const group_context<S> &own, const chunk_context<S> &with, const line::unit &unit) {
+    constexpr uint32_t THREADS = S::GROUPS * GROUP_THREADS;
+    static_assert(sizeof(chunks::scratch<THREADS>) <= sizeof(with.memory.group[0].out), "");
+    chunks::unit_plan plan = chunks::plan_unit(unit, with.mine, own.by, with.keeps.slots);
+    if (plan.is_only || plan.is_kept) return;
+    ptx::wait_for_previous_launch(); /* a group may have had no run */
+    chunks::party party = chunks::party_of(own.work, unit, own.by);
+    chunks::scratch<THREADS> &scratch = *(chunks::scratch<THREADS> *)with.memory.group[0].out;
+    ptx::named_barrier<THREADS>(S::GROUPS); /* the partials are written, and the states read */
+    if (own.group == 0 && own.warp == 0 && own.lane == 0) {
+        scratch.merged =
+            chunks::arrive<typename S::rules>(own.call, own.work, party, unit, with.mine, own.by, with.patience_ns);
+    }
+    __syncwarp();
+    ptx::named_barrier<THREADS>(S::GROUPS);
+    uint32_t merged = scratch.merged, warp = own.group * WARPS + own.warp;
+    if (merged == 0) return;
+    bool is_member = party.is_joint && party.of.own < party.of.members;
+    if (is_member && merged == 1u << party.of.own) {
+        merge_part<S>(own, with, unit, party.of.own, party.of.members);
+    } else {
+        merge_stored<S>(own, unit, warp, THREADS / 32);
+    }
+}
+
 /*
  * Consumes a run, whose first stage is the `done_before`-th of the block: each `step`-th of its tiles. With step 2, in
  * an even number of stages, each stage is always the same group's.
@@ -561,7 +678,7 @@ __device__ inline void do_part(const group_context<S> &own, const line::share &m
 /* A consumer warp: its group's of the worker's runs, every GROUPS-th. */
 template <typename S>
 __device__ inline void consume(const group_context<S> &own, const line::share &mine, block_memory<S> &memory,
-                               const produce::ring &ring, const cluster::inbox &inbox) {
+                               const produce::ring &ring, const cluster::inbox &inbox, const chunk_context<S> &with) {
     if (S::CLUSTERED && mine.is_part) return do_part<S>(own, mine, memory, ring, inbox);
     uint32_t before = ptx::shared_address(&memory.group[(own.group + S::GROUPS - 1) % S::GROUPS].turn);
     uint32_t number = 0, tiles_done = 0;
@@ -583,10 +700,15 @@ __device__ inline void consume(const group_context<S> &own, const line::share &m
                 do_run<S>(own, unit, run, ring, tiles_done, waits ? before : 0, (number - 1) / S::GROUPS % 2, 1);
                 /* The launch before may still read what is written from here on. */
                 if (number < S::GROUPS) ptx::wait_for_previous_launch();
-                finish_run<S>(own, unit, run);
+                if constexpr (S::KEEPS_CHUNKS) {
+                    finish_chunk<S>(own, with, unit, run, number);
+                } else {
+                    finish_run<S>(own, unit, run);
+                }
             }
             tiles_done += run.end - run.begin;
         }
+        if constexpr (S::KEEPS_CHUNKS) finish_share<S>(own, with, unit);
     }
 }
 
@@ -616,6 +738,7 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
         }
         for (uint32_t group = 0; group < S::GROUPS; group++) {
             ptx::barrier_init(ptx::shared_address(&memory.group[group].turn), WARPS);
+            if (S::KEEPS_CHUNKS) ptx::barrier_init(ptx::shared_address(&memory.group[group].posted), WARPS);
         }
         if (S::CLUSTERED) {
             cluster::open_inbox(ptx::shared_address(&memory.received),
@@ -650,7 +773,14 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
             inbox = cluster::view_inbox((char *)(&memory + 1), ptx::shared_address(&memory.received),
                                         line::part_of(with.cut, blockIdx.x), with.cut.parts, with.cut.group, S::DIM_V);
         }
-        consume<S>(own, mine, memory, ring, inbox);
+        chunk_context<S> keeping = {
+            mine,
+            memory,
+            chunks::view_kept((char *)(&memory + 1), with.chunk_slots, with.cut.group, S::DIM_V),
+            (float *)shared,
+            with.stages * S::stage::BYTES,
+            with.patience_ns};
+        consume<S>(own, mine, memory, ring, inbox, keeping);
         if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
             atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
     }
@@ -675,11 +805,18 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     uint32_t stages = min(min((room - besides) / S::stage::BYTES, most), MAX_STAGES);
     if (S::CLUSTERED) stages -= stages % S::GROUPS;
     if (stages == 0) return cudaErrorInvalidValue;
+    uint32_t left = room - besides - stages * S::stage::BYTES, a_chunk = chunks::kept_bytes(group, S::DIM_V);
+    uint32_t chunk_slots = S::KEEPS_CHUNKS ? left / a_chunk : 0;
     attn_cuda_workspace slots = workspace;
     slots.rows = S::ROWS;
-    arguments with = {line::make_cut(call.layer, tuning, S::ROWS, workers, parts), slots, stages, tuning.patience_ns,
-                      tuning.times};
-    launching::grid size = {workers, S::GROUPS * GROUP_THREADS + 32, parts, stages * S::stage::BYTES + besides};
+    arguments with = {line::make_cut(call.layer, tuning, S::ROWS, workers, parts),
+                      slots,
+                      stages,
+                      tuning.patience_ns,
+                      tuning.times,
+                      chunk_slots};
+    launching::grid size = {workers, S::GROUPS * GROUP_THREADS + 32, parts,
+                            stages * S::stage::BYTES + besides + chunk_slots * a_chunk};
     return launching::launch_kernel(narrow_kernel<S>, size, tuning, call, with, stream);
 }
 

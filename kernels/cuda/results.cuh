@@ -115,6 +115,12 @@ template <typename LseOf> __device__ inline row_weights weigh(uint32_t count, co
     return weights;
 }
 
+/* Of a partial, before it is divided by the total; 0 if it has seen nothing. */
+__device__ inline double power_of(const row_weights &weights, float lse) {
+    double power = attn_fixed_exp(lse - weights.largest);
+    return lse == -INFINITY ? 0.0 : power;
+}
+
 __device__ inline float weight_of(const row_weights &weights, float lse) {
     return lse == -INFINITY ? 0.0f : (float)(attn_fixed_exp(lse - weights.largest) / weights.total);
 }

@@ -84,6 +84,17 @@ template <uint32_t COLUMNS> __device__ inline void store_row(float *to, const ro
     }
 }
 
+/* The same, into lines of the L2 cache that are the last to be evicted. */
+template <uint32_t COLUMNS>
+__device__ inline void store_row_to_stay(float *to, const row<COLUMNS> &stored, uint32_t lane) {
+    using word = typename words<row<COLUMNS>::WIDTH>::type;
+    uint64_t policy = ptx::evict_last_policy();
+#pragma unroll
+    for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
+        ptx::store_with_policy((word *)to + p * 32 + lane, *(const word *)stored.parts[p], policy);
+    }
+}
+
 template <uint32_t COLUMNS> __device__ inline void clear_row(row<COLUMNS> &cleared) {
 #pragma unroll
     for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
@@ -289,20 +300,40 @@ __device__ inline void merge_partials(const attn_cuda_call &call, const workspac
 /* The double of lane `from`. */
 __device__ inline double shuffle(double value, uint32_t from) { return __shfl_sync(ALL_LANES, value, from); }
 
+/* A row's chunks in the workspace, from the first one's slot on. */
+template <uint32_t COLUMNS, uint32_t ROWS> struct stored_row {
+    const float *outs;
+    const float2 *states;
+
+    __device__ float lse_of(uint32_t chunk) const { return __ldcg(&states[(size_t)chunk * ROWS]).x; }
+    __device__ row<COLUMNS> load(uint32_t chunk, uint32_t lane) const {
+        return load_row_of_others<COLUMNS>(outs + (size_t)chunk * ROWS * COLUMNS, lane);
+    }
+};
+
 /*
  * batch_invariant: of `count` chunks, to the bit as attn_combine_row does it. The lanes compute the exponentials of 32
- * chunks, all add them in order. `outs` and `states`: the row's in the first chunk's slot.
+ * chunks, all add them in order. FROM: like stored_row.
  */
-template <typename IO, uint32_t COLUMNS, uint32_t ROWS>
-__device__ __noinline__ void merge_chunks(const attn_cuda_call &call, const float *outs, const float2 *states,
-                                          results::destination to, uint32_t count, uint32_t lane) {
+template <typename IO, uint32_t COLUMNS, typename FROM>
+__device__ __noinline__ void merge_chunks(const attn_cuda_call &call, FROM from, results::destination to,
+                                          uint32_t count, uint32_t lane) {
     constexpr uint32_t AHEAD = COLUMNS <= 128 ? 8 : 4; /* chunks whose rows are on their way; divides 32 */
-    auto lse_of = [&](uint32_t c) { return __ldcg(&states[(size_t)c * ROWS]).x; };
+    row<COLUMNS> coming[AHEAD];
+    auto load = [&](uint32_t first) {
+#pragma unroll
+        for (uint32_t i = 0; i < AHEAD; i++) {
+            clear_row(coming[i]); /* likewise */
+            if (first + i < count) coming[i] = from.load(first + i, lane);
+        }
+    };
+    auto lse_of = [&](uint32_t c) { return c < count ? from.lse_of(c) : -INFINITY; };
+    load(0);
 
-    float largest = to.sink != nullptr ? *to.sink : -INFINITY;
+    float lse = lse_of(lane), largest = fmaxf(to.sink != nullptr ? *to.sink : -INFINITY, lse);
 #pragma unroll 4
-    for (uint32_t c = lane; c < count; c += 32) {
-        largest = fmaxf(largest, lse_of(c));
+    for (uint32_t c = lane + 32; c < count; c += 32) {
+        largest = fmaxf(largest, from.lse_of(c));
     }
     for (uint32_t step = 16; step > 0; step /= 2) {
         largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, step));
@@ -312,13 +343,17 @@ __device__ __noinline__ void merge_chunks(const attn_cuda_call &call, const floa
     weights.total = 0.0;
     weights.any = to.sink != nullptr && *to.sink != -INFINITY;
     if (weights.any) weights.total = attn_fixed_exp(*to.sink - weights.largest);
-    for (uint32_t base = 0; base < count; base += 32) {
-        float lse = base + lane < count ? lse_of(base + lane) : -INFINITY;
-        double power = lse == -INFINITY ? 0.0 : attn_fixed_exp(lse - weights.largest);
+    double power = results::power_of(weights, lse);
+#pragma unroll 1
+    for (uint32_t base = 0;;) {
         weights.any |= __any_sync(ALL_LANES, lse != -INFINITY);
 #pragma unroll 4
         for (uint32_t i = 0; i < min(32u, count - base); i++)
             weights.total += shuffle(power, i); /* of a chunk without tokens 0, which changes no sum */
+        base += 32;
+        if (base >= count) break;
+        lse = lse_of(base + lane);
+        power = results::power_of(weights, lse);
     }
 
     row<COLUMNS> sum;
@@ -326,34 +361,56 @@ __device__ __noinline__ void merge_chunks(const attn_cuda_call &call, const floa
     float weight = 0.0f;
     uint32_t seen = 0;
 #pragma unroll 1
-    for (uint32_t first = 0; first < count && weights.any; first += AHEAD) {
-        row<COLUMNS> loaded[AHEAD];
-#pragma unroll
-        for (uint32_t i = 0; i < AHEAD; i++) {
-            const float *out = outs + (size_t)(first + i) * ROWS * COLUMNS;
-            clear_row(loaded[i]); /* likewise */
-            if (first + i < count) loaded[i] = load_row_of_others<COLUMNS>(out, lane);
-        }
+    for (uint32_t first = 0; weights.any;) {
         if (first % 32 == 0) {
-            float lse = first + lane < count ? lse_of(first + lane) : -INFINITY;
-            weight = results::weight_of(weights, lse);
+            if (count > 32) {
+                lse = lse_of(first + lane);
+                power = results::power_of(weights, lse);
+            }
+            weight = (float)(power / weights.total);
             seen = __ballot_sync(ALL_LANES, lse != -INFINITY);
         }
 #pragma unroll
         for (uint32_t i = 0; i < AHEAD; i++) {
             float factor = __shfl_sync(ALL_LANES, weight, first % 32 + i);
             if (!(seen >> (first % 32 + i) & 1)) continue;
-            scale_row(loaded[i], factor);
+            scale_row(coming[i], factor);
 #pragma unroll
             for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
 #pragma unroll
                 for (uint32_t e = 0; e < row<COLUMNS>::WIDTH; e++)
-                    sum.parts[p][e] += loaded[i].parts[p][e];
+                    sum.parts[p][e] += coming[i].parts[p][e];
             }
         }
+        first += AHEAD;
+        if (first >= count) break;
+        load(first);
     }
     write_elements((IO *)call.out + to.row * COLUMNS, sum, call.layer.dtype, lane);
     if (lane == 0) results::write_lse(call, to, results::merged_lse(weights));
+}
+
+/* What a unit's only chunk is to be multiplied by, and what its LSE becomes, where there is a sink. */
+static __device__ __noinline__ float2 weigh_with_sink(float lse, const float *sink) {
+    results::row_weights weights = results::weigh(1, sink, [&](uint32_t) { return lse; });
+    return make_float2(results::weight_of(weights, lse), results::merged_lse(weights));
+}
+
+/* batch_invariant: writes a row that has only one chunk, normalised, to the bit as merge_chunks would. */
+template <typename L, typename IO, uint32_t COLUMNS>
+__device__ inline void write_only_chunk(const attn_cuda_call &call, const place &at, row<COLUMNS> &out, float lse,
+                                        uint32_t lane) {
+    results::destination to = destination_of<L>(call, at, 0);
+    if (to.sink != nullptr) {
+        float2 weighed = weigh_with_sink(lse, to.sink);
+        scale_row(out, weighed.x);
+        lse = weighed.y;
+    }
+    row<COLUMNS> sum;
+    clear_row(sum);
+    add_row(sum, 1.0f, out, 1.0f); /* -0 becomes 0 */
+    write_elements((IO *)call.out + to.row * COLUMNS, sum, call.layer.dtype, lane);
+    if (lane == 0) results::write_lse(call, to, lse);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -364,13 +421,18 @@ struct run {
     uint32_t begin, end; /* in the line */
 };
 
-/* What a run leaves behind besides finished rows. */
-template <uint32_t COLUMNS, uint32_t ROWS>
+/* What a run leaves behind besides finished rows. STAYS: in the L2 cache, since what is evicted costs memory's time. */
+template <uint32_t COLUMNS, uint32_t ROWS, bool STAYS = false>
 __device__ inline void store_partial(const workspace &work, uint32_t slot, uint32_t index, const row<COLUMNS> &out,
                                      float2 state, uint32_t lane) {
     ptx::require(slot < work.slots && index < ROWS);
     if (slot >= work.slots) return; /* never, if the host has counted as the device does */
-    store_row(work.outs + ((size_t)slot * ROWS + index) * COLUMNS, out, lane);
+    float *to = work.outs + ((size_t)slot * ROWS + index) * COLUMNS;
+    if constexpr (STAYS) {
+        store_row_to_stay(to, out, lane);
+    } else {
+        store_row(to, out, lane);
+    }
     if (lane == 0) work.states[(size_t)slot * ROWS + index] = state;
 }
 
@@ -395,6 +457,11 @@ __device__ inline uint32_t ticket_of(const attn_cuda_call &call, const line::uni
     return line::is_batch_invariant<L>(call) ? unit.begin >> by.chunk_shift : unit.begin / by.tiles_a_worker;
 }
 
+/* batch_invariant: has the unit no other chunk, so that nothing is to be merged? */
+template <typename L> __device__ inline bool is_only_chunk(const attn_cuda_call &call, const line::unit &unit) {
+    return unit.of.chunk_stride == 0 && unit.sees.tiles >> line::chunk_shift<L>(call) == 1;
+}
+
 /* Delivers a row of a run: to where it ends if the run is a whole unit or a part's chunk, else as a partial. */
 template <typename L, typename IO, uint32_t COLUMNS, uint32_t ROWS>
 __device__ inline void deliver_row(const attn_cuda_call &call, const workspace &work, const place &at, const run &done,
@@ -410,6 +477,10 @@ __device__ inline void deliver_row(const attn_cuda_call &call, const workspace &
     }
     scale_row(state.out, normaliser(state.sum) * value_scale(call, at.unit.head));
     float lse = lse_of(state.maximum, state.sum);
+    if (is_only_chunk<L>(call, at.unit)) {
+        write_only_chunk<L, IO>(call, at, state.out, lse, lane);
+        return;
+    }
     if (at.unit.of.chunk_stride == 0) {
         store_partial<COLUMNS, ROWS>(work, slot_of<L>(call, at.unit, done, by), at.index, state.out,
                                      make_float2(lse, 0.0f), lane);
@@ -425,7 +496,7 @@ __device__ inline void deliver_row(const attn_cuda_call &call, const workspace &
 /* Has the run left partials that somebody must merge? */
 template <typename L>
 __device__ inline bool is_cut(const attn_cuda_call &call, const line::unit &unit, const run &done) {
-    if (line::is_batch_invariant<L>(call)) return unit.of.chunk_stride == 0;
+    if (line::is_batch_invariant<L>(call)) return unit.of.chunk_stride == 0 && !is_only_chunk<L>(call, unit);
     return done.end - done.begin != unit.sees.tiles;
 }
 
@@ -441,14 +512,21 @@ __device__ inline bool arrive(const attn_cuda_call &call, const workspace &work,
     return last;
 }
 
+/* Row `index` of a unit's chunks in the workspace. */
+template <uint32_t COLUMNS, uint32_t ROWS>
+__device__ inline stored_row<COLUMNS, ROWS> find_stored(const workspace &work, const line::unit &unit, uint32_t index,
+                                                        const worker &by) {
+    size_t first = (size_t)(unit.begin >> by.chunk_shift) * ROWS + index;
+    return {work.outs + first * COLUMNS, work.states + first};
+}
+
 /* The last to arrive merges the unit's row. */
 template <typename L, typename IO, uint32_t COLUMNS, uint32_t ROWS>
 __device__ inline void merge_row(const attn_cuda_call &call, const workspace &work, const place &at, const worker &by,
                                  uint32_t lane) {
     if (line::is_batch_invariant<L>(call)) {
-        size_t first = (size_t)(at.unit.begin >> by.chunk_shift) * ROWS + at.index;
-        merge_chunks<IO, COLUMNS, ROWS>(call, work.outs + first * COLUMNS, work.states + first,
-                                        destination_of<L>(call, at, 0), at.unit.sees.tiles >> by.chunk_shift, lane);
+        merge_chunks<IO, COLUMNS>(call, find_stored<COLUMNS, ROWS>(work, at.unit, at.index, by),
+                                  destination_of<L>(call, at, 0), at.unit.sees.tiles >> by.chunk_shift, lane);
     } else {
         uint32_t first = at.unit.begin / by.tiles_a_worker;
         uint32_t last = (at.unit.begin + at.unit.sees.tiles - 1) / by.tiles_a_worker;

@@ -1035,8 +1035,12 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     stages = min(min(stages, most), MAX_STAGES) / S::GROUPS * S::GROUPS;
     attn_cuda_workspace slots = workspace;
     slots.rows = GROUP_ROWS;
-    arguments with = {line::make_cut(call.layer, tuning, S::ROWS, tuning.workers, 1), slots, stages, tuning.patience_ns,
-                      tuning.times};
+    arguments with = {line::make_cut(call.layer, tuning, S::ROWS, tuning.workers, 1),
+                      slots,
+                      stages,
+                      tuning.patience_ns,
+                      tuning.times,
+                      0};
     with.cut.align_tiles = max(tuning.align_tiles, ALIGN_TOKENS / S::TOKENS);
     launching::grid size = {tuning.workers, block_threads<S>(), 1, stages * S::stage::BYTES + sizeof(block_memory<S>)};
     return launching::launch_kernel(wide_kernel<S>, size, tuning, call, with, stream);
