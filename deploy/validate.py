@@ -4,8 +4,10 @@
 For each kustomization:
   - every object satisfies the OpenAPI schema of its kind, strictly: an unknown field is an error;
   - the objects agree with each other and with attnd's configuration: selectors, ports, references, the drain within
-    the termination grace period, the KV cache within the memory, the threads within the CPUs;
-  - with --server, that attnd accepts the configuration and serves it.
+    the termination grace period, the KV cache within the memory, the threads within the CPUs; and on GPUs one for each
+    rank, the KV cache within a GPU's memory as the annotation attnd.dev/gpu-memory has it, and /dev/shm for NCCL;
+  - with --server, that attnd accepts the configuration and serves it: on the CPU, whatever its backend, so that no GPU
+    is needed.
 
 kubectl and the schemas come with the pinned Python packages (client/requirements-dev.txt); no cluster is asked.
 """
@@ -30,7 +32,12 @@ KUBERNETES_VERSION = "1.37"
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 MEMORY_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 EXIT_SECONDS = 3  # of the grace period, left over after the drain
-MEMORY_SHARE = 0.8  # of the memory limit, at most for the KV cache
+MEMORY_SHARE = 0.8  # of the memory limit, at most for the KV cache on CPUs
+GPU = "nvidia.com/gpu"
+GPU_MEMORY = "attnd.dev/gpu-memory"  # the pods' annotation
+GPU_SPARE = 4 * 2**30  # of a GPU's memory, for what is not KV cache: CUDA, staging, partial results
+HOST_BYTES = 4 * 2**30  # of a container with GPUs: for the server, and again for each rank's process
+CUDA_DIMS = (64, 96, 128, 192, 256)  # that the cuda backend has kernels for, and stores rows as
 START_SECONDS = 30
 
 
@@ -155,28 +162,94 @@ def check_drain(objects, config):
 
 
 def memory_bytes(quantity):
-    amount, unit = re.fullmatch(r"(\d+)(Ki|Mi|Gi|Ti)", quantity).groups()
-    return int(amount) * MEMORY_UNITS[unit]
+    found = re.fullmatch(r"(\d+)(Ki|Mi|Gi|Ti)", quantity)
+    expect(found, f"{quantity} is no number of Ki, Mi, Gi or Ti")
+    return int(found[1]) * MEMORY_UNITS[found[2]]
+
+
+def gib(size):
+    return f"{size / 2**30:.1f}"
+
+
+def is_cuda(config):
+    return config["ranks"].get("backend") == "cuda"
+
+
+def stored_dims(config):
+    """(head_dim, head_dim_v) as the backend stores them: on GPUs rows are filled up to what there are kernels for."""
+    geometry = config["geometry"]
+    dims = geometry["head_dim"], geometry.get("head_dim_v", geometry["head_dim"])
+    if not is_cuda(config) or geometry["dtype"] == "fp32":
+        return dims
+    key, value = (min(built for built in CUDA_DIMS if built >= dim) for dim in dims)
+    return (192, 128) if key == 192 and value <= 128 else (max(key, value),) * 2
+
+
+def stored_bytes(config):
+    """Bytes of an element of the KV cache; on CPUs fp8 is rounded to, and stored in 16 bits."""
+    is_fp8 = config["geometry"].get("kv_dtype") == "fp8_e4m3"
+    return 1 if is_fp8 and is_cuda(config) else DTYPE_BYTES[config["geometry"]["dtype"]]
 
 
 def cache_bytes(config):
-    """The KV cache of all ranks."""
-    geometry, ranks = config["geometry"], config["ranks"]
-    widths = geometry["head_dim"] + geometry.get("head_dim_v", geometry["head_dim"])
-    page = (geometry["page_size"] * geometry["layers"] * geometry["heads_kv"] * widths
-            * DTYPE_BYTES[geometry["dtype"]])
-    return ranks["count"] * ranks["pages"] * page
+    """The KV cache of a rank."""
+    geometry = config["geometry"]
+    page = (geometry["page_size"] * geometry["layers"] * geometry["heads_kv"] * sum(stored_dims(config))
+            * stored_bytes(config))
+    return config["ranks"]["pages"] * page
+
+
+def check_cpu_ranks(limits, config):
+    """Ranks on CPUs: their threads, and the KV cache in the container's memory."""
+    expect(not is_cuda(config), f"ranks.backend is cuda, and the container asks for no {GPU}")
+    ranks = config["ranks"]
+    threads = ranks["count"] * ranks["threads"]
+    expect(threads <= int(limits["cpu"]), f"{threads} threads on {limits['cpu']} CPUs")
+    cache, memory = ranks["count"] * cache_bytes(config), memory_bytes(limits["memory"])
+    expect(cache <= MEMORY_SHARE * memory, f"the KV cache takes {gib(cache)} GiB of {gib(memory)}")
+
+
+def shared_memory(objects):
+    """Bytes of the memory-backed volume at /dev/shm; 0 where there is none."""
+    names = [mount["name"] for mount in container_of(objects)["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+    for volume in pod_of(objects)[1]["volumes"]:
+        if volume["name"] in names and volume.get("emptyDir", {}).get("medium") == "Memory":
+            expect("sizeLimit" in volume["emptyDir"], "/dev/shm has no sizeLimit: it may fill the container's memory")
+            return memory_bytes(volume["emptyDir"]["sizeLimit"])
+    return 0
+
+
+def check_gpu_ranks(objects, limits, config):
+    """Ranks on GPUs: one each, the KV cache in the GPU's memory, and what the host has to have for them."""
+    ranks = config["ranks"]
+    gpus, count = int(limits[GPU]), ranks["count"]
+    expect(is_cuda(config), f"ranks.backend is {ranks.get('backend', 'auto')}, and the container asks for {GPU}: "
+           "cuda, so that a pod fails where it has none")
+    expect(count == gpus, f"{count} ranks on {gpus} GPUs: one each, no fewer and no more")
+    annotations = pod_of(objects)[0]["annotations"]
+    expect(GPU_MEMORY in annotations, f"no annotation {GPU_MEMORY} says what memory a GPU has")
+    cache, memory = cache_bytes(config), memory_bytes(annotations[GPU_MEMORY])
+    expect(cache + GPU_SPARE <= memory, f"a rank's KV cache takes {gib(cache)} GiB of a GPU's {gib(memory)}, "
+           f"of which {gib(GPU_SPARE)} are for staging")
+    shared = shared_memory(objects)
+    expect(count == 1 or shared > 0, "no memory-backed emptyDir at /dev/shm, which NCCL needs between ranks")
+    host = (1 + count) * HOST_BYTES + shared
+    expect(host <= memory_bytes(limits["memory"]), f"{count} ranks on GPUs take {gib(host)} GiB of the host's memory, "
+           f"/dev/shm included, the container has {gib(memory_bytes(limits['memory']))}")
+    expect("threads" in ranks, "ranks.threads is not given: attnd would take the cores of the node")
+    # A rank's threads, the one of its process that looks after the GPU, and those that serve gRPC.
+    cores = count * (ranks["threads"] + 1) + config["server"].get("cq_threads", 2)
+    expect(cores <= int(limits["cpu"]), f"{count} ranks on GPUs keep {cores} CPUs busy, there are {limits['cpu']}")
 
 
 def check_resources(objects, config):
     """The ranks fit what the container gets, and it gets what it asks for."""
     resources = container_of(objects)["resources"]
     expect(resources["requests"] == resources["limits"], "requests differ from limits: not of the Guaranteed class")
-    threads = config["ranks"]["count"] * config["ranks"]["threads"]
-    expect(threads <= int(resources["limits"]["cpu"]), f"{threads} threads on {resources['limits']['cpu']} CPUs")
-    memory = memory_bytes(resources["limits"]["memory"])
-    expect(cache_bytes(config) <= MEMORY_SHARE * memory,
-           f"the KV cache takes {cache_bytes(config) / 2**30:.1f} GiB of {memory / 2**30:.1f}")
+    if GPU in resources["limits"]:
+        check_gpu_ranks(objects, resources["limits"], config)
+    else:
+        check_cpu_ranks(resources["limits"], config)
     expect(config["limits"]["max_sequence_tokens"] <= config["ranks"]["pages"] * config["geometry"]["page_size"],
            "limits.max_sequence_tokens: a rank has no pages for it")
 
@@ -206,14 +279,18 @@ def with_local_tokens(text, folder):
 
 
 def check_server_accepts(text, server):
-    """Starts attnd with the configuration, on free loopback ports and few pages, and stops it once it serves."""
+    """
+    Starts attnd with the configuration, on free loopback ports and few pages, and stops it once it serves.
+
+    On the CPU, for who checks a deployment may have no GPU. What the file has as its backend is read all the same.
+    """
     with tempfile.TemporaryDirectory(prefix="attnd-validate-") as folder:
         config, ready, log = (pathlib.Path(folder, name) for name in ("attnd.yaml", "ready", "log"))
         config.write_text(with_local_tokens(text, folder))
         with open(log, "wb") as out:
             process = subprocess.Popen(
                 [str(server), "--config", str(config), "--listen", "127.0.0.1:0", "--metrics-port", "0",
-                 "--metrics-address", "127.0.0.1", "--pages", "64", "--ready-file", str(ready)],
+                 "--metrics-address", "127.0.0.1", "--backend", "cpu", "--pages", "16", "--ready-file", str(ready)],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=out)
         try:
             deadline = time.monotonic() + START_SECONDS

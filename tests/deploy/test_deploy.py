@@ -1,4 +1,4 @@
-"""The deployment files: what kustomize renders, what the Dockerfile installs, and that the real server takes both.
+"""The deployment files: what kustomize renders, what the Dockerfiles install, and that the real server takes both.
 
 The checks themselves are deploy/validate.py's. Here they pass on every kustomization, and each of them is shown to
 fail on the mistake that it is there for.
@@ -18,6 +18,7 @@ import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "deploy/Dockerfile"
+DOCKERFILE_CUDA = ROOT / "deploy/Dockerfile.cuda"
 SERVER = pathlib.Path(os.environ.get("ATTND_BINARY", ROOT / "bazel-bin/service/attnd"))
 
 
@@ -35,6 +36,16 @@ def rendered():
 @pytest.fixture
 def objects(rendered):
     return copy.deepcopy(rendered)
+
+
+@pytest.fixture(scope="module")
+def rendered_on_gpus():
+    return validate.render(validate.DEPLOY / "overlays/gpu")
+
+
+@pytest.fixture
+def on_gpus(rendered_on_gpus):
+    return copy.deepcopy(rendered_on_gpus)
 
 
 def stateful_set(objects):
@@ -139,6 +150,130 @@ class TestAgreement:
             validate.check_security(objects)
 
 
+def set_resource(objects, name, value):
+    """In the requests and the limits; None takes it away."""
+    for kind in container(objects)["resources"].values():
+        kind.pop(name)
+        if value is not None:
+            kind[name] = value
+
+
+def volume_of_shared_memory(objects):
+    volumes = stateful_set(objects)["template"]["spec"]["volumes"]
+    return next(volume for volume in volumes if volume["name"] == "shm")
+
+
+def pod_annotations(objects):
+    return stateful_set(objects)["template"]["metadata"]["annotations"]
+
+
+class TestGpus:
+    @pytest.mark.parametrize("count", [1, 3, 4])
+    def test_other_ranks_than_gpus_are_refused(self, on_gpus, count):
+        config = config_of(on_gpus)
+        config["ranks"]["count"] = count
+        with pytest.raises(validate.Invalid, match=f"{count} ranks on 2 GPUs"):
+            validate.check_resources(on_gpus, config)
+
+    @pytest.mark.parametrize("backend", ["auto", "cpu"])
+    def test_backend_that_needs_no_gpu_is_refused(self, on_gpus, backend):
+        config = config_of(on_gpus)
+        config["ranks"]["backend"] = backend
+        with pytest.raises(validate.Invalid, match=f"ranks.backend is {backend}"):
+            validate.check_resources(on_gpus, config)
+
+    def test_backend_that_is_left_to_the_server_is_refused(self, on_gpus):
+        config = config_of(on_gpus)
+        del config["ranks"]["backend"]
+        with pytest.raises(validate.Invalid, match="ranks.backend is auto"):
+            validate.check_resources(on_gpus, config)
+
+    def test_cuda_without_gpus_is_refused(self, on_gpus):
+        set_resource(on_gpus, validate.GPU, None)
+        with pytest.raises(validate.Invalid, match=r"asks for no nvidia\.com/gpu"):
+            validate.check_resources(on_gpus, config_of(on_gpus))
+
+    def test_requests_that_are_not_the_limits_are_refused(self, on_gpus):
+        container(on_gpus)["resources"]["requests"][validate.GPU] = "1"
+        with pytest.raises(validate.Invalid, match="requests differ from limits"):
+            validate.check_resources(on_gpus, config_of(on_gpus))
+
+    def test_cache_larger_than_a_gpus_memory_is_refused(self, on_gpus):
+        config = config_of(on_gpus)
+        config["ranks"]["pages"] *= 2
+        with pytest.raises(validate.Invalid, match=r"takes 260\.0 GiB of a GPU's 139\.0"):
+            validate.check_resources(on_gpus, config)
+
+    def test_cache_that_leaves_nothing_for_staging_is_refused(self, on_gpus):
+        config = config_of(on_gpus)
+        config["ranks"]["pages"] = 138 * 1024 // 20
+        with pytest.raises(validate.Invalid, match=r"4\.0 are for staging"):
+            validate.check_resources(on_gpus, config)
+
+    def test_cache_in_fp8_takes_half(self, on_gpus):
+        config = config_of(on_gpus)
+        config["ranks"]["pages"] *= 2
+        config["geometry"]["kv_dtype"] = "fp8_e4m3"
+        validate.check_resources(on_gpus, config)
+
+    @pytest.mark.parametrize("dims, stored", [((128, 128), (128, 128)), ((80, 80), (96, 96)), ((192, 128), (192, 128)),
+                                              ((64, 160), (192, 192))])
+    def test_rows_count_as_they_are_stored(self, on_gpus, dims, stored):
+        config = config_of(on_gpus)
+        config["geometry"]["head_dim"], config["geometry"]["head_dim_v"] = dims
+        assert validate.stored_dims(config) == stored
+        config["ranks"]["backend"] = "cpu"
+        assert validate.stored_dims(config) == dims
+
+    def test_unknown_gpu_memory_is_refused(self, on_gpus):
+        del pod_annotations(on_gpus)[validate.GPU_MEMORY]
+        with pytest.raises(validate.Invalid, match=r"no annotation attnd\.dev/gpu-memory"):
+            validate.check_resources(on_gpus, config_of(on_gpus))
+
+    def test_gpu_memory_that_is_no_quantity_is_refused(self, on_gpus):
+        pod_annotations(on_gpus)[validate.GPU_MEMORY] = "141 GB"
+        with pytest.raises(validate.Invalid, match="141 GB is no number of"):
+            validate.check_resources(on_gpus, config_of(on_gpus))
+
+    def test_ranks_without_shared_memory_are_refused(self, on_gpus):
+        next(mount for mount in container(on_gpus)["volumeMounts"] if mount["name"] == "shm")["mountPath"] = "/shm"
+        with pytest.raises(validate.Invalid, match="no memory-backed emptyDir at /dev/shm"):
+            validate.check_resources(on_gpus, config_of(on_gpus))
+
+    def test_shared_memory_on_a_disk_is_refused(self, on_gpus):
+        del volume_of_shared_memory(on_gpus)["emptyDir"]["medium"]
+        with pytest.raises(validate.Invalid, match="no memory-backed emptyDir at /dev/shm"):
+            validate.check_resources(on_gpus, config_of(on_gpus))
+
+    def test_shared_memory_without_limit_is_refused(self, on_gpus):
+        del volume_of_shared_memory(on_gpus)["emptyDir"]["sizeLimit"]
+        with pytest.raises(validate.Invalid, match="no sizeLimit"):
+            validate.check_resources(on_gpus, config_of(on_gpus))
+
+    def test_one_rank_needs_no_shared_memory(self, on_gpus):
+        config = config_of(on_gpus)
+        config["ranks"]["count"] = 1
+        set_resource(on_gpus, validate.GPU, "1")
+        del container(on_gpus)["volumeMounts"][:]
+        validate.check_resources(on_gpus, config)
+
+    def test_too_little_memory_of_the_host_is_refused(self, on_gpus):
+        set_resource(on_gpus, "memory", "12Gi")
+        with pytest.raises(validate.Invalid, match=r"13\.0 GiB of the host's memory.* has 12\.0"):
+            validate.check_resources(on_gpus, config_of(on_gpus))
+
+    def test_more_busy_threads_than_cpus_are_refused(self, on_gpus):
+        set_resource(on_gpus, "cpu", "13")
+        with pytest.raises(validate.Invalid, match="keep 14 CPUs busy, there are 13"):
+            validate.check_resources(on_gpus, config_of(on_gpus))
+
+    def test_threads_by_the_nodes_cores_are_refused(self, on_gpus):
+        config = config_of(on_gpus)
+        del config["ranks"]["threads"]
+        with pytest.raises(validate.Invalid, match=r"ranks\.threads is not given"):
+            validate.check_resources(on_gpus, config)
+
+
 class TestServer:
     def test_configuration_with_unknown_key_is_refused_by_the_server(self, rendered, server):
         text = validate.config_text(rendered).replace("grace_ms:", "grace_msec:")
@@ -157,18 +292,18 @@ class TestServer:
 
 
 # -------------------------------------------------------------------------------------------------
-# The Dockerfile
+# The Dockerfiles
 
-def instructions():
+def instructions(file):
     """[(INSTRUCTION, rest)] with continued lines joined."""
-    text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    text = re.sub(r"^#.*\n", "", file.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     return [tuple(line.split(None, 1)) for line in text.splitlines() if line.strip()]
 
 
-def stages():
+def stages(file):
     """The instructions of each stage."""
     found = []
-    for instruction, rest in instructions():
+    for instruction, rest in instructions(file):
         if instruction == "FROM":
             found.append([])
         found[-1].append((instruction, rest))
@@ -183,7 +318,7 @@ def packages(stage):
 
 
 def runtime_packages():
-    return packages(stages()[-1])
+    return packages(stages(DOCKERFILE)[-1])
 
 
 def apt_cache(*arguments):
@@ -207,36 +342,66 @@ def packages_of(paths):
     return {path: owners.get(path, owners.get(path.removeprefix("/usr"))) for path in paths}
 
 
-class TestDockerfile:
-    def test_linter_finds_nothing(self):
+def allowed_by(file):
+    """What the Dockerfile's own .dockerignore leaves."""
+    lines = file.with_name(f"{file.name}.dockerignore").read_text().splitlines()
+    return [line[1:] for line in lines if line.startswith("!")]
+
+
+@pytest.mark.parametrize("file", [DOCKERFILE, DOCKERFILE_CUDA], ids=lambda file: file.name)
+class TestEveryDockerfile:
+    def test_linter_finds_nothing(self, file):
         own = pathlib.Path(sys.executable).parent / "hadolint"
         linter = str(own) if own.exists() else shutil.which("hadolint")
-        done = subprocess.run([linter, "--no-color", str(DOCKERFILE)], capture_output=True, text=True, check=False)
+        done = subprocess.run([linter, "--no-color", str(file)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
 
-    def test_every_package_is_in_debian(self):
-        names = {name for stage in stages() for name in packages(stage)}
-        available = set(re.findall(r"^(\S+):\n.*\n  Candidate: \d", apt_cache("policy", *names), re.MULTILINE))
-        assert available == names
+    def test_images_are_debian_without_a_registry(self, file):
+        images = [rest.split()[0] for instruction, rest in instructions(file) if instruction == "FROM"]
+        assert images == ["debian:bookworm", "debian:bookworm-slim"][-len(images):]
 
-    def test_images_are_debian_without_a_registry(self):
-        images = [rest.split()[0] for instruction, rest in instructions() if instruction == "FROM"]
-        assert images == ["debian:bookworm", "debian:bookworm-slim"]
-
-    def test_server_runs_as_the_user_that_the_pods_name(self, rendered):
-        users = [rest for instruction, rest in stages()[-1] if instruction == "USER"]
+    def test_server_runs_as_the_user_that_the_pods_name(self, file, rendered):
+        users = [rest for instruction, rest in stages(file)[-1] if instruction == "USER"]
         context = validate.pod_of(rendered)[1]["securityContext"]
         assert users == [f"{context['runAsUser']}:{context['runAsGroup']}"]
 
-    def test_stops_by_the_signal_that_drains(self):
-        assert ("STOPSIGNAL", "SIGTERM") in stages()[-1]
+    def test_stops_by_the_signal_that_drains(self, file):
+        assert ("STOPSIGNAL", "SIGTERM") in stages(file)[-1]
 
-    def test_exposes_the_ports_of_the_pods(self, rendered):
-        exposed = [rest for instruction, rest in stages()[-1] if instruction == "EXPOSE"]
+    def test_exposes_the_ports_of_the_pods(self, file, rendered):
+        exposed = [rest for instruction, rest in stages(file)[-1] if instruction == "EXPOSE"]
         ports = [str(port["containerPort"]) for port in container(rendered)["ports"]]
         assert exposed == [" ".join(ports)]
 
+
+class TestDockerfile:
+    def test_every_package_is_in_debian(self):
+        names = {name for stage in stages(DOCKERFILE) for name in packages(stage)}
+        available = set(re.findall(r"^(\S+):\n.*\n  Candidate: \d", apt_cache("policy", *names), re.MULTILINE))
+        assert available == names
+
     def test_copied_paths_exist(self):
-        allowed = [line[1:] for line in (ROOT / "deploy/Dockerfile.dockerignore").read_text().splitlines()
-                   if line.startswith("!")]
+        allowed = allowed_by(DOCKERFILE)
         assert allowed and all((ROOT / path).exists() for path in allowed)
+
+
+class TestDockerfileForGpus:
+    def test_copies_what_a_bundle_has_and_nothing_else_is_sent(self):
+        copied = dict(rest.split() for instruction, rest in instructions(DOCKERFILE_CUDA) if instruction == "COPY")
+        assert copied == {"bin/attnd": "/opt/attnd/bin/attnd", "lib/*.so*": "/opt/attnd/lib/"}
+        assert allowed_by(DOCKERFILE_CUDA) == ["bin/attnd", "lib"]
+        bundle = (ROOT / "tools/bundle").read_text()
+        assert '"$destination/bin/attnd"' in bundle and '"$destination/lib/"' in bundle
+
+    def test_libraries_are_found_from_where_the_server_is(self):
+        (_, entry), = [found for found in instructions(DOCKERFILE_CUDA) if found[0] == "ENTRYPOINT"]
+        assert entry == '["/opt/attnd/bin/attnd"]'
+        assert "--force-rpath --set-rpath '$ORIGIN/../lib'" in (ROOT / "tools/bundle").read_text()
+
+    def test_asks_the_container_runtime_for_cuda(self):
+        (_, variables), = [found for found in instructions(DOCKERFILE_CUDA) if found[0] == "ENV"]
+        assert variables.split() == ["NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"]
+
+    def test_is_the_image_of_the_overlay(self, rendered_on_gpus):
+        image = container(rendered_on_gpus)["image"]
+        assert f"docker build -f deploy/Dockerfile.cuda -t {image} DIR" in DOCKERFILE_CUDA.read_text()
