@@ -473,7 +473,7 @@ static bool parse_options(options *chosen, int argc, char **argv) {
     bool good = true;
     for (int option; good && (option = getopt_long(argc, argv, "", names, NULL)) != -1;) {
         uint64_t number = 0;
-        bool is_number = optarg != NULL && parse_number(&number, optarg);
+        bool is_number = strchr("oh?", option) == NULL && parse_number(&number, optarg);
         switch (option) {
         case 'm': good = parse_mode(&chosen->mode, optarg); break;
         case 'b': chosen->backend = optarg; break;

@@ -237,7 +237,8 @@ static attn_status reserve_pointers(attn_packet_pointers *pointers, size_t bytes
     if (bytes <= pointers->bytes) return attn_ok();
     void *grown = realloc(pointers->memory, bytes);
     if (grown == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a batch: %zu bytes", bytes);
-    *pointers = (attn_packet_pointers){grown, bytes};
+    pointers->memory = grown;
+    pointers->bytes = bytes;
     return attn_ok();
 }
 

@@ -179,9 +179,9 @@ static attn_status make_channel_id(server *self, const attn_command *command) {
     char *rows;
     ATTN_TRY(map_region(self, ATTN_ROWS_REGION, command->region_bytes, &rows));
     memcpy(&request, rows, sizeof request);
-    ATTN_TRY(self->backend->ops->channels->make_id(&request.id));
+    attn_status status = self->backend->ops->channels->make_id(&request.id);
     memcpy(rows, &request, sizeof request);
-    return attn_ok();
+    return status;
 }
 
 static attn_status open_channel(server *self, const attn_channel_request *request) {
