@@ -29,7 +29,7 @@
 typedef struct {
     const attn_batch *batch;
     attn_packet packet;
-    attn_command *command;
+    attn_answer *answer;
 } flight;
 
 typedef struct isolated_backend isolated_backend;
@@ -52,16 +52,14 @@ static isolated_backend *of(attn_backend *backend) { return (isolated_backend *)
 /* ------------------------------------------------------------------------------------------- */
 /* Commands */
 
-static bool is_answered(attn_command *command) {
-    return atomic_load_explicit(&command->is_answered, memory_order_acquire);
-}
+static bool is_given(attn_answer *answer) { return atomic_load_explicit(&answer->is_given, memory_order_acquire); }
 
-/* The outcome borrows the command's place. */
-static attn_status wait_for(isolated_backend *self, attn_command *command) {
+/* The outcome borrows the answer's place. */
+static attn_status wait_for(isolated_backend *self, attn_answer *answer) {
     attn_bell *bell = &self->mailbox.control->answered;
     for (;;) {
         uint32_t seen = attn_bell_count(bell);
-        if (is_answered(command)) return attn_status_view(&command->outcome);
+        if (is_given(answer)) return attn_status_view(&answer->outcome);
         if (attn_process_has_ended(self->process)) return attn_process_end(self->process);
         attn_bell_wait(bell, seen, self->spin_ns);
     }
@@ -71,8 +69,8 @@ static attn_status wait_for(isolated_backend *self, attn_command *command) {
 static attn_status next_command(isolated_backend *self, attn_command_kind kind, attn_command **command) {
     attn_command *next = &self->mailbox.control->ring[self->posted % ATTN_RING];
     if (self->posted >= ATTN_RING) {
-        attn_status before = wait_for(self, next);
-        if (!is_answered(next)) return before;
+        attn_status before = wait_for(self, &next->answer);
+        if (!is_given(&next->answer)) return before;
     }
     memset(next, 0, sizeof *next);
     next->kind = kind;
@@ -121,7 +119,7 @@ static attn_status isolated_append(attn_backend *backend, uint32_t layer, const 
     memcpy(rows.keys, keys, tokens * attn_key_row_bytes(&backend->geometry));
     memcpy(rows.values, values, tokens * attn_value_row_bytes(&backend->geometry));
     post(self);
-    return wait_for(self, command);
+    return wait_for(self, &command->answer);
 }
 
 static attn_status isolated_export(attn_backend *backend, uint32_t layer, const uint32_t *pages, uint64_t position,
@@ -131,7 +129,7 @@ static attn_status isolated_export(attn_backend *backend, uint32_t layer, const 
     attn_packed_rows rows;
     ATTN_TRY(begin_rows(self, ATTN_COMMAND_EXPORT, layer, pages, position, tokens, &command, &rows));
     post(self);
-    ATTN_TRY(wait_for(self, command));
+    ATTN_TRY(wait_for(self, &command->answer));
     memcpy(keys, rows.keys, tokens * attn_key_row_bytes(&backend->geometry));
     memcpy(values, rows.values, tokens * attn_value_row_bytes(&backend->geometry));
     return attn_ok();
@@ -194,8 +192,9 @@ static attn_status isolated_start(attn_backend *backend, const attn_batch *batch
     isolated_backend *self = of(backend);
     uint32_t region = (self->oldest + backend->started) % ATTN_FLIGHTS;
     flight *next = &self->flights[region];
+    attn_command *command;
     ATTN_TRY(accept_plan(backend, batch, &plan));
-    ATTN_TRY(next_command(self, ATTN_COMMAND_DECODE, &next->command));
+    ATTN_TRY(next_command(self, ATTN_COMMAND_DECODE, &command));
     size_t plan_bytes = plan == NULL ? 0 : attn_plan_bytes(backend->line.workers);
     attn_packet_counts counts = attn_packet_count(&backend->geometry, batch, plan_bytes);
     size_t bytes = attn_packet_place(&backend->geometry, &counts, NULL).bytes;
@@ -206,24 +205,26 @@ static attn_status isolated_start(attn_backend *backend, const attn_batch *batch
     next->batch = batch;
     copying rows = {.of = next, .geometry = &backend->geometry, .copy = attn_packet_pack_rows};
     copy_all(self, &rows);
-    next->command->identity = backend->identity;
-    next->command->region = region;
-    next->command->region_bytes = bytes;
+    next->answer = &self->mailbox.control->decoded[region];
+    atomic_store(&next->answer->is_given, false);
+    command->identity = backend->identity;
+    command->region = region;
+    command->region_bytes = bytes;
     post(self);
     return attn_ok();
 }
 
 static bool isolated_has_ended(attn_backend *backend) {
     isolated_backend *self = of(backend);
-    return is_answered(self->flights[self->oldest].command) || attn_process_has_ended(self->process);
+    return is_given(self->flights[self->oldest].answer) || attn_process_has_ended(self->process);
 }
 
 static attn_status isolated_finish(attn_backend *backend, attn_timing *timing) {
     isolated_backend *self = of(backend);
     flight *ended = &self->flights[self->oldest];
     self->oldest = (self->oldest + 1) % ATTN_FLIGHTS;
-    ATTN_TRY(wait_for(self, ended->command));
-    *timing = ended->command->timing;
+    ATTN_TRY(wait_for(self, ended->answer));
+    *timing = ended->answer->timing;
     copying rows = {.of = ended, .geometry = &backend->geometry, .copy = attn_packet_deliver};
     copy_all(self, &rows);
     return attn_ok();
@@ -271,7 +272,7 @@ attn_status attn_isolated_ask(attn_backend *backend, attn_command_kind kind, att
     memcpy(rows, request, sizeof *request);
     if (request->count > 0) memcpy(rows + sizeof *request, pages, request->count * sizeof *pages);
     post(self);
-    ATTN_TRY(wait_for(self, command));
+    ATTN_TRY(wait_for(self, &command->answer));
     memcpy(request, rows, sizeof *request);
     return attn_ok();
 }
@@ -355,7 +356,7 @@ static attn_status create_there(isolated_backend *self, const attn_backend_confi
     put(&end, config->k_scales, scales);
     put(&end, config->v_scales, scales);
     post(self);
-    ATTN_TRY(wait_for(self, command));
+    ATTN_TRY(wait_for(self, &command->answer));
     memcpy(reply, self->mailbox.regions[ATTN_ROWS_REGION].base, sizeof *reply);
     return attn_ok();
 }

@@ -155,6 +155,18 @@ static void the_signal_that_ended_it_is_named(void **state) {
     attn_backend_destroy(backend);
 }
 
+static void a_decode_s_outcome_outlives_whatever_comes_behind_it(void **state) {
+    (void)state;
+    attn_backend *backend = open_backend();
+    assert_serves(backend);
+    attn_backend_break(backend);
+    assert_int_equal(ATTN_OK, attn_backend_start(backend, reads_of(1), NULL).code);
+    for (int i = 0; i < 100; i++)
+        assert_int_equal(ATTN_OK, attn_backend_copy_page(backend, 0, 1).code);
+    assert_says(attn_backend_finish(backend, NULL), "the device is broken");
+    attn_backend_destroy(backend);
+}
+
 static void *give_up_soon(void *backend) {
     sleep_ms(50);
     attn_backend_give_up(backend);
@@ -265,6 +277,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(outputs_are_those_of_the_same_backend_here),
         cmocka_unit_test(every_call_after_the_end_of_the_process_says_how_it_ended),
         cmocka_unit_test(the_signal_that_ended_it_is_named),
+        cmocka_unit_test(a_decode_s_outcome_outlives_whatever_comes_behind_it),
         cmocka_unit_test(who_gives_up_a_hanging_process_ends_the_call_that_it_is_in),
         cmocka_unit_test(a_backend_is_destroyed_with_its_process),
         cmocka_unit_test(a_process_that_hangs_does_not_hold_up_the_destruction),

@@ -3,9 +3,10 @@
  *
  *     one file without a name:  | control: the ring of commands | region 0 | region 1 | region 2 |
  *
- * The parent posts commands; the child takes them in this order and answers each in its place in the ring, decodes
- * perhaps after commands that came later. A region holds what is too large for a command, belongs to whoever has the
- * command that names it, and grows as it is needed: each process maps more of it then.
+ * The parent posts commands; the child takes them in this order and answers each in its place in the ring, which may
+ * then be another's. What a decode comes to it says later, in a place of the decode's own. A region holds what is too
+ * large for a command, belongs to whoever has the command that names it, and grows as it is needed: each process maps
+ * more of it then.
  *
  * Each side has a bell that the other one rings; who waits for one looks for a while and then sleeps.
  */
@@ -41,8 +42,15 @@ typedef enum {
     ATTN_COMMAND_RECEIVE,
 } attn_command_kind;
 
+/* Written by the child, and then given. */
 typedef struct {
-    /* Written by the parent. */
+    attn_saved_status outcome;
+    attn_timing timing; /* decode */
+    atomic_bool is_given;
+} attn_answer;
+
+/* Written by the parent, but for the answer. */
+typedef struct {
     attn_command_kind kind;
     uint32_t layer;
     uint64_t position;
@@ -52,11 +60,7 @@ typedef struct {
     attn_plan_identity identity; /* decode */
     uint32_t region;             /* decode */
     uint64_t region_bytes;       /* of whatever region it uses */
-
-    /* Written by the child. */
-    attn_saved_status outcome;
-    attn_timing timing;
-    atomic_bool is_answered;
+    attn_answer answer;          /* of a decode: that it was taken */
 } attn_command;
 
 /* What one process rings and the other one waits for. */
@@ -80,6 +84,7 @@ typedef struct {
     attn_bell answered;               /* by the child, and when it has ended */
     _Atomic uint64_t revoked_channel; /* channel.h */
     attn_command ring[ATTN_RING];
+    attn_answer decoded[ATTN_FLIGHTS]; /* of the decode whose batch is in that region: stays until its next one */
 } attn_control;
 
 /* One process's view. */

@@ -28,7 +28,7 @@
 #define SPIN_FOR_DEVICE_NS 500000
 
 typedef struct {
-    attn_command *command;
+    attn_answer *answer;
     attn_batch batch;
     attn_packet_pointers pointers;
 } flight;
@@ -44,9 +44,9 @@ typedef struct {
     uint64_t channel_number;
 } server;
 
-static void answer(server *self, attn_command *command, attn_status outcome) {
-    attn_status_save(&command->outcome, outcome);
-    atomic_store_explicit(&command->is_answered, true, memory_order_release);
+static void give(server *self, attn_answer *answer, attn_status outcome) {
+    attn_status_save(&answer->outcome, outcome);
+    atomic_store_explicit(&answer->is_given, true, memory_order_release);
     attn_bell_ring(&self->mailbox.control->answered);
 }
 
@@ -127,8 +127,7 @@ static attn_status move_rows(server *self, const attn_command *command) {
 /* ------------------------------------------------------------------------------------------- */
 /* Decodes */
 
-static attn_status start(server *self, flight *next) {
-    const attn_command *command = next->command;
+static attn_status start(server *self, const attn_command *command, flight *next) {
     const attn_geometry *geometry = attn_backend_geometry(self->backend);
     char *base;
     ATTN_TRY(map_region(self, command->region, command->region_bytes, &base));
@@ -140,25 +139,24 @@ static attn_status start(server *self, flight *next) {
 }
 
 static void finish_oldest(server *self) {
-    attn_command *command = self->flights[self->oldest].command;
+    attn_answer *answer = self->flights[self->oldest].answer;
     self->oldest = (self->oldest + 1) % ATTN_FLIGHTS;
     self->in_flight--;
-    attn_status outcome = attn_backend_finish(self->backend, &command->timing);
-    answer(self, command, outcome);
+    attn_status outcome = attn_backend_finish(self->backend, &answer->timing);
+    give(self, answer, outcome);
 }
 
 /* Nothing of a decode that did not start is in flight; its outcome is known now. */
-static void decode(server *self, attn_command *command) {
+static void decode(server *self, const attn_command *command) {
     while (self->in_flight >= attn_backend_depth(self->backend) || self->in_flight == ATTN_FLIGHTS)
         finish_oldest(self);
     flight *next = &self->flights[(self->oldest + self->in_flight) % ATTN_FLIGHTS];
-    next->command = command;
-    attn_status status = start(self, next);
-    if (attn_failed(status)) {
-        answer(self, command, status);
-        return;
-    }
-    self->in_flight++;
+    next->answer = &self->mailbox.control->decoded[command->region];
+    attn_status status = start(self, command, next);
+    if (attn_failed(status))
+        give(self, next->answer, status);
+    else
+        self->in_flight++;
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -233,10 +231,12 @@ static attn_status do_at_once(server *self, const attn_command *command) {
 static void take_command(server *self) {
     attn_command *command = &self->mailbox.control->ring[self->taken++ % ATTN_RING];
     if (self->channel != NULL && is_revoked(self)) close_channel(self);
+    attn_status status = attn_ok();
     if (command->kind == ATTN_COMMAND_DECODE)
         decode(self, command);
     else
-        answer(self, command, do_at_once(self, command));
+        status = do_at_once(self, command);
+    give(self, &command->answer, status);
 }
 
 /* With decodes in flight: looks for a command to come and for the oldest to end, as long as that takes. */
