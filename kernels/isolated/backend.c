@@ -65,20 +65,20 @@ static attn_status wait_for(isolated_backend *self, attn_answer *answer) {
     }
 }
 
-/* A place in the ring, for the caller to fill and to post; waits for one. */
+/* A place in the ring, for the caller to fill and to post, if it comes to that; waits for one. */
 static attn_status next_command(isolated_backend *self, attn_command_kind kind, attn_command **command) {
     attn_command *next = &self->mailbox.control->ring[self->posted % ATTN_RING];
     if (self->posted >= ATTN_RING) {
         attn_status before = wait_for(self, &next->answer);
         if (!is_given(&next->answer)) return before;
     }
-    memset(next, 0, sizeof *next);
     next->kind = kind;
     *command = next;
     return attn_ok();
 }
 
-static void post(isolated_backend *self) {
+static void post(isolated_backend *self, attn_command *command) {
+    atomic_store_explicit(&command->answer.is_given, false, memory_order_relaxed);
     self->posted++;
     attn_bell_ring(&self->mailbox.control->posted);
 }
@@ -118,7 +118,7 @@ static attn_status isolated_append(attn_backend *backend, uint32_t layer, const 
     ATTN_TRY(begin_rows(self, ATTN_COMMAND_APPEND, layer, pages, position, tokens, &command, &rows));
     memcpy(rows.keys, keys, tokens * attn_key_row_bytes(&backend->geometry));
     memcpy(rows.values, values, tokens * attn_value_row_bytes(&backend->geometry));
-    post(self);
+    post(self, command);
     return wait_for(self, &command->answer);
 }
 
@@ -128,7 +128,7 @@ static attn_status isolated_export(attn_backend *backend, uint32_t layer, const 
     attn_command *command;
     attn_packed_rows rows;
     ATTN_TRY(begin_rows(self, ATTN_COMMAND_EXPORT, layer, pages, position, tokens, &command, &rows));
-    post(self);
+    post(self, command);
     ATTN_TRY(wait_for(self, &command->answer));
     memcpy(keys, rows.keys, tokens * attn_key_row_bytes(&backend->geometry));
     memcpy(values, rows.values, tokens * attn_value_row_bytes(&backend->geometry));
@@ -142,7 +142,7 @@ static void isolated_copy_page(attn_backend *backend, uint32_t from, uint32_t to
     if (attn_failed(next_command(self, ATTN_COMMAND_COPY_PAGE, &command))) return;
     command->page = from;
     command->to = to;
-    post(self);
+    post(self, command);
 }
 
 static void isolated_poison(attn_backend *backend, uint32_t page, uint32_t first_slot, uint32_t slots) {
@@ -152,7 +152,7 @@ static void isolated_poison(attn_backend *backend, uint32_t page, uint32_t first
     command->page = page;
     command->to = first_slot;
     command->slots = slots;
-    post(self);
+    post(self, command);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -206,11 +206,11 @@ static attn_status isolated_start(attn_backend *backend, const attn_batch *batch
     copying rows = {.of = next, .geometry = &backend->geometry, .copy = attn_packet_pack_rows};
     copy_all(self, &rows);
     next->answer = &self->mailbox.control->decoded[region];
-    atomic_store(&next->answer->is_given, false);
+    atomic_store_explicit(&next->answer->is_given, false, memory_order_relaxed);
     command->identity = backend->identity;
     command->region = region;
     command->region_bytes = bytes;
-    post(self);
+    post(self, command);
     return attn_ok();
 }
 
@@ -271,7 +271,7 @@ attn_status attn_isolated_ask(attn_backend *backend, attn_command_kind kind, att
     ATTN_TRY(reserve_rows(self, command, sizeof *request + request->count * sizeof *pages, &rows));
     memcpy(rows, request, sizeof *request);
     if (request->count > 0) memcpy(rows + sizeof *request, pages, request->count * sizeof *pages);
-    post(self);
+    post(self, command);
     ATTN_TRY(wait_for(self, &command->answer));
     memcpy(request, rows, sizeof *request);
     return attn_ok();
@@ -304,7 +304,7 @@ static void isolated_break(attn_backend *backend) {
     isolated_backend *self = of(backend);
     attn_command *command;
     if (attn_failed(next_command(self, ATTN_COMMAND_BREAK, &command))) return;
-    post(self);
+    post(self, command);
 }
 #endif
 
@@ -355,7 +355,7 @@ static attn_status create_there(isolated_backend *self, const attn_backend_confi
     put(&end, config->cpus, config->workers * sizeof *config->cpus);
     put(&end, config->k_scales, scales);
     put(&end, config->v_scales, scales);
-    post(self);
+    post(self, command);
     ATTN_TRY(wait_for(self, &command->answer));
     memcpy(reply, self->mailbox.regions[ATTN_ROWS_REGION].base, sizeof *reply);
     return attn_ok();
