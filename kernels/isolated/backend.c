@@ -68,12 +68,12 @@ static attn_status wait_for(isolated_backend *self, attn_answer *answer) {
 /* A place in the ring, for the caller to fill and to post, if it comes to that; waits for one. */
 static attn_status next_command(isolated_backend *self, attn_command_kind kind, attn_command **command) {
     attn_command *next = &self->mailbox.control->ring[self->posted % ATTN_RING];
+    *command = next;
     if (self->posted >= ATTN_RING) {
         attn_status before = wait_for(self, &next->answer);
         if (!is_given(&next->answer)) return before;
     }
     next->kind = kind;
-    *command = next;
     return attn_ok();
 }
 

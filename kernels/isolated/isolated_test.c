@@ -261,9 +261,9 @@ static void it_ends_with_its_parent_whatever_ends_that(void **state) {
     FILE *parent = popen("exec /proc/$PPID/exe parent & echo $!; wait", "r");
     assert_non_null(parent);
     assert_non_null(fgets(told, sizeof told, parent));
-    pid_t killed = (pid_t)atoi(told);
+    pid_t killed = (pid_t)strtol(told, NULL, 10);
     assert_non_null(fgets(told, sizeof told, parent));
-    pid_t process = (pid_t)atoi(told);
+    pid_t process = (pid_t)strtol(told, NULL, 10);
     assert_true(is_alive(process));
     assert_int_equal(0, kill(killed, SIGKILL));
     assert_ends(process);

@@ -233,13 +233,15 @@ static void point_to_members(const attn_packet *packet, const pointer_arrays *ar
     }
 }
 
-static attn_status reserve_pointers(attn_packet_pointers *pointers, size_t bytes) {
-    if (bytes <= pointers->bytes) return attn_ok();
-    void *grown = realloc(pointers->memory, bytes);
-    if (grown == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a batch: %zu bytes", bytes);
-    pointers->memory = grown;
-    pointers->bytes = bytes;
-    return attn_ok();
+/* NULL: there is no memory. */
+static char *reserve_pointers(attn_packet_pointers *pointers, size_t bytes) {
+    if (bytes > pointers->bytes) {
+        void *grown = realloc(pointers->memory, bytes);
+        if (grown == NULL) return NULL;
+        pointers->memory = grown;
+        pointers->bytes = bytes;
+    }
+    return pointers->memory;
 }
 
 attn_status attn_packet_batch(const attn_packet *packet, const attn_geometry *geometry, attn_packet_pointers *pointers,
@@ -248,8 +250,9 @@ attn_status attn_packet_batch(const attn_packet *packet, const attn_geometry *ge
     const attn_packet_counts *counts = &head->counts;
     size_t bytes;
     place_pointers(counts, NULL, &bytes);
-    ATTN_TRY(reserve_pointers(pointers, bytes));
-    pointer_arrays arrays = place_pointers(counts, pointers->memory, &bytes);
+    char *memory = reserve_pointers(pointers, bytes);
+    if (memory == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for a batch: %zu bytes", bytes);
+    pointer_arrays arrays = place_pointers(counts, memory, &bytes);
     *batch = (attn_batch){.layer = head->layer,
                           .size = counts->size,
                           .lengths = packet->lengths,

@@ -41,7 +41,10 @@ typedef struct {
     uint32_t oldest, in_flight; /* flights */
     int64_t spin_ns;
     attn_channel *channel; /* that it has a side of; NULL: none */
-    uint64_t channel_number;
+    struct {
+        uint64_t number; /* of the channel */
+        attn_channel_side of;
+    } side;
 } server;
 
 static void give(server *self, attn_answer *answer, attn_status outcome) {
@@ -164,7 +167,7 @@ static void decode(server *self, const attn_command *command) {
 
 static bool is_revoked(void *context) {
     const server *self = context;
-    return atomic_load(&self->mailbox.control->revoked_channel) == self->channel_number;
+    return atomic_load(&self->mailbox.control->revoked_channel) == self->side.number;
 }
 
 static void close_channel(server *self) {
@@ -173,26 +176,22 @@ static void close_channel(server *self) {
 }
 
 static attn_status make_channel_id(server *self, const attn_command *command) {
-    attn_channel_request request;
     char *rows;
     ATTN_TRY(map_region(self, ATTN_ROWS_REGION, command->region_bytes, &rows));
-    memcpy(&request, rows, sizeof request);
-    attn_status status = self->backend->ops->channels->make_id(&request.id);
-    memcpy(rows, &request, sizeof request);
-    return status;
+    return self->backend->ops->channels->make_id(&((attn_channel_request *)(void *)rows)->id);
 }
 
 static attn_status open_channel(server *self, const attn_channel_request *request) {
-    if (self->channel != NULL && self->channel_number == request->number) return attn_ok();
+    if (self->channel != NULL && self->side.number == request->number) return attn_ok();
     close_channel(self);
-    attn_channel_side side = {.own = attn_channel_end_of(self->backend),
-                              .index = request->index,
-                              .other_device = request->other_device,
-                              .id = request->id,
-                              .is_revoked = is_revoked,
-                              .context = self};
-    self->channel_number = request->number;
-    return self->backend->ops->channels->create_side(&side, &self->channel);
+    self->side.number = request->number;
+    self->side.of = (attn_channel_side){.own = attn_channel_end_of(self->backend),
+                                        .index = request->index,
+                                        .other_device = request->other_device,
+                                        .id = request->id,
+                                        .is_revoked = is_revoked,
+                                        .context = self};
+    return self->backend->ops->channels->create_side(&self->side.of, &self->channel);
 }
 
 static attn_status use_channel(server *self, const attn_command *command) {
