@@ -16,7 +16,8 @@
  * (dp_rank_fence_stalled) or when a test wants it (dp_rank_fence). The worker is retired at once: jobs
  * that wait are dropped, jobs that run are abandoned, which ends what they are for without waiting
  * for the backend. A retired worker frees its backend and itself when the backend has come back;
- * one that never does is never freed. (A submitter that hangs in its own job stays there: small jobs
+ * one that never does is never freed. One with a process of its own comes back: that is killed
+ * (attn_backend_give_up). (A submitter that hangs in its own job stays there: small jobs
  * are those of backends that compute on that very thread, and wait for no device.)
  *
  * Restart. dp_rank_start makes another worker beside the queue, dp_rank_install puts it in office with a

@@ -47,6 +47,13 @@ char *attn_cuda_address(const attn_cuda_borrowed *borrowed, const void *bytes, s
     return NULL;
 }
 
+static bool has_any(const attn_cuda_borrowed *borrowed) {
+    for (uint32_t i = 0; i < ATTN_CUDA_BORROWED_MOST; i++) {
+        if (borrowed->ranges[i].host != NULL) return true;
+    }
+    return false;
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* A batch's rows */
 
@@ -103,6 +110,7 @@ static void find_outs(const attn_cuda_borrowed *borrowed, const attn_geometry *g
 attn_cuda_rows_in_place attn_cuda_find_rows(const attn_cuda_borrowed *borrowed, const attn_geometry *geometry,
                                             const attn_batch *batch) {
     attn_cuda_rows_in_place found = {0};
+    if (!has_any(borrowed)) return found;
     find_ins(borrowed, geometry, batch, &found);
     find_outs(borrowed, geometry, batch, &found);
     return found;

@@ -71,7 +71,7 @@ typedef struct {
 
 void attn_bell_ring(attn_bell *bell);
 
-/* Returns once it was rung more often than `seen` times, after `spin_ns` asleep; maybe sooner. */
+/* Returns once it was rung more often than `seen` times, or sooner: who calls looks again. Sleeps after `spin_ns`. */
 void attn_bell_wait(attn_bell *bell, uint32_t seen, int64_t spin_ns);
 
 static inline uint32_t attn_bell_count(const attn_bell *bell) {

@@ -281,8 +281,3 @@ attn_status attn_packet_batch(const attn_packet *packet, const attn_geometry *ge
     point_to_members(packet, &arrays);
     return attn_ok();
 }
-
-void attn_packet_pointers_free(attn_packet_pointers *pointers) {
-    free(pointers->memory);
-    *pointers = (attn_packet_pointers){0};
-}

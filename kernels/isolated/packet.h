@@ -90,7 +90,7 @@ typedef struct {
 
 attn_packed_rows attn_packed_rows_place(const attn_geometry *geometry, uint32_t pages, uint32_t tokens, char *base);
 
-/* The pointers of a batch made of a packet: memory that is kept, and grows. Zero at first. */
+/* The pointers of a batch made of a packet: memory that is kept as long as the process, and grows. Zero at first. */
 typedef struct {
     void *memory;
     size_t bytes;
@@ -101,7 +101,5 @@ typedef struct {
  */
 attn_status attn_packet_batch(const attn_packet *packet, const attn_geometry *geometry, attn_packet_pointers *pointers,
                               attn_batch *batch);
-
-void attn_packet_pointers_free(attn_packet_pointers *pointers);
 
 #endif
