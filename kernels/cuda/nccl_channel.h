@@ -12,7 +12,7 @@
 #include "kernels/backend.h"
 #include "kernels/cuda/pages.h"
 
-/* attn_channel_ops.describe of a cuda backend; backend.c. */
+/* attn_channel_ops.describe of a cuda backend; backend/backend.c. */
 void attn_cuda_describe_end(attn_backend *backend, attn_channel_end *end);
 
 extern const attn_channel_ops attn_nccl_channel_ops;
