@@ -616,6 +616,7 @@ __device__ inline void finish_share(const group_context<S> &own, const chunk_con
     }
     __syncwarp();
     ptx::named_barrier<THREADS>(S::GROUPS);
+    ptx::named_barrier<THREADS>(S::GROUPS); /* for racecheck, which does not see that the first one orders */
     uint32_t merged = scratch.merged, warp = own.group * WARPS + own.warp;
     if (merged == 0) return;
     bool is_member = party.is_joint && party.of.own < party.of.members;

@@ -3,6 +3,8 @@
  * geometries of decode.h, one launch stores the new rows, plans, attends and merges (two where prefixes are shared);
  * others take more (pieces.c). Kernels write outputs straight to pinned memory. state.h has the way of a call.
  */
+#define _POSIX_C_SOURCE 200809L
+
 #include "base/clock.h"
 #include "kernels/cuda/backend/pack.h"
 #include "kernels/cuda/backend/run.h"
