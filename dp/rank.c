@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "base/pause.h"
 #include "kernels/faults.h"
 #include "kernels/isolated.h"
 #include "kernels/pipeline.h"
@@ -346,12 +347,6 @@ static void complete(dp_worker *worker, job_group *group) {
 /* ------------------------------------------------------------------------------------------- */
 /* The worker */
 
-static void pause_briefly(void) {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#endif
-}
-
 static bool has_waiting(const dp_rank *rank) { return atomic_load_explicit(&rank->waiting, memory_order_relaxed) > 0; }
 
 /* A job that comes right after another is picked up without a wake-up. */
@@ -362,7 +357,7 @@ static void spin_for_work(const dp_worker *worker) {
     do {
         for (int i = 0; i < 16; i++) {
             if (has_waiting(rank)) return;
-            pause_briefly();
+            attn_pause();
         }
     } while (attn_now_ns() < end);
 }
@@ -377,7 +372,7 @@ static bool spin_for_work_or_end(dp_worker *worker) {
         if (attn_backend_has_ended(worker->backend)) return true;
         if (!rank->spins) sched_yield();
         for (int i = 0; i < 16 && !has_waiting(rank); i++)
-            pause_briefly();
+            attn_pause();
     }
     return false;
 }

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "base/pause.h"
 
 /* How long to spin before sleeping: less than a sleep and a wake-up cost. */
 #define SPIN_NS 50000
@@ -39,12 +40,6 @@ struct attn_cpu_workers {
 /* ------------------------------------------------------------------------------------------- */
 /* Waiting */
 
-static void relax(void) {
-#ifdef __x86_64__
-    __builtin_ia32_pause();
-#endif
-}
-
 typedef bool (*condition)(attn_cpu_workers *workers, uint32_t round);
 
 static bool round_begun(attn_cpu_workers *workers, uint32_t round) {
@@ -62,7 +57,7 @@ static void wait_for(attn_cpu_workers *workers, condition is_met, uint32_t round
     do {
         for (int i = 0; i < 32; i++) {
             if (is_met(workers, round)) return;
-            relax();
+            attn_pause();
         }
     } while (attn_now_ns() < deadline);
 

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "base/pause.h"
 
 /* Where regions begin: the file has holes, which take no memory. */
 #define REGION_BYTES_MOST ((size_t)1 << 36)
@@ -31,19 +32,13 @@ void attn_bell_ring(attn_bell *bell) {
     if (atomic_load(&bell->is_awaited)) futex(&bell->rung, FUTEX_WAKE, INT_MAX);
 }
 
-static void pause_briefly(void) {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#endif
-}
-
 static bool rings_within(const attn_bell *bell, uint32_t seen, int64_t spin_ns) {
     if (spin_ns == 0) return attn_bell_count(bell) != seen;
     int64_t end = attn_now_ns() + spin_ns;
     do {
         for (int i = 0; i < 16; i++) {
             if (attn_bell_count(bell) != seen) return true;
-            pause_briefly();
+            attn_pause();
         }
     } while (attn_now_ns() < end);
     return false;
