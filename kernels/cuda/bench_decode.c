@@ -6,8 +6,9 @@
  *
  * Measured: a CUDA graph of 10 to 64 launches, each over other pages of a pool of 12 GiB in random order, so that the
  * L2 cache is cold; the median of 21 replays, divided by the launches. Bytes are the live K and V, Q and O. The
- * plain-read bandwidth is measured in the same run and all shares are of that; a peer's time counts as a share of the
- * read bandwidth of its own run, so a ratio above 1 is faster than the peer whatever the machine's memory.
+ * plain-read bandwidth is measured before and after each row, since it moves by some tenths of a percent while the
+ * bench runs, and the row's share is of the mean of both; a peer's time counts as a share of the read bandwidth of its
+ * own run, so a ratio above 1 is faster than the peer whatever the machine's memory.
  *
  * Checked, per shape and tuning: 256 output rows spread over the batch, with all rows of the last pages beyond the
  * lengths NaN and all unused page table entries 2147480000; every output row written; N runs (3) bitwise equal.
@@ -135,8 +136,8 @@ typedef struct {
     size_t pool_bytes;
     uint32_t *status; /* device */
     uint32_t multiprocessors;
-    uint32_t shared_bytes; /* that a block may have */
-    double read_gbps;
+    uint32_t shared_bytes;    /* that a block may have */
+    attn_cuda_reader *reader; /* NULL: nothing is timed */
 } device_state;
 
 typedef struct {
@@ -459,18 +460,15 @@ static double time_shape(const launcher *with) {
 }
 
 /* Plain-read bandwidth in GB/s: the median of some reads. */
-static double measure_read(void) {
-    attn_cuda_reader *reader;
-    double gbps[9];
-    CUDA(attn_cuda_reader_create(0, (size_t)4 << 30, &reader));
-    float rates[9];
+static double measure_read(const device_state *device) {
+    double rate;
+    float gbps[9];
     for (int i = 0; i < 9; i++) {
-        CUDA(attn_cuda_reader_measure(reader, &gbps[i]));
-        rates[i] = (float)(gbps[i] / 1e9);
+        CUDA(attn_cuda_reader_measure(device->reader, &rate));
+        gbps[i] = (float)(rate / 1e9);
     }
-    attn_cuda_reader_destroy(reader);
-    qsort(rates, 9, sizeof rates[0], compare_floats);
-    return rates[4];
+    qsort(gbps, 9, sizeof gbps[0], compare_floats);
+    return gbps[4];
 }
 
 /* When the thread blocks of one launch began and ended, after the device's clock; a line a block. */
@@ -571,9 +569,19 @@ static bool parse_options(options *chosen, int argc, char **argv) {
     return chosen->pool_mib > 0 && chosen->form.query_length > 0;
 }
 
-static void print_row(const device_state *device, const peer_list *peers, const tuning_row *row, const char *name,
-                      double bytes, double us, const check_result *checked, geometric_mean *mean) {
-    double bytes_us = bytes / device->read_gbps / 1e3;
+/* What was measured of a row: nothing if it was only checked. */
+typedef struct {
+    double us, read_gbps;
+} timing;
+
+static timing time_row(const device_state *device, const launcher *with) {
+    double before = measure_read(device), us = time_shape(with);
+    return (timing){us, (before + measure_read(device)) / 2};
+}
+
+static void print_row(const peer_list *peers, const tuning_row *row, const char *name, double bytes,
+                      const timing *timed, const check_result *checked, geometric_mean *mean) {
+    double us = timed->us, bytes_us = us > 0.0 ? bytes / timed->read_gbps / 1e3 : 0.0;
     double share = us > 0.0 ? bytes_us / us : 0.0;
     printf("%s,%s,%.2f,%.2f,%.0f,%.3f,%.2e,%.1e,%s", row->name, name, us, bytes_us, us > 0.0 ? bytes / us / 1e3 : 0.0,
            share, checked->out_error, checked->lse_error, checked->repeats ? "yes" : "NO");
@@ -641,8 +649,9 @@ static bool bench_shape(const options *chosen, device_state *device, const peer_
                 good =
                     good && checked[t].out_error <= most && checked[t].lse_error <= MAX_LSE_ERROR && checked[t].repeats;
             } else {
-                double us = chosen->check_only ? 0.0 : time_shape(&with);
-                print_row(device, peers, row, shape->name, loaded.bytes, us, &checked[t], &means[t]);
+                timing timed = {0};
+                if (!chosen->check_only) timed = time_row(device, &with);
+                print_row(peers, row, shape->name, loaded.bytes, &timed, &checked[t], &means[t]);
                 if (chosen->times) print_times(&with);
             }
             CUDA(cudaFree(with.workspace.memory));
@@ -683,11 +692,12 @@ int main(int argc, char **argv) {
     CUDA(cudaMemset(device.status, 0, sizeof *device.status));
     bench_fill(device.pool, device.pool_bytes / chosen.form.element_bytes, chosen.form.kv_dtype, POOL_SEED);
     CUDA(cudaDeviceSynchronize());
-    device.read_gbps = chosen.check_only ? 1.0 : measure_read();
+    if (!chosen.check_only) CUDA(attn_cuda_reader_create(0, (size_t)4 << 30, &device.reader));
     int driver = 0;
     CUDA(cudaDriverGetVersion(&driver));
-    printf("# %s, %u multiprocessors, CUDA driver API %d, read bandwidth %.0f GB/s, pool %zu MiB\n", properties.name,
-           device.multiprocessors, driver, device.read_gbps, chosen.pool_mib);
+    printf("# %s, %u multiprocessors, CUDA driver API %d, pool %zu MiB\n", properties.name, device.multiprocessors,
+           driver, chosen.pool_mib);
+    if (!chosen.check_only) printf("# read bandwidth before all: %.0f GB/s\n", measure_read(&device));
     printf(
         "tuning,name,us,bytes_us,gbps,share_of_read,err,lse_err,repeats,fa3_per_layer_us,best_per_layer_us,ratio_fa3,"
         "ratio_best\n");
@@ -704,8 +714,9 @@ int main(int argc, char **argv) {
                TUNINGS[t].name, means[t].count, exp(means[t].fa3 / means[t].count),
                exp(means[t].best / means[t].count));
     }
-    if (!chosen.check_only) printf("# read bandwidth after all: %.0f GB/s\n", measure_read());
+    if (!chosen.check_only) printf("# read bandwidth after all: %.0f GB/s\n", measure_read(&device));
     if (!good) printf("# FAILED: an error above its limit, or runs that differ\n");
+    attn_cuda_reader_destroy(device.reader);
     CUDA(cudaFree(device.pool));
     attn_shape_list_fini(&shapes);
     return good ? 0 : 1;
