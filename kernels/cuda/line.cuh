@@ -188,7 +188,8 @@ struct position {
 struct scan {
     uint32_t stretch;
     uint32_t own, through;
-    uint32_t least, most; /* tiles of a unit; least is 0 where a sequence has several that are not alike */
+    /* Tiles of a unit. Where a sequence has several that are not alike least is 0, and most is not. */
+    uint32_t least, most;
     uint32_t most_blocks; /* of a sequence */
 };
 
@@ -205,7 +206,7 @@ template <typename L> __device__ inline scan scan_batch(const attn_cuda_call &ca
     found.stretch = (call.batch + 31) / 32;
     found.own = 0;
     found.least = UINT32_MAX;
-    found.most = 0;
+    found.most = L::SIMPLE ? 0 : 1;
     found.most_blocks = 1;
     uint32_t first = lane * found.stretch;
     if (!L::SIMPLE && call.sequences != nullptr) { /* else one would be waited for after the other */
