@@ -495,6 +495,7 @@ def run(arguments: argparse.Namespace, cells: list[Cell], addresses: list[str]) 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = parse(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what is in the background without one
     cells = [Cell(*sizes) for sizes in itertools.product(arguments.batch, arguments.context, arguments.query_length)]
     try:
         if arguments.addresses:
