@@ -68,3 +68,9 @@ def test_a_wheel_is_built_and_works_where_it_is_installed(tmp_path: Path) -> Non
             check=True,
         )
     assert "serving" in done.stdout
+
+
+@pytest.mark.skipif(Path(sys.prefix).name != ".venv", reason="not the environment that ./dev makes")
+def test_the_environment_that_dev_makes_has_the_client(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", "import attnd"], cwd=tmp_path, env=environment, check=True)
