@@ -79,8 +79,8 @@ static void lay_out(const cuda_backend *self, const flight *of, const tally *cou
     const attn_batch *batch = of->batch;
     const attn_geometry *geometry = &self->base.geometry;
     row_bytes row = attn_cuda_device_row(self);
-    size_t query_rows = (size_t)count->rows * geometry->heads_q,
-           new_rows = (size_t)count->new_rows * geometry->heads_kv;
+    size_t query_rows = (size_t)count->rows * geometry->heads_q;
+    size_t new_rows = (size_t)count->new_rows * geometry->heads_kv;
     size_t partial_rows = (size_t)count->partial_rows * geometry->heads_q;
     memory->sequences = attn_cuda_carve(up, (batch->size + count->prefixes) * sizeof(attn_cuda_sequence));
     if (count->prefixes > 0) {
@@ -125,9 +125,10 @@ bool attn_cuda_reserve(const cuda_backend *self, flight *next, const tally *coun
     const attn_geometry *geometry = &self->base.geometry;
     row_bytes row = attn_cuda_device_row(self);
     carver up = {0}, rows = {0}, down = {0};
-    next->in_bytes =
-        count->rows * geometry->heads_q * row.key + count->new_rows * geometry->heads_kv * (row.key + row.value);
-    next->out_bytes = count->rows * geometry->heads_q * row.value;
+    size_t query_rows = (size_t)count->rows * geometry->heads_q;
+    size_t new_rows = (size_t)count->new_rows * geometry->heads_kv;
+    next->in_bytes = query_rows * row.key + new_rows * (row.key + row.value);
+    next->out_bytes = query_rows * row.value;
     next->in_place = rows_that_stay(self, next, count);
     next->memory = (call_memory){.status = next->status};
     lay_out(self, next, count, &up, &rows, &down, &next->memory);

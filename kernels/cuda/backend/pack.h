@@ -33,7 +33,7 @@ static inline uint32_t attn_cuda_chunks(uint32_t length) {
 
 /*
  * Finds out which of next->batch's rows stay where they are, and room for the others and the tables: next->in_place,
- * next->memory. False: as arena_reserve.
+ * next->memory, and the bytes of all rows, next->in_bytes and next->out_bytes. False: as attn_cuda_arena_reserve.
  */
 bool attn_cuda_reserve(const cuda_backend *self, flight *next, const tally *count, attn_status *status);
 
