@@ -37,7 +37,10 @@ typedef struct {
     uint32_t align_tiles;
     /* How long a worker waits for others to merge a long unit with it (joint.cuh); 0: the last one merges it alone. */
     uint32_t patience_ns;
-    /* Clusters of so many blocks that the device runs at once (attn_cuda_find_clusters); all 0: none are launched. */
+    /*
+     * Clusters of so many blocks that the device runs at once (attn_cuda_find_clusters); all 0: none are launched, nor
+     * long parts (parts.cuh): all calls are cut into shares of the line.
+     */
     uint32_t clusters[ATTN_CUDA_MAX_CLUSTER + 1];
     /*
      * Programmatic dependent launch: nothing that a decode reads may come from the launch before, but for shared_out
