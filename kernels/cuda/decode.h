@@ -10,6 +10,7 @@
  *     narrow   rows of a block 8 or 16; a token's keys are the rows of the matrix product. sm_80 and later: tiles come
  *              by cp.async; from sm_90 on as bulk copies.
  *     wide     up to 64 or 128 rows a block, which are the rows of the product (wgmma). sm_90a, 16-bit caches.
+ *              Simple calls of 17 to 32 heads a group whose units are few have a form of their own (twins.cuh).
  *
  * Threads: stateless; calls on different streams need different workspaces.
  */
