@@ -33,17 +33,28 @@ constexpr uint32_t GROUP_THREADS = WARPS * 32;
  * (parts.cuh). */
 enum class cuts { SHARES, CLUSTERS, LONG_PARTS };
 
+/* Tokens of a tile. A stage should be worth the time that a tile's chain of products and powers takes. */
+template <typename KV, uint32_t DIM, uint32_t DIM_V>
+constexpr uint32_t USUAL_TOKENS = 64 * (DIM + DIM_V) * KV::BYTES <= 16384 ? 128 : 64;
+
+/*
+ * The same where all wait for the memory, and that chain is only to be short after the last byte: fp8's is long, since
+ * its numbers are widened first.
+ */
+template <typename KV, uint32_t DIM, uint32_t DIM_V>
+constexpr uint32_t FINE_TOKENS = KV::BYTES == 1 ? 64 : USUAL_TOKENS<KV, DIM, DIM_V>;
+
 /* A kernel's shape. BLOCKS: 8-row blocks of queries. */
 template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t BLOCKS_, uint32_t GROUPS_, uint32_t BLOCKS_PER_SM_,
-          bool SIMPLE, bool INVARIANT = !SIMPLE, cuts CUTS = cuts::SHARES>
+          bool SIMPLE, bool INVARIANT = !SIMPLE, cuts CUTS = cuts::SHARES,
+          uint32_t TOKENS_ = USUAL_TOKENS<KV_, DIM_, DIM_V_>>
 struct shape {
     using KV = KV_;
     using IO = typename KV::IO;
     static constexpr uint32_t DIM = DIM_, DIM_V = DIM_V_, BLOCKS = BLOCKS_, GROUPS = GROUPS_;
     static constexpr uint32_t BLOCKS_PER_SM = BLOCKS_PER_SM_;
     static constexpr uint32_t ROWS = BLOCKS * 8;
-    /* A stage should be worth the time that a tile's chain of products and powers takes. */
-    static constexpr uint32_t TOKENS = 64 * (DIM + DIM_V) * KV::BYTES <= 16384 ? 128 : 64;
+    static constexpr uint32_t TOKENS = TOKENS_;
     static constexpr uint32_t SLICES = TOKENS / 64; /* of 16 tokens, that a warp has of a tile */
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, false>;
     using rules = line::rules<TOKENS, SIMPLE, INVARIANT>;
@@ -934,7 +945,9 @@ template <typename KV, uint32_t DIM, uint32_t DIM_V> struct shapes {
     static constexpr uint32_t GROUPS = DIM_V > 128 ? 1 : 2;
     using simple = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true>;
     using clustered = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, false, cuts::CLUSTERS>;
-    using long_parts = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, false, cuts::LONG_PARTS>;
+    static constexpr uint32_t FINE = FINE_TOKENS<KV, DIM, DIM_V>;
+    using fine_clustered = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, false, cuts::CLUSTERS, FINE>;
+    using long_parts = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, false, cuts::LONG_PARTS, FINE>;
     using invariant = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, true>;
     using general = shape<KV, DIM, DIM_V, 1, GROUPS, 1, false>;
     using simple_two_blocks = shape<KV, DIM, DIM_V, 1, 1, 2, true>; /* an SM */
@@ -964,8 +977,10 @@ parts::work expected_work(const attn_cuda_call &call, const attn_cuda_tuning &tu
     work.min_saved = 256 / S::TOKENS;
     work.tile_bytes = S::stage::BYTES;
     work.chain_ns = IS_FP8 ? 585 * S::stage::BYTES / 32768 : 0;
+    work.long_chain_ns = IS_FP8 ? 706 * S::stage::BYTES / 32768 : 0; /* as two tiles */
     work.end_ns = IS_FP8 ? 300 : 0;
-    work.long_end_ns = IS_FP8 ? 200 : 0;
+    work.long_end_ns = 0;
+    work.crowded_saves_ns = IS_FP8 ? 150 : 0;
     return work;
 }
 
@@ -1003,6 +1018,8 @@ cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tun
     if constexpr (IS_COMMON<DIM, DIM_V>) {
         parts::choice chosen;
         if (is_decode) chosen = parts::choose(expected_work<typename built::simple>(call, tuning, expected), tuning);
+        if (chosen.is_clustered && chosen.is_crowded)
+            return launch<typename built::fine_clustered>(call, tuning, workspace, chosen.parts, stream);
         if (chosen.is_clustered)
             return launch<typename built::clustered>(call, tuning, workspace, chosen.parts, stream);
         if (chosen.parts > 1) return launch<typename built::long_parts>(call, tuning, workspace, chosen.parts, stream);

@@ -107,17 +107,19 @@ struct work {
     uint64_t units;
     uint64_t least_tiles, most_tiles; /* of a unit; 0, 0: not known */
     uint64_t workers;
-    uint32_t rows, warps; /* of a unit, and of a block's groups */
-    uint64_t min_saved;   /* tiles: less is not worth cutting a unit at all */
-    uint64_t tile_bytes;  /* of a stage */
-    uint64_t chain_ns;    /* the least that a block takes for a tile */
-    uint64_t end_ns;      /* that a begin and an end take longer than narrow bf16's.. */
-    uint64_t long_end_ns; /* ..and those of long parts besides */
+    uint32_t rows, warps;             /* of a unit, and of a block's groups */
+    uint64_t min_saved;               /* tiles: less is not worth cutting a unit at all */
+    uint64_t tile_bytes;              /* of a stage */
+    uint64_t chain_ns, long_chain_ns; /* the least that a block takes for a tile, of a cluster's part and a long one */
+    uint64_t end_ns;                  /* that a begin and an end take longer than narrow bf16's.. */
+    uint64_t long_end_ns;             /* ..and those of long parts besides */
+    uint64_t crowded_saves_ns;        /* what clusters save that are crowded */
 };
 
 /* In clusters, long parts, or, with one part a unit, shares of the line. */
 struct choice {
     bool is_clustered = false;
+    bool is_crowded = false; /* there are so many blocks that all wait for the memory */
     uint32_t parts = 1;
     uint64_t ns = 0; /* that it takes, about */
 };
@@ -141,17 +143,20 @@ __host__ inline uint64_t ends_ns(const work &of, uint64_t parts, uint64_t few, u
 }
 
 /* All tiles; the last block is late by `late_permille` of that, or `late_ns` if that is less. */
-__host__ inline uint64_t tiles_ns(const work &of, uint64_t parts, uint64_t late_permille, uint64_t late_ns) {
+__host__ inline uint64_t tiles_ns(const work &of, uint64_t parts, uint64_t chain_ns, uint64_t late_permille,
+                                  uint64_t late_ns) {
     uint64_t load_ns = of.tile_bytes * (1000 + crowd(of, parts) * crowd(of, parts) / 12) / BLOCK_BYTES_A_US;
-    uint64_t a_tile = load_ns > of.chain_ns ? load_ns : of.chain_ns;
+    uint64_t a_tile = load_ns > chain_ns ? load_ns : chain_ns;
     uint64_t lone = (of.most_tiles + parts - 1) / parts * a_tile;
     uint64_t memory = of.units * of.most_tiles * of.tile_bytes * 1000 / MEMORY_BYTES_A_US;
     uint64_t late = memory * late_permille / 1000;
     memory += late < late_ns ? late : late_ns;
     uint64_t longer = lone > memory ? lone : memory, shorter = lone > memory ? memory : lone;
-    bool is_both = of.chain_ns > load_ns && shorter * 20 > longer * 17; /* neither waits for the other alone */
+    bool is_both = chain_ns > load_ns && shorter * 100 > longer * 92; /* neither waits for the other alone */
     return is_both ? longer + longer / 20 : longer;
 }
+
+__host__ inline bool is_crowded(const work &of, uint64_t parts) { return of.units * parts * 3 >= of.workers * 2; }
 
 /*
  * Clusters are not evenly spread over the device, so that where time is memory's some end late: those of three and five
@@ -161,11 +166,10 @@ __host__ inline uint64_t cluster_ns(const work &of, uint64_t parts) {
     static constexpr uint64_t LATE_PERMILLE[] = {0, 0, 35, 100, 75, 160, 40, 60, 60};
     bool is_uneven = parts >= 6 && of.units > 8 && of.units < (parts == 8 ? 15 : 16);
     bool is_all = parts == 2 && of.units * 33 >= of.workers * 16; /* of the device */
-    return ends_ns(of, parts, parts % 2 == 0 ? 5200 : 5500, 300) + tiles_ns(of, parts,
-                                                                            is_uneven ? 220
-                                                                            : is_all  ? 20
-                                                                                      : LATE_PERMILLE[parts],
-                                                                            20000);
+    uint64_t late = is_uneven ? 220 : is_all ? 20 : LATE_PERMILLE[parts];
+    uint64_t saved = is_crowded(of, parts) ? of.crowded_saves_ns : 0;
+    uint64_t ends = ends_ns(of, parts, parts % 2 == 0 ? 5200 : 5500, 300) - saved;
+    return ends + tiles_ns(of, parts, of.chain_ns, late, 20000);
 }
 
 __host__ inline uint64_t long_parts_ns(const work &of, uint64_t parts) {
@@ -174,14 +178,13 @@ __host__ inline uint64_t long_parts_ns(const work &of, uint64_t parts) {
     uint64_t a_round = AHEAD * (is_joint ? of.warps : of.warps / of.rows), rounds = (parts + a_round - 1) / a_round;
     uint64_t merge = (rounds - 1) * 400 + (is_joint ? 1000 : 0);
     return of.long_end_ns + ends_ns(of, parts, 5650, 600) + merge +
-           tiles_ns(of, parts, is_all ? 30 : 45, is_all ? 2000 : 4000);
+           tiles_ns(of, parts, of.long_chain_ns, is_all ? 30 : 45, is_all ? 2000 : 4000);
 }
 
 __host__ inline uint64_t shares_ns(const work &of) {
     uint64_t tiles = of.units * (of.least_tiles + of.most_tiles) / 2, share = (tiles + of.workers - 1) / of.workers;
     uint64_t rounds = of.most_tiles / share / AHEAD * ((of.rows + 3) / 4); /* of a merge by four warps */
-    return 4 * of.end_ns + 3 * of.long_end_ns + 7000 + rounds * 500 +
-           share * of.workers * of.tile_bytes * 1022 / MEMORY_BYTES_A_US;
+    return 6 * of.end_ns + 7000 + rounds * 500 + share * of.workers * of.tile_bytes * 1022 / MEMORY_BYTES_A_US;
 }
 
 __host__ inline void choose_if_faster(choice &best, const choice &other) {
@@ -199,12 +202,14 @@ __host__ inline choice choose(const work &of, const attn_cuda_tuning &tuning) {
     };
     for (uint32_t parts = ATTN_CUDA_MAX_CLUSTER; parts > 1; parts--) {
         bool fits = of.units <= tuning.clusters[parts] && of.least_tiles == of.most_tiles;
-        if (fits && is_cut_enough(parts)) choose_if_faster(best, {true, parts, cluster_ns(of, parts)});
+        if (fits && is_cut_enough(parts))
+            choose_if_faster(best, {true, is_crowded(of, parts), parts, cluster_ns(of, parts)});
     }
     uint32_t most = (uint32_t)(of.workers / of.units), a_round = AHEAD * (of.warps / of.rows);
     const uint32_t candidates[] = {most, most / 2, most / 4, a_round, 2 * a_round};
     for (uint32_t parts : candidates) {
-        if (parts <= most && is_cut_enough(parts)) choose_if_faster(best, {false, parts, long_parts_ns(of, parts)});
+        if (parts <= most && is_cut_enough(parts))
+            choose_if_faster(best, {false, false, parts, long_parts_ns(of, parts)});
     }
     return best;
 }

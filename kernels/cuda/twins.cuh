@@ -351,9 +351,10 @@ parts::choice choose(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
     work.warps = ALL_WARPS;
     work.min_saved = 2;
     work.tile_bytes = S::stage::BYTES;
-    work.chain_ns = 580;
+    work.chain_ns = work.long_chain_ns = 580;
     work.end_ns = 500;
     work.long_end_ns = 900;
+    work.crowded_saves_ns = 0;
     return parts::choose(work, tuning);
 }
 
