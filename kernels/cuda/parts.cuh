@@ -156,6 +156,7 @@ __host__ inline uint64_t tiles_ns(const work &of, uint64_t parts, uint64_t chain
     return is_both ? longer + longer / 20 : longer;
 }
 
+/* Do the blocks of clusters wait for the memory more than for themselves? */
 __host__ inline bool is_crowded(const work &of, uint64_t parts) { return of.units * parts * 3 >= of.workers * 2; }
 
 /*
@@ -172,6 +173,7 @@ __host__ inline uint64_t cluster_ns(const work &of, uint64_t parts) {
     return ends + tiles_ns(of, parts, of.chain_ns, late, 20000);
 }
 
+/* Where long parts leave some multiprocessors without work, the others end later apart. */
 __host__ inline uint64_t long_parts_ns(const work &of, uint64_t parts) {
     bool is_all = of.units * parts * 16 >= of.workers * 15; /* of the device */
     bool is_joint = are_merged_jointly({0, (uint32_t)parts, 0}, of.rows, of.warps);
@@ -181,6 +183,7 @@ __host__ inline uint64_t long_parts_ns(const work &of, uint64_t parts) {
            tiles_ns(of, parts, of.long_chain_ns, is_all ? 30 : 45, is_all ? 2000 : 4000);
 }
 
+/* Of whole tiles; one block merges each unit, however many partials that are. */
 __host__ inline uint64_t shares_ns(const work &of) {
     uint64_t tiles = of.units * (of.least_tiles + of.most_tiles) / 2, share = (tiles + of.workers - 1) / of.workers;
     uint64_t rounds = of.most_tiles / share / AHEAD * ((of.rows + 3) / 4); /* of a merge by four warps */
@@ -191,10 +194,13 @@ __host__ inline void choose_if_faster(choice &best, const choice &other) {
     if (other.ns < best.ns) best = other;
 }
 
-/* How to cut a call's units. */
+/*
+ * How to cut a call's units: what takes the shortest. Clusters need units that are alike; long parts are chosen by the
+ * longest unit, so that where units are not about alike, shares are.
+ */
 __host__ inline choice choose(const work &of, const attn_cuda_tuning &tuning) {
     choice best;
-    if (of.most_tiles == 0 || tuning.clusters[2] == 0) return best;
+    if (of.least_tiles == 0 || tuning.clusters[2] == 0) return best;
     best.ns = shares_ns(of);
     auto is_cut_enough = [&](uint64_t parts) {
         return parts > 1 && parts <= of.least_tiles &&
