@@ -54,6 +54,22 @@ __device__ inline void send_row(const inbox &to, uint32_t index, const rows::row
     if (lane == 0) ptx::store_in_cluster(state, make_float2(sent.maximum, sent.sum), barrier);
 }
 
+/* Sends a row to slot `slot` of block `block`'s inbox. By a warp. */
+template <uint32_t COLUMNS>
+__device__ inline void send_row_to(const inbox &own, uint32_t block, uint32_t slot,
+                                   const rows::row_state<COLUMNS> &sent, uint32_t lane) {
+    using word = typename rows::words<rows::row<COLUMNS>::WIDTH>::type;
+    uint32_t barrier = ptx::address_in_cluster(own.barrier, block);
+    uint32_t out = ptx::address_in_cluster(ptx::shared_address(own.outs + slot * COLUMNS), block);
+    uint32_t state = ptx::address_in_cluster(ptx::shared_address(own.states + slot), block);
+#pragma unroll
+    for (uint32_t p = 0; p < rows::row<COLUMNS>::PARTS; p++) {
+        ptx::store_in_cluster(out + (p * 32 + lane) * (uint32_t)sizeof(word), *(const word *)sent.out.parts[p],
+                              barrier);
+    }
+    if (lane == 0) ptx::store_in_cluster(state, make_float2(sent.maximum, sent.sum), barrier);
+}
+
 /* Adds the others' rows `index` to the first block's own, in the order of the parts, once all are there. By a warp. */
 template <uint32_t COLUMNS>
 __device__ inline void receive_row(const inbox &from, uint32_t index, rows::row_state<COLUMNS> &own, uint32_t lane) {

@@ -10,6 +10,7 @@
  *     narrow   rows of a block 8 or 16; a token's keys are the rows of the matrix product. sm_80 and later: tiles come
  *              by cp.async; from sm_90 on as bulk copies.
  *     wide     up to 64 or 128 rows a block, which are the rows of the product (wgmma). sm_90a, 16-bit caches.
+ *              Simple calls of 17 to 32 heads a group whose units are few have a form of their own (twins.cuh).
  *
  * Threads: stateless; calls on different streams need different workspaces.
  */
@@ -37,7 +38,10 @@ typedef struct {
     uint32_t align_tiles;
     /* How long a worker waits for others to merge a long unit with it (joint.cuh); 0: the last one merges it alone. */
     uint32_t patience_ns;
-    /* Clusters of so many blocks that the device runs at once (attn_cuda_find_clusters); all 0: none are launched. */
+    /*
+     * Clusters of so many blocks that the device runs at once (attn_cuda_find_clusters); all 0: none are launched, nor
+     * long parts (parts.cuh): all calls are cut into shares of the line.
+     */
     uint32_t clusters[ATTN_CUDA_MAX_CLUSTER + 1];
     /*
      * Programmatic dependent launch: nothing that a decode reads may come from the launch before, but for shared_out

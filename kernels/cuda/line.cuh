@@ -39,7 +39,7 @@ struct cut {
     uint32_t block_shift;     /* ..and of a block of it (layout.cuh) */
     uint32_t block_bytes;
     uint32_t align_tiles;   /* attn_cuda_tuning */
-    uint32_t parts;         /* blocks of a cluster; 1: there are none */
+    uint32_t parts;         /* of a unit (cluster.cuh, parts.cuh); 1: there are none */
     uint32_t parts_inverse; /* worker / parts is worker * this >> 16 */
 };
 
@@ -50,7 +50,7 @@ __host__ inline uint32_t log2_of(uint32_t power) {
     return shift;
 }
 
-/* Of a kernel whose blocks have `rows` rows, and a launch of so many workers in clusters of `parts`. */
+/* Of a kernel whose blocks have `rows` rows, and a launch of so many workers that may cut each unit into `parts`. */
 __host__ inline cut make_cut(const attn_cuda_layer &layer, const attn_cuda_tuning &tuning, uint32_t rows,
                              uint32_t workers, uint32_t parts) {
     cut made;
@@ -317,7 +317,7 @@ constexpr uint32_t TURN_TILES = 24;
 struct share {
     uint32_t begin, end, turn;
     uint32_t tiles_a_worker; /* worker w begins at w * this */
-    bool is_part;            /* of a unit that a cluster has by itself (cluster.cuh) */
+    bool is_part; /* of a unit that a cluster, or some workers, have by themselves (cluster.cuh, parts.cuh) */
     position at_begin, at_turn;
 };
 
@@ -333,7 +333,7 @@ __device__ inline uint32_t choose_share(uint32_t total, uint32_t workers, uint32
     return aligned <= equal + cut.align_tiles ? aligned : equal;
 }
 
-/* Which of a cluster's blocks a worker is. */
+/* Which of a unit's parts a worker has. */
 __device__ inline uint32_t part_of(const cut &cut, uint32_t worker) {
     return worker - (worker * cut.parts_inverse >> 16) * cut.parts;
 }
@@ -401,6 +401,37 @@ __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, u
     if (mine.begin == mine.end) return mine;
     locate_share<L>(mine, call, cut, batch, !L::SIMPLE && least == most && most_blocks == 1 ? most : 0, lane);
     return mine;
+}
+
+/* A worker's equal part of a unit, where all units are cut into as many parts, whatever their lengths (parts.cuh). */
+struct part {
+    line::unit unit;
+    share mine; /* in the line of the unit's sequence alone; maybe no tile */
+};
+
+/* By any thread. Only for simple calls. */
+template <typename L> __device__ inline part find_part(const attn_cuda_call &call, const cut &cut, uint32_t worker) {
+    static_assert(L::SIMPLE, "");
+    uint32_t heads = call.layer.heads_kv, number = worker * cut.parts_inverse >> 16,
+             which = worker - number * cut.parts;
+    part found;
+    found.unit.sequence = number / heads;
+    found.unit.head = number - found.unit.sequence * heads;
+    found.unit.block = 0;
+    found.unit.of = sequence_at<L>(call, found.unit.sequence);
+    load_unit<L>(found.unit, call, cut);
+    uint32_t tiles = found.unit.sees.tiles;
+    found.unit.begin = found.unit.head * tiles;
+    /* p / parts of the tiles, as the launch has parts * units workers */
+    uint64_t units = call.batch * heads;
+    auto begin_of = [&](uint32_t p) { return (uint32_t)(units * (p * tiles) * cut.workers_inverse >> 40); };
+    found.mine.is_part = true;
+    found.mine.begin = found.unit.begin + begin_of(which);
+    found.mine.end = found.unit.begin + begin_of(which + 1);
+    found.mine.turn = found.mine.end;
+    found.mine.tiles_a_worker = 0;
+    found.mine.at_begin = found.mine.at_turn = {found.unit.sequence, 0};
+    return found;
 }
 
 /* The i-th tile that the worker does, in the line. */

@@ -5,7 +5,8 @@
  *     S^T [16 tokens x 8 rows] = K Q^T        O^T [head_dim_v x 8 rows] += V^T P^T
  * only the query rows are padded. At the end of a run (the block's tiles of one unit) the four states are merged
  * through shared memory. Two groups take turns run by run: while one ends its run, the other has its queries and
- * consumes. Of a part of a cluster's unit (cluster.cuh) they take tiles in turn, and merge all their warps' states.
+ * consumes. Of a part of a unit that a cluster has (cluster.cuh), or all multiprocessors (parts.cuh), they take tiles
+ * in turn, and merge all their warps' states.
  */
 #ifndef ATTND_KERNELS_CUDA_NARROW_CUH
 #define ATTND_KERNELS_CUDA_NARROW_CUH
@@ -15,6 +16,7 @@
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/launching.cuh"
+#include "kernels/cuda/parts.cuh"
 #include "kernels/cuda/produce.cuh"
 #include "kernels/cuda/rows.cuh"
 
@@ -27,21 +29,36 @@ using rows::LOG2_E;
 constexpr uint32_t WARPS = 4; /* of a group */
 constexpr uint32_t GROUP_THREADS = WARPS * 32;
 
+/* How a kernel cuts the line: into shares, in clusters if units are alike (cluster.cuh), or into long parts
+ * (parts.cuh). */
+enum class cuts { SHARES, CLUSTERS, LONG_PARTS };
+
+/* Tokens of a tile. A stage should be worth the time that a tile's chain of products and powers takes. */
+template <typename KV, uint32_t DIM, uint32_t DIM_V>
+constexpr uint32_t USUAL_TOKENS = 64 * (DIM + DIM_V) * KV::BYTES <= 16384 ? 128 : 64;
+
+/*
+ * The same where all wait for the memory, and that chain is only to be short after the last byte: fp8's is long, since
+ * its numbers are widened first.
+ */
+template <typename KV, uint32_t DIM, uint32_t DIM_V>
+constexpr uint32_t FINE_TOKENS = KV::BYTES == 1 ? 64 : USUAL_TOKENS<KV, DIM, DIM_V>;
+
 /* A kernel's shape. BLOCKS: 8-row blocks of queries. */
 template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t BLOCKS_, uint32_t GROUPS_, uint32_t BLOCKS_PER_SM_,
-          bool SIMPLE, bool INVARIANT = !SIMPLE, bool CLUSTERED_ = false>
+          bool SIMPLE, bool INVARIANT = !SIMPLE, cuts CUTS = cuts::SHARES,
+          uint32_t TOKENS_ = USUAL_TOKENS<KV_, DIM_, DIM_V_>>
 struct shape {
     using KV = KV_;
     using IO = typename KV::IO;
     static constexpr uint32_t DIM = DIM_, DIM_V = DIM_V_, BLOCKS = BLOCKS_, GROUPS = GROUPS_;
     static constexpr uint32_t BLOCKS_PER_SM = BLOCKS_PER_SM_;
     static constexpr uint32_t ROWS = BLOCKS * 8;
-    /* A stage should be worth the time that a tile's chain of products and powers takes. */
-    static constexpr uint32_t TOKENS = 64 * (DIM + DIM_V) * KV::BYTES <= 16384 ? 128 : 64;
+    static constexpr uint32_t TOKENS = TOKENS_;
     static constexpr uint32_t SLICES = TOKENS / 64; /* of 16 tokens, that a warp has of a tile */
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, false>;
     using rules = line::rules<TOKENS, SIMPLE, INVARIANT>;
-    static constexpr bool CLUSTERED = CLUSTERED_;             /* cluster.cuh */
+    static constexpr bool CLUSTERED = CUTS == cuts::CLUSTERS, IN_PARTS = CUTS == cuts::LONG_PARTS;
     static constexpr bool KEEPS_CHUNKS = SIMPLE && INVARIANT; /* chunks.cuh */
 };
 
@@ -485,6 +502,83 @@ __device__ inline void finish_part(const group_context<S> &own, const block_memo
     }
 }
 
+/* A row of a block's part of a unit: all warps' states merged. */
+template <typename S>
+__device__ inline rows::row_state<S::DIM_V> merge_groups(const block_memory<S> &memory, uint32_t index, uint32_t lane) {
+    rows::row_state<S::DIM_V> merged = merge_warps<S>(memory.group[0], index, lane);
+#pragma unroll
+    for (uint32_t g = 1; g < S::GROUPS; g++) {
+        rows::row_state<S::DIM_V> added = merge_warps<S>(memory.group[g], index, lane);
+        rows::merge_state(merged, added.out, added.maximum, added.sum);
+    }
+    return merged;
+}
+
+/*
+ * Merges `count` rows of a unit, from row `first` on, all of whose parts are there. Several warps have a row, each a
+ * slice of its parts; what that comes to they lay down where the warps' states were, and one adds it up. By all groups.
+ */
+template <typename S>
+__device__ inline void merge_long_parts(const group_context<S> &own, block_memory<S> &memory, const line::unit &unit,
+                                        const parts::place &of, uint32_t first, uint32_t count) {
+    constexpr uint32_t ALL_WARPS = S::GROUPS * WARPS;
+    static_assert(S::ROWS <= ALL_WARPS, "a row has a warp, or several");
+    uint32_t warp = own.group * WARPS + own.warp, slices = ALL_WARPS / count;
+    uint32_t index = first + warp % count, slice = warp / count;
+    rows::row_state<S::DIM_V> merged = rows::empty_state<S::DIM_V>();
+    if (slice < slices) {
+        merged = parts::merge_slice<S::DIM_V, S::ROWS>(own.work, of, index, slice, slices, own.lane);
+    }
+    if (slice > 0 && slice < slices) {
+        group_memory<S> &group = memory.group[slice / WARPS];
+        rows::store_row(group.out[slice % WARPS][index], merged.out, own.lane);
+        if (own.lane == 0) {
+            group.maximum[slice % WARPS][index] = merged.maximum;
+            group.sum[slice % WARPS][index] = merged.sum;
+        }
+    }
+    __syncwarp(); /* the barrier counts whole warps */
+    if (slices > 1) ptx::named_barrier<S::GROUPS * GROUP_THREADS>(S::GROUPS);
+    if (slice > 0) return;
+#pragma unroll
+    for (uint32_t s = 1; s < ALL_WARPS; s++) {
+        const group_memory<S> &group = memory.group[s / WARPS];
+        if (s >= slices) break;
+        rows::merge_state(merged, rows::load_row<S::DIM_V>(group.out[s % WARPS][index], own.lane),
+                          group.maximum[s % WARPS][index], group.sum[s % WARPS][index]);
+    }
+    rows::write_row<typename S::rules, typename S::IO>(own.call, {unit, own.cut, index}, merged, own.lane);
+}
+
+/* Ends a long part of a unit, and merges what is now to be merged of it. By all groups. */
+template <typename S>
+__device__ inline void finish_long_part(const group_context<S> &own, block_memory<S> &memory, const line::unit &unit,
+                                        uint32_t patience_ns) {
+    constexpr uint32_t THREADS = S::GROUPS * GROUP_THREADS, ALL_WARPS = S::GROUPS * WARPS;
+    uint32_t rows = own.cut.group;
+    parts::place of = parts::place_of(own.cut, own.by.number);
+    bool is_joint = parts::are_merged_jointly(of, rows, ALL_WARPS);
+    ptx::named_barrier<THREADS>(S::GROUPS);
+    for (uint32_t index = own.group * WARPS + own.warp; index < rows; index += ALL_WARPS) {
+        rows::row_state<S::DIM_V> merged = merge_groups<S>(memory, index, own.lane);
+        rows::store_partial<S::DIM_V, S::ROWS>(own.work, own.by.number, index, merged.out,
+                                               make_float2(merged.maximum, merged.sum), own.lane);
+    }
+    ptx::named_barrier<THREADS>(S::GROUPS); /* the partials are written, and the states read */
+    uint32_t &arrived = memory.group[0].last_arriver;
+    if (own.group == 0 && own.warp == 0 && own.lane == 0) {
+        arrived = is_joint ? parts::arrive_jointly(own.work, of, rows, patience_ns) : parts::arrive(own.work, of);
+    }
+    __syncwarp(); /* the barrier counts whole warps */
+    ptx::named_barrier<THREADS>(S::GROUPS);
+    ptx::named_barrier<THREADS>(S::GROUPS); /* for racecheck, which does not see that the first one orders */
+    uint32_t rows_each = is_joint ? 1 : rows;
+#pragma unroll 1
+    for (uint32_t members = arrived; members != 0; members &= members - 1) {
+        merge_long_parts<S>(own, memory, unit, of, (__ffs(members) - 1) * rows_each, rows_each);
+    }
+}
+
 /* Ends a run: merges the warps' states and delivers the rows; who brings the unit to its end merges what was cut. */
 template <typename S>
 __device__ inline void finish_run(const group_context<S> &own, const line::unit &unit, const rows::run &done) {
@@ -676,6 +770,16 @@ __device__ inline void do_part(const group_context<S> &own, const line::share &m
     finish_part<S>(own, memory, unit, inbox);
 }
 
+/* A block's long part of a unit, likewise. */
+template <typename S>
+__device__ inline void do_long_part(const group_context<S> &own, const line::part &part, block_memory<S> &memory,
+                                    const produce::ring &ring, uint32_t patience_ns) {
+    rows::run run = {part.mine.begin + own.group, part.mine.end};
+    do_run<S>(own, part.unit, run, ring, own.group, 0, 0, S::GROUPS);
+    ptx::wait_for_previous_launch();
+    finish_long_part<S>(own, memory, part.unit, patience_ns);
+}
+
 /* A consumer warp: its group's of the worker's runs, every GROUPS-th. */
 template <typename S>
 __device__ inline void consume(const group_context<S> &own, const line::share &mine, block_memory<S> &memory,
@@ -753,9 +857,16 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
         with.times[blockIdx.x * 4 + 1] = ptx::global_time_ns();
     }
     ptx::launch_dependents();
-    line::share mine = line::find_share<typename S::rules, S::CLUSTERED>(call, with.cut, gridDim.x, blockIdx.x, lane);
+    line::share mine;
+    line::part part;
+    if constexpr (S::IN_PARTS) {
+        part = line::find_part<typename S::rules>(call, with.cut, blockIdx.x);
+        mine = part.mine;
+    } else {
+        mine = line::find_share<typename S::rules, S::CLUSTERED>(call, with.cut, gridDim.x, blockIdx.x, lane);
+    }
     __syncthreads();
-    if (mine.begin == mine.end) return;
+    if (!S::IN_PARTS && mine.begin == mine.end) return;
     if (warp == S::GROUPS * WARPS) {
         produce::fill_ring<typename S::stage, typename S::rules>(call, with.cut, mine, ring, lane);
     } else {
@@ -781,7 +892,11 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
             (float *)shared,
             with.stages * S::stage::BYTES,
             with.patience_ns};
-        consume<S>(own, mine, memory, ring, inbox, keeping);
+        if constexpr (S::IN_PARTS) {
+            do_long_part<S>(own, part, memory, ring, with.patience_ns);
+        } else {
+            consume<S>(own, mine, memory, ring, inbox, keeping);
+        }
         if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
             atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
     }
@@ -790,7 +905,7 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
 /* ------------------------------------------------------------------------------------------- */
 /* Launching */
 
-/* Launches blocks of the shape, in clusters of `parts` if it is for that. */
+/* Launches blocks of the shape; each unit is cut into `parts` if it is for clusters or long parts, else that is 1. */
 template <typename S>
 cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_workspace &workspace,
                    uint32_t parts, cudaStream_t stream) {
@@ -798,13 +913,14 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     uint32_t workers = parts == 1 ? tuning.workers * S::BLOCKS_PER_SM : call.batch * call.layer.heads_kv * parts;
     if (workspace.rows < S::ROWS || S::ROWS < group) return cudaErrorInvalidValue;
     if (!call.batch_invariant && workspace.slots < 2 * workers) return cudaErrorInvalidValue;
-    uint32_t besides = (uint32_t)sizeof(block_memory<S>) + cluster::inbox_bytes(parts, group, S::DIM_V);
+    uint32_t in_cluster = S::CLUSTERED ? parts : 1;
+    uint32_t besides = (uint32_t)sizeof(block_memory<S>) + cluster::inbox_bytes(in_cluster, group, S::DIM_V);
     uint32_t room = tuning.shared_bytes / S::BLOCKS_PER_SM - (S::BLOCKS_PER_SM - 1) * 1024;
     if (room < besides) return cudaErrorInvalidValue;
     uint32_t most = tuning.stages != 0 ? tuning.stages : (96 * 1024 + S::stage::BYTES - 1) / S::stage::BYTES;
-    if (S::CLUSTERED) most += most % S::GROUPS; /* do_run */
+    if (S::CLUSTERED || S::IN_PARTS) most += most % S::GROUPS; /* do_run */
     uint32_t stages = min(min((room - besides) / S::stage::BYTES, most), MAX_STAGES);
-    if (S::CLUSTERED) stages -= stages % S::GROUPS;
+    if (S::CLUSTERED || S::IN_PARTS) stages -= stages % S::GROUPS;
     if (stages == 0) return cudaErrorInvalidValue;
     uint32_t left = room - besides - stages * S::stage::BYTES, a_chunk = chunks::kept_bytes(group, S::DIM_V);
     uint32_t chunk_slots = S::KEEPS_CHUNKS ? left / a_chunk : 0;
@@ -816,7 +932,7 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
                       tuning.patience_ns,
                       tuning.times,
                       chunk_slots};
-    launching::grid size = {workers, S::GROUPS * GROUP_THREADS + 32, parts,
+    launching::grid size = {workers, S::GROUPS * GROUP_THREADS + 32, in_cluster,
                             stages * S::stage::BYTES + besides + chunk_slots * a_chunk};
     return launching::launch_kernel(narrow_kernel<S>, size, tuning, call, with, stream);
 }
@@ -828,7 +944,10 @@ template <uint32_t DIM, uint32_t DIM_V> constexpr bool IS_COMMON = DIM == DIM_V 
 template <typename KV, uint32_t DIM, uint32_t DIM_V> struct shapes {
     static constexpr uint32_t GROUPS = DIM_V > 128 ? 1 : 2;
     using simple = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true>;
-    using clustered = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, false, true>;
+    using clustered = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, false, cuts::CLUSTERS>;
+    static constexpr uint32_t FINE = FINE_TOKENS<KV, DIM, DIM_V>;
+    using fine_clustered = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, false, cuts::CLUSTERS, FINE>;
+    using long_parts = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, false, cuts::LONG_PARTS, FINE>;
     using invariant = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, true>;
     using general = shape<KV, DIM, DIM_V, 1, GROUPS, 1, false>;
     using simple_two_blocks = shape<KV, DIM, DIM_V, 1, 1, 2, true>; /* an SM */
@@ -843,33 +962,26 @@ template <typename S> uint32_t expected_tiles(const attn_cuda_expected &expected
     return least == most ? most : 0;
 }
 
-/*
- * Is a cluster of `parts` blocks a unit faster than an equal share of all units for every worker? It saves a merge by
- * way of memory, 2 to 3 us. But a worker that has others beside it idle is not so much faster as it has more to do; and
- * where workers are not evenly spread over the device some end late, the more the longer it takes. All constants are
- * measured (docs/kernel-notes.md).
- */
-template <typename S> bool is_worth_clusters(uint64_t tiles, uint64_t units, uint64_t workers, uint64_t parts) {
-    constexpr uint32_t MERGE_TILES = 576 / S::TOKENS;             /* what a merge is worth */
-    constexpr uint32_t MIN_SAVED = 256 / S::TOKENS;               /* less is not worth cutting a unit at all */
-    constexpr uint32_t ALONE = S::KV::BYTES == 1 ? 26 : 31;       /* tiles in the time of 16 if all are at work */
-    uint64_t most_tiles = (parts == 2 ? 8192 : 4096) / S::TOKENS; /* until others end late */
-    uint64_t of_worker = (tiles + parts - 1) / parts, equal = tiles * units / workers;
-    if (of_worker + MIN_SAVED > tiles) return false;
-    if (of_worker <= equal + MERGE_TILES) return true;
-    return of_worker <= most_tiles && of_worker <= tiles * units * ALONE / (16 * workers) + MERGE_TILES / 2;
-}
-
-/* The blocks of the clusters that a call is launched in: as many as the device runs at once with one a unit; 1: none.
- */
+/* What a launch of the narrow kernel is expected to have to do, for parts::choose. */
 template <typename S>
-uint32_t choose_parts(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_expected &expected) {
-    uint32_t units = call.batch * call.layer.heads_kv, tiles = expected_tiles<S>(expected);
-    for (uint32_t parts = min((uint32_t)ATTN_CUDA_MAX_CLUSTER, tiles); parts > 1; parts--) {
-        bool fits = units <= tuning.clusters[parts];
-        if (fits && is_worth_clusters<S>(tiles, units, tuning.workers, parts)) return parts;
-    }
-    return 1;
+parts::work expected_work(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
+                          const attn_cuda_expected &expected) {
+    constexpr bool IS_FP8 = S::KV::BYTES == 1;
+    parts::work work;
+    work.units = call.batch * call.layer.heads_kv;
+    work.least_tiles = (expected.shortest + S::TOKENS - 1) / S::TOKENS;
+    work.most_tiles = (expected.longest + S::TOKENS - 1) / S::TOKENS;
+    work.workers = tuning.workers;
+    work.rows = call.layer.heads_q / call.layer.heads_kv;
+    work.warps = S::GROUPS * WARPS;
+    work.min_saved = 256 / S::TOKENS;
+    work.tile_bytes = S::stage::BYTES;
+    work.chain_ns = IS_FP8 ? 585 * S::stage::BYTES / 32768 : 0;
+    work.long_chain_ns = IS_FP8 ? 706 * S::stage::BYTES / 32768 : 0; /* as two tiles */
+    work.end_ns = IS_FP8 ? 300 : 0;
+    work.long_end_ns = 0;
+    work.crowded_saves_ns = IS_FP8 ? 150 : 0;
+    return work;
 }
 
 /*
@@ -904,8 +1016,13 @@ cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tun
     }
     if (tuning.blocks_per_sm == 2) return cudaErrorInvalidValue;
     if constexpr (IS_COMMON<DIM, DIM_V>) {
-        uint32_t parts = is_decode ? choose_parts<typename built::clustered>(call, tuning, expected) : 1;
-        if (parts > 1) return launch<typename built::clustered>(call, tuning, workspace, parts, stream);
+        parts::choice chosen;
+        if (is_decode) chosen = parts::choose(expected_work<typename built::simple>(call, tuning, expected), tuning);
+        if (chosen.is_clustered && chosen.is_crowded)
+            return launch<typename built::fine_clustered>(call, tuning, workspace, chosen.parts, stream);
+        if (chosen.is_clustered)
+            return launch<typename built::clustered>(call, tuning, workspace, chosen.parts, stream);
+        if (chosen.parts > 1) return launch<typename built::long_parts>(call, tuning, workspace, chosen.parts, stream);
         if (is_simple && call.batch_invariant) {
             return launch<typename built::invariant>(call, tuning, workspace, 1, stream);
         }

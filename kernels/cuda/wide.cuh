@@ -36,17 +36,18 @@ using rows::LOG2_E;
 constexpr uint32_t GROUP_ROWS = 64, TALL_ROWS = 128;
 constexpr uint32_t STEP = 16; /* what a product sums over */
 
-/* A kernel's shape. */
-template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t GROUPS_, bool SIMPLE, bool TALL_ = false>
+/* A kernel's shape. TWINS: twins.cuh. */
+template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t GROUPS_, bool SIMPLE, bool TALL_ = false,
+          bool TWINS_ = false>
 struct shape {
     using KV = KV_;
     using IO = typename KV::IO;
-    static constexpr bool TALL = TALL_;
+    static constexpr bool TALL = TALL_, TWINS = TWINS_;
     static constexpr uint32_t DIM = DIM_, DIM_V = DIM_V_, GROUPS = GROUPS_;
     static constexpr uint32_t ROWS = TALL ? TALL_ROWS : GROUP_ROWS, TOKENS = TALL ? 128 : 64;
     static constexpr bool BENDS = !SIMPLE && !TALL;      /* can softcap */
     static constexpr uint32_t TURNS = TALL ? 1 : GROUPS; /* of how many tiles a group consumes one */
-    static constexpr uint32_t TERMS = TALL ? KV::TALL_TERMS : KV::TERMS;
+    static constexpr uint32_t TERMS = TALL ? KV::TALL_TERMS : TWINS ? 1 : KV::TERMS; /* of a weight, in a row */
     static_assert(!TALL || GROUPS * GROUP_ROWS == TALL_ROWS, "");
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true>;
     using rules = line::rules<TOKENS, SIMPLE, false>;
@@ -394,7 +395,7 @@ template <typename S> __device__ inline void clear_unseen(const group_place &own
  * weights are rounded, it moves at once: so the largest are 1, or near to it, and a row that is nearly all one token's
  * has no error by it.
  */
-template <typename S> constexpr float SLACK = S::TERMS == 1 ? 0.0f : 8.0f;
+template <typename S> constexpr float SLACK = S::TERMS == 1 && !S::TWINS ? 0.0f : 8.0f;
 
 /* The largest, or the sum, of a row's scores of the lane: as a tree, since what waits for each other is slow; but not
  * a wide one, which would take registers. */
@@ -447,10 +448,10 @@ template <typename S> __device__ inline void rescale(warp_state<S> &state, const
     state.sum[1] *= factors[1];
 }
 
-/* Scores become weights, which are summed and packed. */
+/* Scores become weights, which are summed and packed; of twins the upper rows have the second terms. */
 template <typename S>
-__device__ inline void soften(tile_scores<S> &scores, warp_state<S> &state, tile_weights<S> &weights,
-                              float scale_log2) {
+__device__ inline void soften(const group_place &own, tile_scores<S> &scores, warp_state<S> &state,
+                              tile_weights<S> &weights, float scale_log2) {
     constexpr uint32_t LAST = S::TERMS - 1;
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
@@ -465,6 +466,7 @@ __device__ inline void soften(tile_scores<S> &scores, warp_state<S> &state, tile
 #pragma unroll
     for (uint32_t i = 0; i < S::TOKENS / 4; i++) {
         uint32_t packed = S::KV::pack(scores[2 * i], scores[2 * i + 1]);
+        if (S::TWINS && own.warp >= WARPS / 2) packed = S::KV::pack_rest(scores[2 * i], scores[2 * i + 1], packed);
         weights[0][i / 4][i % 4] = packed;
         if (LAST == 1) weights[LAST][i / 4][i % 4] = S::KV::pack_rest(scores[2 * i], scores[2 * i + 1], packed);
     }
@@ -492,10 +494,9 @@ __device__ inline void weigh(const group_place &own, tile_scores<S> &scores, war
  * cannot take one filling's barrier for another's. Who gives its state needs its last stage for it: keeps_last.
  */
 template <typename S>
-__device__ inline void consume_tiles(warp_state<S> &state, const block_memory<S> &memory, uint32_t slot,
+__device__ inline void consume_tiles(warp_state<S> &state, uint32_t queries, const uint2 *visible,
                                      const produce::ring &ring, const group_place &own, tile_run run, bool keeps_last) {
     clear_state(state);
-    uint32_t queries = ptx::shared_address(memory.queries[slot]);
     if (S::TALL) queries += own.group * GROUP_ROWS * S::stage::KEY_CHUNK;
     uint32_t stage = run.first_number % ring.stages, parity = run.first_number / ring.stages % 2;
 #pragma unroll 1
@@ -510,10 +511,10 @@ __device__ inline void consume_tiles(warp_state<S> &state, const block_memory<S>
         ptx::warpgroup_commit();
         ptx::warpgroup_wait<0>();
         ptx::hold(scores);
-        weigh<S>(own, scores, state, factors, run, memory.visible[slot]);
+        weigh<S>(own, scores, state, factors, run, visible);
         if (have_moved(factors)) rescale(state, factors);
         tile_weights<S> weights;
-        soften<S>(scores, state, weights, run.soft.scale_log2);
+        soften<S>(own, scores, state, weights, run.soft.scale_log2);
         if (is_partly_unseen<S>(run)) clear_unseen<S>(own, run, at);
         ptx::warpgroup_fence();
         multiply_values<S>(state, weights, at);
@@ -916,7 +917,8 @@ __device__ inline void do_run(const block_place<S> &block, const group_place &ow
     const found_run &found = block.memory.runs[slot];
     bool ends = is_ender<S>(number, own.group);
     warp_state<S> state;
-    consume_tiles<S>(state, block.memory, slot, ring, own, tiles_of_group<S>(found, own.group), !ends);
+    consume_tiles<S>(state, ptx::shared_address(block.memory.queries[slot]), block.memory.visible[slot], ring, own,
+                     tiles_of_group<S>(found, own.group), !ends);
     bool is_given = S::TURNS > 1 && found.given != NO_TILE;
     uint32_t stage = is_given ? found.given % ring.stages : 0;
     char *given = ring_memory + stage * S::stage::BYTES;

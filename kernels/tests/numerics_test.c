@@ -266,11 +266,73 @@ static void the_extremes_of_the_matrix_are_within_bounds(void **state) {
     print_findings(&found);
 }
 
+/* ------------------------------------------------------------------------------------------- */
+/* Few long sequences, one query row each: alike or not, what is long is cut into many parts */
+
+enum { MAX_FEW = 4 };
+
+typedef struct {
+    attn_dtype dtype;
+    uint32_t head_dim, heads_kv, group, page_size;
+    bool has_sinks;
+    uint32_t stored[MAX_FEW]; /* a 0 ends them */
+} few_long;
+
+static const few_long FEW_LONG[] = {
+    {ATTN_BF16, 128, 1, 8, 64, false, {9000}},                  /* so many parts that blocks merge them together */
+    {ATTN_BF16, 128, 1, 4, 16, true, {4095}},                   /* its new row fills the last tile */
+    {ATTN_BF16, 128, 2, 4, 64, false, {4100, 4090}},            /* about alike */
+    {ATTN_FP16, 128, 1, 5, 32, true, {4096, 4097, 4090, 4088}}, /* the new row is a tile of its own */
+    {ATTN_FP16, 64, 1, 1, 64, false, {6000}},                   /* all warps merge the only row */
+    {ATTN_BF16, 64, 2, 3, 128, false, {4000, 4100}},            /* warps that have no row */
+    {ATTN_BF16, 128, 1, 7, 64, true, {3000, 10, 8000}},         /* not alike at all */
+};
+
+static void run_few_long(const few_long *c, const backend_row *row, uint64_t seed) {
+    attn_geometry geometry = {.layers = LAYERS,
+                              .heads_q = c->heads_kv * c->group,
+                              .heads_kv = c->heads_kv,
+                              .head_dim = c->head_dim,
+                              .head_dim_v = c->head_dim,
+                              .dtype = c->dtype,
+                              .page_size = c->page_size};
+    uint32_t count = 0, tokens = 0;
+    for (; count < MAX_FEW && c->stored[count] != 0; count++)
+        tokens += c->stored[count] + 2 * c->page_size;
+    test_pool pool;
+    pool_open(&pool, row, &geometry, pool_pages_for(&geometry, tokens) + MAX_FEW, 2, seed);
+    float sinks[ATTN_MAX_GROUP * 2];
+    for (uint32_t h = 0; h < geometry.heads_q; h++)
+        sinks[h] = random_uniform(&pool.random, -2, 2);
+    decode_options options = {.scale = c->head_dim == 64 ? 0.125f : 0.0884f, .sinks = c->has_sinks ? sinks : NULL};
+    test_sequence sequences[MAX_FEW], *pointers[MAX_FEW];
+    for (uint32_t i = 0; i < count; i++) {
+        sequence_init(&sequences[i], &pool, (sequence_spec){c->stored[i], 1, false, INPUTS_UNIFORM});
+        pointers[i] = &sequences[i];
+    }
+    decode_sequences(&pool, pointers, count, &options);
+    char text[64];
+    snprintf(text, sizeof text, "few long ones, case %u", (unsigned)seed);
+    for (uint32_t i = 0; i < count; i++) {
+        decode_errors errors = sequence_errors(&pool, &sequences[i], &options, ORACLE_WORK);
+        assert_errors_within_bounds(&errors, geometry.dtype, text);
+        sequence_fini(&sequences[i]);
+    }
+    pool_close(&pool);
+}
+
+static void few_long_sequences_are_within_bounds(void **state) {
+    uint32_t step = FIXTURE_SANITIZED ? 3 : 1;
+    for (uint32_t n = 0; n < sizeof FEW_LONG / sizeof *FEW_LONG; n += step)
+        run_few_long(&FEW_LONG[n], *state, n);
+}
+
 int main(int argc, char **argv) {
     attn_isolated_main(argc, argv);
     const struct CMUnitTest tests[] = {
         ON_EVERY_BACKEND(all_pairs_of_the_matrix_are_within_bounds),
         ON_EVERY_BACKEND(the_extremes_of_the_matrix_are_within_bounds),
+        ON_EVERY_BACKEND(few_long_sequences_are_within_bounds),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
