@@ -58,8 +58,9 @@ extern "C" int attn_cuda_decode_launch(const attn_cuda_call *call, const attn_cu
     if (call->batch == 0) return cudaSuccess;
     uint32_t rows = rows_a_block(*call, expected->most_queries);
     if (is_wide(*call, *tuning, rows)) {
-        return call->layer.kv_dtype == ATTN_BF16 ? attn_cuda_launch_wide_bf16(call, tuning, workspace, rows, stream)
-                                                 : attn_cuda_launch_wide_fp16(call, tuning, workspace, rows, stream);
+        return call->layer.kv_dtype == ATTN_BF16
+                   ? attn_cuda_launch_wide_bf16(call, tuning, workspace, expected, rows, stream)
+                   : attn_cuda_launch_wide_fp16(call, tuning, workspace, expected, rows, stream);
     }
     if (rows > MAX_NARROW_ROWS) rows = MAX_NARROW_ROWS;
     return launch_narrow(call, tuning, workspace, expected, rows, stream);

@@ -753,7 +753,8 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
         with.times[blockIdx.x * 4 + 1] = ptx::global_time_ns();
     }
     ptx::launch_dependents();
-    line::share mine = line::find_share<typename S::rules, S::CLUSTERED>(call, with.cut, gridDim.x, blockIdx.x, lane);
+    constexpr line::parting PARTS = S::CLUSTERED ? line::parting::ALWAYS : line::parting::NEVER;
+    line::share mine = line::find_share<typename S::rules, PARTS>(call, with.cut, gridDim.x, blockIdx.x, lane);
     __syncthreads();
     if (mine.begin == mine.end) return;
     if (warp == S::GROUPS * WARPS) {

@@ -439,8 +439,8 @@ __device__ inline void store_partial(const workspace &work, uint32_t slot, uint3
 /* Who does the run, and how the line was cut. */
 struct worker {
     uint32_t number;
-    uint32_t tiles_a_worker;
-    uint32_t chunk_shift; /* line.cuh */
+    uint32_t tiles_a_worker; /* 0: the worker has a part of a unit that has workers of its own */
+    uint32_t chunk_shift;    /* line.cuh */
 };
 
 /* A chunk's slot, or its worker's head or tail slot. */

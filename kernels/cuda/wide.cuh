@@ -85,7 +85,8 @@ struct found_run {
     uint32_t given;        /* the last tile of the group that gives its state, in the block; or NO_TILE: it has none */
     uint32_t given_parity; /* of the barrier at which that is waited for */
     uint32_t is_cut, is_last;
-    uint2 all; /* tokens that every row sees */
+    uint32_t first_worker, workers; /* that leave partials of the unit, if it is cut; of tall blocks */
+    uint2 all;                      /* tokens that every row sees */
     softness soft;
 };
 
@@ -219,6 +220,19 @@ __device__ inline void write_visible(const attn_cuda_call &call, const line::cut
     __syncwarp();
 }
 
+/* Which workers leave partials of a run's unit. */
+__device__ inline void find_workers(found_run &found, const line::share &mine, const line::cut &cut) {
+    const line::unit &unit = found.unit;
+    if (mine.is_part) {
+        found.by.tiles_a_worker = 0;
+        found.first_worker = blockIdx.x - line::part_of(cut, blockIdx.x);
+        found.workers = cut.parts;
+    } else {
+        found.first_worker = unit.begin / mine.tiles_a_worker;
+        found.workers = (unit.begin + unit.sees.tiles - 1) / mine.tiles_a_worker + 1 - found.first_worker;
+    }
+}
+
 /* Describes the run that the scout is at. */
 template <typename S>
 __device__ inline found_run describe_run(scout &own, const attn_cuda_call &call, const line::cut &cut,
@@ -229,6 +243,7 @@ __device__ inline found_run describe_run(scout &own, const attn_cuda_call &call,
     found.unit = own.unit;
     found.run = own.run;
     found.by = {blockIdx.x, own.mine.tiles_a_worker, line::chunk_shift<L>(call)};
+    if (S::TALL) find_workers(found, own.mine, cut);
     found.rows = count_rows<S>(cut, own.unit);
     found.tiles_before = own.tiles_done;
     found.given = NO_TILE;
@@ -1029,6 +1044,13 @@ __device__ inline void add_partials(merged_rows<S, M> &own, const unit_partials<
     }
 }
 
+/* Those who merge a unit (joint.cuh): of one in parts, all that have one. */
+template <typename S> __device__ inline joint::party party_of(const rows::workspace &work, const found_run &found) {
+    if (!S::TALL || found.by.tiles_a_worker != 0) return joint::party_of(work, found.unit, found.by);
+    return {work.joint_tickets + found.first_worker, found.unit.sees.tiles, found.workers,
+            found.by.number - found.first_worker};
+}
+
 /*
  * Merges rows index, index + step, .. of a unit that was cut. By a warp. Not inlined: the registers of what calls it
  * are the products'.
@@ -1038,8 +1060,11 @@ __device__ __noinline__ void merge_rows(const block_place<S> &block, const found
                                         uint32_t step, uint32_t lane) {
     using L = typename S::rules;
     rows::workspace work = rows::view_workspace(block.with.workspace);
-    uint32_t begin = found.unit.begin, tiles_a_worker = found.by.tiles_a_worker, count = found.rows;
-    uint32_t first = begin / tiles_a_worker, end = (begin + found.unit.sees.tiles - 1) / tiles_a_worker + 1;
+    uint32_t first = found.first_worker, end = first + found.workers, count = found.rows;
+    if (!S::TALL) {
+        first = found.unit.begin / found.by.tiles_a_worker;
+        end = (found.unit.begin + found.unit.sees.tiles - 1) / found.by.tiles_a_worker + 1;
+    }
     size_t first_row = (size_t)2 * first * S::ROWS;
     unit_partials<S::ROWS> of = {work.outs + first_row * S::DIM_V, work.states + first_row, end - first};
 #pragma unroll 1
@@ -1086,7 +1111,7 @@ template <typename S, uint32_t WARP_COUNT>
 __device__ inline void merge_unit(const block_place<S> &block, const found_run &found, uint32_t barrier, uint32_t warp,
                                   uint32_t lane) {
     rows::workspace work = rows::view_workspace(block.with.workspace);
-    joint::party party = joint::party_of(work, found.unit, found.by);
+    joint::party party = party_of<S>(work, found);
     uint32_t &merged = block.memory.merged[barrier % S::GROUPS];
     ptx::named_barrier<WARP_COUNT * 32>(barrier); /* the partials are written */
     if (warp == 0 && lane == 0) {
@@ -1262,7 +1287,8 @@ __global__ void __launch_bounds__(block_threads<S>(), 1)
         if (S::GROUPS == 2) ptx::give_registers<LESS_REGISTERS>();
         if (warp > S::GROUPS * WARPS + (S::TALL ? 2 : 1))
             return; /* nor do those look for the share that need not: it takes long */
-        line::share mine = line::find_share<typename S::rules>(call, with.cut, gridDim.x, blockIdx.x, lane);
+        constexpr line::parting PARTS = S::TALL ? line::parting::MAYBE : line::parting::NEVER;
+        line::share mine = line::find_share<typename S::rules, PARTS>(call, with.cut, gridDim.x, blockIdx.x, lane);
         if (warp != S::GROUPS * WARPS + 1) {
             if (mine.begin == mine.end) return;
             fill_rings(block, mine, shared, ring, warp - S::GROUPS * WARPS, lane);
@@ -1286,9 +1312,23 @@ __global__ void __launch_bounds__(block_threads<S>(), 1)
 /* ------------------------------------------------------------------------------------------- */
 /* Launching */
 
+/*
+ * The workers of each unit, where all are alike: then all that there are have equal parts. Else a share that is no part
+ * of a unit has workers wait for others that are at another unit. 1: shares are cut as they come.
+ */
+template <typename S>
+uint32_t choose_parts(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_expected &expected) {
+    uint32_t block_queries = S::ROWS / (call.layer.heads_q / call.layer.heads_kv);
+    uint32_t blocks = (expected.most_queries + block_queries - 1) / block_queries;
+    uint64_t units = (uint64_t)call.batch * call.layer.heads_kv * blocks;
+    uint64_t tiles = (expected.longest + S::TOKENS - 1) / S::TOKENS, parts = tuning.workers / units;
+    if (!S::TALL || expected.shortest != expected.longest || parts > joint::MAX_MEMBERS || parts > tiles) return 1;
+    return max((uint32_t)parts, 1u);
+}
+
 template <typename S>
 cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_workspace &workspace,
-                   cudaStream_t stream) {
+                   const attn_cuda_expected &expected, cudaStream_t stream) {
     uint32_t group = call.layer.heads_q / call.layer.heads_kv;
     if (workspace.rows < GROUP_ROWS || group > GROUP_ROWS || tuning.blocks_per_sm == 2) return cudaErrorInvalidValue;
     if (workspace.slots * GROUP_ROWS < 2 * tuning.workers * S::ROWS) return cudaErrorInvalidValue;
@@ -1301,12 +1341,13 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     stages = min(min(stages, most), S::TALL ? MAX_TALL_STAGES : MAX_STAGES) / least * least;
     attn_cuda_workspace slots = workspace;
     slots.rows = GROUP_ROWS;
-    arguments with = {line::make_cut(call.layer, tuning, S::ROWS, tuning.workers, 1),
-                      slots,
-                      stages,
-                      tuning.patience_ns,
-                      tuning.times,
-                      0};
+    arguments with = {
+        line::make_cut(call.layer, tuning, S::ROWS, tuning.workers, choose_parts<S>(call, tuning, expected)),
+        slots,
+        stages,
+        tuning.patience_ns,
+        tuning.times,
+        0};
     with.cut.align_tiles = max(tuning.align_tiles, ALIGN_TOKENS / S::TOKENS);
     launching::grid size = {tuning.workers, block_threads<S>(), 1, besides + stages * S::stage::BYTES};
     return launching::launch_kernel(wide_kernel<S>, size, tuning, call, with, stream);
@@ -1319,31 +1360,34 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
  */
 template <typename KV, uint32_t DIM, uint32_t DIM_V>
 cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
-                         const attn_cuda_workspace &workspace, uint32_t rows, cudaStream_t stream) {
+                         const attn_cuda_workspace &workspace, const attn_cuda_expected &expected, uint32_t rows,
+                         cudaStream_t stream) {
     constexpr uint32_t GROUPS = DIM > 128 ? 1 : 2;
     if constexpr (GROUPS == 2) {
         if (rows > GROUP_ROWS && call.softcap == 0)
-            return launch<shape<KV, DIM, DIM_V, GROUPS, false, true>>(call, tuning, workspace, stream);
+            return launch<shape<KV, DIM, DIM_V, GROUPS, false, true>>(call, tuning, workspace, expected, stream);
     }
     if constexpr (DIM == 128) {
-        if (line::is_simple(call)) return launch<shape<KV, DIM, DIM_V, GROUPS, true>>(call, tuning, workspace, stream);
+        if (line::is_simple(call))
+            return launch<shape<KV, DIM, DIM_V, GROUPS, true>>(call, tuning, workspace, expected, stream);
     }
-    return launch<shape<KV, DIM, DIM_V, GROUPS, false>>(call, tuning, workspace, stream);
+    return launch<shape<KV, DIM, DIM_V, GROUPS, false>>(call, tuning, workspace, expected, stream);
 }
 
 template <typename KV>
 cudaError_t launch_dims(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
-                        const attn_cuda_workspace &workspace, uint32_t rows, cudaStream_t stream) {
+                        const attn_cuda_workspace &workspace, const attn_cuda_expected &expected, uint32_t rows,
+                        cudaStream_t stream) {
     uint32_t dim = call.layer.head_dim, dim_v = call.layer.head_dim_v;
     if (call.batch_invariant) return cudaErrorInvalidValue;
-    if (dim == 192 && dim_v == 128) return launch_shape<KV, 192, 128>(call, tuning, workspace, rows, stream);
+    if (dim == 192 && dim_v == 128) return launch_shape<KV, 192, 128>(call, tuning, workspace, expected, rows, stream);
     if (dim != dim_v) return cudaErrorInvalidValue;
     switch (dim) {
-    case 64: return launch_shape<KV, 64, 64>(call, tuning, workspace, rows, stream);
-    case 96: return launch_shape<KV, 96, 96>(call, tuning, workspace, rows, stream);
-    case 128: return launch_shape<KV, 128, 128>(call, tuning, workspace, rows, stream);
-    case 192: return launch_shape<KV, 192, 192>(call, tuning, workspace, rows, stream);
-    case 256: return launch_shape<KV, 256, 256>(call, tuning, workspace, rows, stream);
+    case 64: return launch_shape<KV, 64, 64>(call, tuning, workspace, expected, rows, stream);
+    case 96: return launch_shape<KV, 96, 96>(call, tuning, workspace, expected, rows, stream);
+    case 128: return launch_shape<KV, 128, 128>(call, tuning, workspace, expected, rows, stream);
+    case 192: return launch_shape<KV, 192, 192>(call, tuning, workspace, expected, rows, stream);
+    case 256: return launch_shape<KV, 256, 256>(call, tuning, workspace, expected, rows, stream);
     default: return cudaErrorInvalidValue;
     }
 }

@@ -6,8 +6,10 @@
 #include "kernels/cuda/decode.h"
 
 int attn_cuda_launch_wide_bf16(const attn_cuda_call *call, const attn_cuda_tuning *tuning,
-                               const attn_cuda_workspace *workspace, uint32_t rows, void *stream);
+                               const attn_cuda_workspace *workspace, const attn_cuda_expected *expected, uint32_t rows,
+                               void *stream);
 int attn_cuda_launch_wide_fp16(const attn_cuda_call *call, const attn_cuda_tuning *tuning,
-                               const attn_cuda_workspace *workspace, uint32_t rows, void *stream);
+                               const attn_cuda_workspace *workspace, const attn_cuda_expected *expected, uint32_t rows,
+                               void *stream);
 
 #endif
