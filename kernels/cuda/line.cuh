@@ -77,15 +77,21 @@ __device__ inline uint32_t query_of(const cut &cut, uint32_t row) { return row *
  * What a kernel is compiled for. A simple call (is_simple) is what almost all decodes are; its kernels have no code for
  * anything else, since what code a launch has to fetch, and the branches in it, are microseconds.
  */
-template <uint32_t TOKENS_, bool SIMPLE_, bool INVARIANT_ = !SIMPLE_> struct rules {
+template <uint32_t TOKENS_, bool SIMPLE_, bool INVARIANT_ = !SIMPLE_, bool LEAVES_ = !SIMPLE_> struct rules {
     static constexpr uint32_t TOKENS = TOKENS_; /* of a tile */
     static constexpr bool SIMPLE = SIMPLE_;
     static constexpr bool INVARIANT = INVARIANT_; /* can batch_invariant mode; simple ones do nothing else */
+    static constexpr bool LEAVES = LEAVES_;       /* can leave results to be merged by a launch that comes after */
     static_assert(TOKENS == 64 || TOKENS == 128, "");
 };
 
 __host__ __device__ inline bool is_simple(const attn_cuda_call &call) {
     return call.sequences == nullptr && call.window == 0 && call.softcap == 0;
+}
+
+/* Are the results of the sequences that share something merged with what they share by a launch that comes after? */
+__host__ __device__ inline bool leaves_results(const attn_cuda_call &call) {
+    return call.sharing > 0 && call.shared_out == nullptr;
 }
 
 template <typename L> __device__ inline bool is_batch_invariant(const attn_cuda_call &call) {

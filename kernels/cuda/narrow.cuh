@@ -29,7 +29,7 @@ constexpr uint32_t GROUP_THREADS = WARPS * 32;
 
 /* A kernel's shape. BLOCKS: 8-row blocks of queries. */
 template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t BLOCKS_, uint32_t GROUPS_, uint32_t BLOCKS_PER_SM_,
-          bool SIMPLE, bool INVARIANT = !SIMPLE, bool CLUSTERED_ = false>
+          bool SIMPLE, bool INVARIANT = !SIMPLE, bool CLUSTERED_ = false, bool LEAVES = false>
 struct shape {
     using KV = KV_;
     using IO = typename KV::IO;
@@ -40,7 +40,7 @@ struct shape {
     static constexpr uint32_t TOKENS = 64 * (DIM + DIM_V) * KV::BYTES <= 16384 ? 128 : 64;
     static constexpr uint32_t SLICES = TOKENS / 64; /* of 16 tokens, that a warp has of a tile */
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, false>;
-    using rules = line::rules<TOKENS, SIMPLE, INVARIANT>;
+    using rules = line::rules<TOKENS, SIMPLE, INVARIANT, !SIMPLE || LEAVES>;
     static constexpr bool CLUSTERED = CLUSTERED_;             /* cluster.cuh */
     static constexpr bool KEEPS_CHUNKS = SIMPLE && INVARIANT; /* chunks.cuh */
 };
@@ -831,6 +831,7 @@ template <typename KV, uint32_t DIM, uint32_t DIM_V> struct shapes {
     using simple = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true>;
     using clustered = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, false, true>;
     using invariant = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, true>;
+    using leaving = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, false, false, true>;
     using general = shape<KV, DIM, DIM_V, 1, GROUPS, 1, false>;
     using simple_two_blocks = shape<KV, DIM, DIM_V, 1, 1, 2, true>; /* an SM */
     using simple_16_rows = shape<KV, DIM, DIM_V, 2, 1, 1, true>;
@@ -893,7 +894,13 @@ cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tun
                          const attn_cuda_workspace &workspace, const attn_cuda_expected &expected, uint32_t rows,
                          cudaStream_t stream) {
     using built = shapes<KV, DIM, DIM_V>;
-    bool is_simple = line::is_simple(call) && tuning.is_hopper, is_decode = is_simple && !call.batch_invariant;
+    bool is_simple = line::is_simple(call) && tuning.is_hopper, leaves = line::leaves_results(call);
+    if constexpr (IS_COMMON<DIM, DIM_V> && KV::BYTES == 2) {
+        bool is_built = is_simple && leaves && rows <= 8 && !call.batch_invariant;
+        if (is_built) return launch<typename built::leaving>(call, tuning, workspace, 1, stream);
+    }
+    is_simple = is_simple && !leaves; /* other simple kernels cannot */
+    bool is_decode = is_simple && !call.batch_invariant;
     if (rows > 8) {
         if (is_decode) return launch<typename built::simple_16_rows>(call, tuning, workspace, 1, stream);
         return launch<typename built::general_16_rows>(call, tuning, workspace, 1, stream);

@@ -874,7 +874,7 @@ __device__ inline void store_partial(const block_place<S> &block, const group_pl
     }
 }
 
-/* Adds what a row has of its sequence's prefix, as rows::add_shared does; `sum` and `maximum`: the row's. */
+/* Adds what a row has apart, as rows::add_shared does; `sum` and `maximum`: the row's. */
 template <typename S>
 __device__ inline void add_shared(const attn_cuda_call &call, size_t row, warp_state<S> &state, uint32_t half,
                                   float &maximum, float &sum, uint32_t lane) {
@@ -904,9 +904,9 @@ __device__ inline void write_unit(const block_place<S> &block, const group_place
         uint32_t row = row_of<S>(own, half);
         bool is_row = row < found.rows;
         float sum = ptx::quad_sum(state.sum[half]), maximum = state.maximum[half], factor = 1.0f;
-        results::destination to = rows::destination_of<typename S::rules>(
-            block.call, {found.unit, block.with.cut, min(row, found.rows - 1)}, 0);
-        if (rows::is_sharing(block.call, found.unit))
+        results::destination to = rows::final_destination_of<typename S::rules>(
+            block.call, {found.unit, block.with.cut, min(row, found.rows - 1)});
+        if (rows::adds_shared<typename S::rules>(block.call, found.unit))
             add_shared<S>(block.call, to.row, state, half, maximum, sum, own.lane);
         if (to.sink != nullptr) {
             float sink = *to.sink * LOG2_E, most = fmaxf(maximum, sink), keep = rows::decay(maximum, most);
@@ -916,7 +916,7 @@ __device__ inline void write_unit(const block_place<S> &block, const group_place
         }
         factor *= sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
         if (is_row && own.lane % 4 == 0) results::write_lse(block.call, to, rows::lse_of(maximum, sum));
-        if (S::rules::SIMPLE || !to.is_partial) {
+        if (!S::rules::LEAVES || !to.is_partial) {
             write_outputs(state, half, factor, (typename S::IO *)block.call.out + to.row * S::DIM_V, is_row, own.lane);
         } else if (is_row) {
             store_floats(state, half, factor, block.call.partial_out + to.row * S::DIM_V, own.lane);
@@ -1368,7 +1368,7 @@ cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tun
             return launch<shape<KV, DIM, DIM_V, GROUPS, false, true>>(call, tuning, workspace, expected, stream);
     }
     if constexpr (DIM == 128) {
-        if (line::is_simple(call))
+        if (line::is_simple(call) && !line::leaves_results(call))
             return launch<shape<KV, DIM, DIM_V, GROUPS, true>>(call, tuning, workspace, expected, stream);
     }
     return launch<shape<KV, DIM, DIM_V, GROUPS, false>>(call, tuning, workspace, expected, stream);
