@@ -3,6 +3,11 @@
  *
  *     bench_decode SHAPES PEERS [--pool-mib N] [--check] [--runs N] [--times] [--shape NAME] [--tuning NAME]
  *                  [--dtype bf16|fp16|fp8] [--head-dim N] [--head-dim-v N] [--query-length N] [--batch-invariant]
+ *                  [--prefix N] [--own-on N]
+ *
+ * --prefix N: the sequences of a shape share their first N tokens, whole pages, which are read once (side_by_side.h);
+ * the time is of both launches. --own-on N: their other tokens on N multiprocessors beside it, or after it if N is 0,
+ * instead of as the backend would choose.
  *
  * Measured: a CUDA graph of 10 to 64 launches, each over other pages of a pool of 12 GiB in random order, so that the
  * L2 cache is cold; the median of 21 replays, divided by the launches. Bytes are the live K and V, Q and O. The
@@ -26,6 +31,7 @@
 #include "kernels/cuda/bench_decode_device.h"
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/read_bandwidth.h"
+#include "kernels/cuda/side_by_side.h"
 
 enum { REPLAYS = 21, CHECKED_ROWS = 256, MIN_LAUNCHES = 10, MAX_LAUNCHES = 64, MAX_PEERS = 128 };
 
@@ -151,6 +157,10 @@ typedef struct {
     float *lse;
     uint32_t sets;
     double bytes;
+    /* Where a prefix is shared: how that is launched, with set 0's page table; and what of it is on the device. */
+    uint32_t prefix;
+    attn_cuda_forks forks;
+    uint32_t *own_lengths, *own_offsets;
 } loaded_shape;
 
 static uint64_t next_random(uint64_t *state) {
@@ -183,8 +193,11 @@ static void deal_pages(loaded_shape *loaded, const attn_shape *shape, uint32_t s
     uint32_t next = 0;
     for (size_t row = 0; row < (size_t)loaded->sets * shape->batch; row++) {
         uint32_t used = pages_of(shape, (uint32_t)(row % shape->batch));
+        uint32_t shared = row % shape->batch > 0 ? loaded->prefix / shape->page_size : 0;
         for (uint32_t i = 0; i < stride; i++) {
-            tables[row * stride + i] = i < used ? permutation[next++] : UNUSED_ENTRY;
+            tables[row * stride + i] = i < shared ? tables[row / shape->batch * shape->batch * stride + i]
+                                       : i < used ? permutation[next++]
+                                                  : UNUSED_ENTRY;
         }
     }
     loaded->page_tables = device_allocate(entries * sizeof *tables);
@@ -199,6 +212,7 @@ typedef struct {
     uint32_t head_dim, head_dim_v; /* 0: the shape's */
     uint32_t query_length;
     uint32_t batch_invariant;
+    uint32_t prefix; /* tokens that all sequences of a shape share */
 } variant;
 
 static attn_cuda_layer describe_layer(const attn_shape *shape, const variant *form, const device_state *device) {
@@ -234,9 +248,49 @@ static void load_sequences(loaded_shape *loaded, const attn_shape *shape, uint32
     free(sequences);
 }
 
+/* The prefix as a sequence of its own, and the others without it. After all else of the shape. */
+static void load_forks(loaded_shape *loaded, const attn_shape *shape) {
+    const attn_cuda_call *call = &loaded->call;
+    const attn_cuda_expected *expected = &loaded->expected;
+    uint64_t own_tiles = 0;
+    uint32_t prefix = loaded->prefix, batch = shape->batch;
+    size_t rows = (size_t)batch * shape->heads_q, bytes = batch * sizeof(uint32_t);
+    attn_cuda_sequence shared = {
+        .length = prefix, .query_length = batch, .is_read = 1, .is_prefix = 1, .total_length = prefix};
+    loaded->sequences = device_allocate(sizeof shared);
+    CUDA(cudaMemcpy(loaded->sequences, &shared, sizeof shared, cudaMemcpyHostToDevice));
+    uint32_t *lengths = host_allocate(bytes), *offsets = host_allocate(bytes);
+    for (uint32_t i = 0; i < batch; i++) {
+        lengths[i] = shape->lengths[i] - prefix;
+        own_tiles += attn_cuda_own_tiles(lengths[i]);
+        offsets[i] = i * call->page_table_stride + prefix / shape->page_size;
+    }
+    loaded->own_lengths = device_allocate(bytes);
+    loaded->own_offsets = device_allocate(bytes);
+    CUDA(cudaMemcpy(loaded->own_lengths, lengths, bytes, cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(loaded->own_offsets, offsets, bytes, cudaMemcpyHostToDevice));
+    free(lengths);
+    free(offsets);
+    attn_cuda_forks *forks = &loaded->forks;
+    *forks = (attn_cuda_forks){.own = *call,
+                               .prefixes = *call,
+                               .own_expected = {1, expected->shortest - prefix, expected->longest - prefix},
+                               .prefixes_expected = {batch, prefix, prefix},
+                               .least_queries = batch,
+                               .sharing = batch,
+                               .own_tiles = own_tiles};
+    forks->own.lengths = loaded->own_lengths;
+    forks->own.page_offsets = loaded->own_offsets;
+    forks->prefixes.batch = 1;
+    forks->prefixes.sequences = loaded->sequences;
+    forks->apart_out = device_allocate(rows * call->layer.head_dim_v * sizeof(float));
+    forks->apart_lse = device_allocate(rows * sizeof(float));
+}
+
 /* False if the pool is too small for the shape, or no kernel is built for it. */
 static bool load_shape(loaded_shape *loaded, const attn_shape *shape, const variant *form, const device_state *device) {
     *loaded = (loaded_shape){.query_length = form->query_length,
+                             .prefix = form->prefix,
                              .expected = {.most_queries = form->query_length, .shortest = UINT32_MAX}};
     attn_cuda_call *call = &loaded->call;
     uint64_t pages = 0, tokens = 0;
@@ -250,7 +304,11 @@ static bool load_shape(loaded_shape *loaded, const attn_shape *shape, const vari
         if (shape->lengths[i] > loaded->expected.longest) loaded->expected.longest = shape->lengths[i];
     }
     call->layer = describe_layer(shape, form, device);
-    bool is_long_enough = loaded->expected.shortest >= form->query_length;
+    uint32_t prefix = form->prefix, shared = prefix / shape->page_size;
+    pages -= (uint64_t)(shape->batch - 1) * shared;
+    tokens -= (uint64_t)(shape->batch - 1) * prefix;
+    bool is_long_enough = loaded->expected.shortest >= form->query_length && loaded->expected.shortest > prefix;
+    if (prefix % shape->page_size != 0) return false;
     if (pages > call->layer.pages || !is_long_enough || !attn_cuda_decode_fits(&call->layer)) return false;
 
     uint64_t sets = pages == 0 ? 1 : call->layer.pages / pages;
@@ -279,11 +337,16 @@ static bool load_shape(loaded_shape *loaded, const attn_shape *shape, const vari
     call->status = device->status;
     call->scale = 1.0f / sqrtf((float)call->layer.head_dim);
     call->batch_invariant = form->batch_invariant;
+    if (prefix > 0) load_forks(loaded, shape);
     return true;
 }
 
 static void unload_shape(loaded_shape *loaded) {
     CUDA(cudaFree(loaded->sequences));
+    CUDA(cudaFree(loaded->own_lengths));
+    CUDA(cudaFree(loaded->own_offsets));
+    CUDA(cudaFree(loaded->forks.apart_out));
+    CUDA(cudaFree(loaded->forks.apart_lse));
     CUDA(cudaFree(loaded->lengths));
     CUDA(cudaFree(loaded->page_tables));
     CUDA(cudaFree(loaded->queries));
@@ -305,9 +368,15 @@ typedef struct {
     const loaded_shape *loaded;
     attn_cuda_tuning tuning;
     attn_cuda_workspace workspace;
+    uint32_t own_workers; /* where a prefix is shared: side_by_side.h */
 } launcher;
 
 static int launch(const launcher *with, const attn_cuda_call *call, cudaStream_t stream) {
+    if (with->loaded->prefix > 0) {
+        attn_cuda_forks forks = with->loaded->forks;
+        forks.own.page_table = forks.prefixes.page_table = call->page_table;
+        return attn_cuda_launch_forks(&forks, &with->tuning, with->own_workers, &with->workspace, stream);
+    }
     return attn_cuda_decode_launch(call, &with->tuning, &with->workspace, &with->loaded->expected, stream);
 }
 
@@ -509,6 +578,7 @@ typedef struct {
     size_t pool_mib;
     uint32_t runs; /* compared with one another */
     bool check_only, times;
+    long own_on; /* --own-on, or -1 */
     variant form;
 } options;
 
@@ -531,6 +601,7 @@ static bool parse_options(options *chosen, int argc, char **argv) {
                         .peers_path = argv[2],
                         .pool_mib = 12288,
                         .runs = 3,
+                        .own_on = -1,
                         .form = {.dtype = ATTN_BF16, .kv_dtype = ATTN_BF16, .element_bytes = 2, .query_length = 1}};
     for (int i = 3; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : NULL;
@@ -561,11 +632,16 @@ static bool parse_options(options *chosen, int argc, char **argv) {
             chosen->form.head_dim_v = (uint32_t)strtoul(value, NULL, 10);
         } else if (strcmp(argv[i], "--query-length") == 0) {
             chosen->form.query_length = (uint32_t)strtoul(value, NULL, 10);
+        } else if (strcmp(argv[i], "--prefix") == 0) {
+            chosen->form.prefix = (uint32_t)strtoul(value, NULL, 10);
+        } else if (strcmp(argv[i], "--own-on") == 0) {
+            chosen->own_on = strtol(value, NULL, 10);
         } else if (strcmp(argv[i], "--dtype") != 0 || !parse_dtype(&chosen->form, value)) {
             return false;
         }
         i++;
     }
+    if (chosen->form.prefix > 0 && (chosen->form.query_length > 1 || chosen->form.batch_invariant)) return false;
     return chosen->pool_mib > 0 && chosen->form.query_length > 0;
 }
 
@@ -597,7 +673,8 @@ static void print_row(const peer_list *peers, const tuning_row *row, const char 
     mean->count++;
 }
 
-static launcher prepare(const loaded_shape *loaded, const tuning_row *row, const device_state *device) {
+static launcher prepare(const options *chosen, const loaded_shape *loaded, const tuning_row *row,
+                        const device_state *device) {
     launcher with = {.loaded = loaded};
     const attn_cuda_layer *layer = &loaded->call.layer;
     with.tuning = (attn_cuda_tuning){.is_hopper = 1,
@@ -609,6 +686,8 @@ static launcher prepare(const loaded_shape *loaded, const tuning_row *row, const
                                      .overlap_launches = row->overlap_launches,
                                      .patience_ns = row->patience_ns};
     if (row->clusters) CUDA(attn_cuda_find_clusters(&with.tuning));
+    if (loaded->prefix > 0) with.own_workers = attn_cuda_choose_own_workers(&loaded->forks, &with.tuning);
+    if (chosen->own_on >= 0) with.own_workers = (uint32_t)chosen->own_on;
     with.workspace.rows = loaded->call.batch_invariant ? 16 : 64;
     with.workspace.slots = 4 * with.tuning.workers;
     if (loaded->call.batch_invariant) with.workspace.slots = 1 << 16;
@@ -637,7 +716,7 @@ static bool bench_shape(const options *chosen, device_state *device, const peer_
         for (int t = 0; t < TUNING_COUNT; t++) {
             const tuning_row *row = &TUNINGS[t];
             if (chosen->only_tuning != NULL && strcmp(chosen->only_tuning, row->name) != 0) continue;
-            launcher with = prepare(&loaded, row, device);
+            launcher with = prepare(chosen, &loaded, row, device);
             int error = launch(&with, &loaded.call, NULL);
             if (error == cudaErrorInvalidValue) { /* the tuning is not built for this shape */
                 CUDA(cudaFree(with.workspace.memory));
@@ -652,6 +731,8 @@ static bool bench_shape(const options *chosen, device_state *device, const peer_
                 timing timed = {0};
                 if (!chosen->check_only) timed = time_row(device, &with);
                 print_row(peers, row, shape->name, loaded.bytes, &timed, &checked[t], &means[t]);
+                if (loaded.prefix > 0)
+                    printf("# own tokens on %u multiprocessors (0: after the prefix)\n", with.own_workers);
                 if (chosen->times) print_times(&with);
             }
             CUDA(cudaFree(with.workspace.memory));
@@ -670,7 +751,8 @@ int main(int argc, char **argv) {
         fprintf(stderr,
                 "usage: bench_decode SHAPES PEERS [--pool-mib N] [--check] [--runs N] [--times] [--shape NAME]\n"
                 "       [--tuning NAME] [--dtype bf16|fp16|fp8] [--head-dim N] [--head-dim-v N] [--query-length N] "
-                "[--batch-invariant]\n");
+                "[--batch-invariant]\n"
+                "       [--prefix N] [--own-on N]\n");
         return 2;
     }
     static peer_list peers;

@@ -145,6 +145,11 @@ template <int THREADS> __device__ inline void named_barrier(uint32_t group) {
     asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
 }
 
+/* Arrives at it without waiting; THREADS are those who arrive and those who wait. */
+template <int THREADS> __device__ inline void named_barrier_arrive(uint32_t group) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* Global memory */
 
@@ -436,7 +441,8 @@ template <int COUNT> __device__ inline void take_registers() {
 /*
  * multiply_rows: c[64 x 64 or 128] = a[64 x 16] b[64 or 128 x 16]^T, or += if `add`; both in shared memory, 16 numbers
  * of a row.
- * multiply_columns: c[64 x 64 or 32] += a[64 x 16] b[16 x 64 or 32]; a in registers, as sums are laid over them.
+ * multiply_columns: c[64 x 128, 64 or 32] += a[64 x 16] b[16 x 128, 64 or 32]; a in registers, as sums are laid over
+ * them.
  */
 #define ATTN_PTX_WARPGROUP_PRODUCTS(NAME, TYPE)                                                                        \
     __device__ inline void multiply_rows_##NAME(float(&c)[32], uint64_t a, uint64_t b, uint32_t add) {                 \
@@ -460,6 +466,18 @@ template <int COUNT> __device__ inline void take_registers() {
                      : ATTN_PTX_FLOATS_16(c, 0), ATTN_PTX_FLOATS_16(c, 16), ATTN_PTX_FLOATS_16(c, 32),                 \
                        ATTN_PTX_FLOATS_16(c, 48)                                                                       \
                      : "l"(a), "l"(b), "r"(add)                                                                        \
+                     : "memory");                                                                                      \
+    }                                                                                                                  \
+    __device__ inline void multiply_columns_##NAME(float(&c)[64], const uint32_t(&a)[4], uint64_t b) {                 \
+        asm volatile("{\n"                                                                                             \
+                     ".reg .pred add;\n"                                                                               \
+                     "setp.ne.b32 add, 1, 0;\n"                                                                        \
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" ATTN_PTX_NAMES_64               \
+                     "}, {%64, %65, %66, %67}, %68, add, 1, 1, 1;\n"                                                   \
+                     "}"                                                                                               \
+                     : ATTN_PTX_FLOATS_16(c, 0), ATTN_PTX_FLOATS_16(c, 16), ATTN_PTX_FLOATS_16(c, 32),                 \
+                       ATTN_PTX_FLOATS_16(c, 48)                                                                       \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                                              \
                      : "memory");                                                                                      \
     }                                                                                                                  \
     __device__ inline void multiply_columns_##NAME(float(&c)[32], const uint32_t(&a)[4], uint64_t b) {                 \

@@ -78,8 +78,10 @@ typedef struct {
     float *partial_out;        /* [partial rows, heads_q, head_dim_v] */
     float *partial_lse;        /* [partial rows, heads_q] */
     /*
-     * The first so many sequences go on after a prefix: their results are merged with what their rows have of it,
-     * [rows, heads_q, head_dim_v] and [rows, heads_q], which may come from the launch before.
+     * The first so many sequences are attended to in two launches: one for what they have of a prefix, which is a
+     * sequence there, one for their own tokens. The one that comes second merges its results with those of the first,
+     * [rows, heads_q, head_dim_v] and [rows, heads_q], which may come from the launch before. If shared_out is NULL it
+     * is the first one: its results are left at partial_out and partial_lse. Not in batch_invariant mode.
      */
     uint32_t sharing;
     const float *shared_out, *shared_lse;

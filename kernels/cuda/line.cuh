@@ -39,7 +39,7 @@ struct cut {
     uint32_t block_shift;     /* ..and of a block of it (layout.cuh) */
     uint32_t block_bytes;
     uint32_t align_tiles;   /* attn_cuda_tuning */
-    uint32_t parts;         /* of a unit (cluster.cuh, parts.cuh); 1: there are none */
+    uint32_t parts;         /* workers that each unit has by itself, if it has; 1: shares are cut as they come */
     uint32_t parts_inverse; /* worker / parts is worker * this >> 16 */
 };
 
@@ -77,15 +77,21 @@ __device__ inline uint32_t query_of(const cut &cut, uint32_t row) { return row *
  * What a kernel is compiled for. A simple call (is_simple) is what almost all decodes are; its kernels have no code for
  * anything else, since what code a launch has to fetch, and the branches in it, are microseconds.
  */
-template <uint32_t TOKENS_, bool SIMPLE_, bool INVARIANT_ = !SIMPLE_> struct rules {
+template <uint32_t TOKENS_, bool SIMPLE_, bool INVARIANT_ = !SIMPLE_, bool LEAVES_ = !SIMPLE_> struct rules {
     static constexpr uint32_t TOKENS = TOKENS_; /* of a tile */
     static constexpr bool SIMPLE = SIMPLE_;
     static constexpr bool INVARIANT = INVARIANT_; /* can batch_invariant mode; simple ones do nothing else */
+    static constexpr bool LEAVES = LEAVES_;       /* can leave results to be merged by a launch that comes after */
     static_assert(TOKENS == 64 || TOKENS == 128, "");
 };
 
 __host__ __device__ inline bool is_simple(const attn_cuda_call &call) {
     return call.sequences == nullptr && call.window == 0 && call.softcap == 0;
+}
+
+/* Are the results of the sequences that share something merged with what they share by a launch that comes after? */
+__host__ __device__ inline bool leaves_results(const attn_cuda_call &call) {
+    return call.sharing > 0 && call.shared_out == nullptr;
 }
 
 template <typename L> __device__ inline bool is_batch_invariant(const attn_cuda_call &call) {
@@ -317,7 +323,7 @@ constexpr uint32_t TURN_TILES = 24;
 struct share {
     uint32_t begin, end, turn;
     uint32_t tiles_a_worker; /* worker w begins at w * this */
-    bool is_part; /* of a unit that a cluster, or some workers, have by themselves (cluster.cuh, parts.cuh) */
+    bool is_part; /* of a unit that has workers of its own: a cluster (cluster.cuh), or others (parts.cuh, wide.cuh) */
     position at_begin, at_turn;
 };
 
@@ -333,12 +339,12 @@ __device__ inline uint32_t choose_share(uint32_t total, uint32_t workers, uint32
     return aligned <= equal + cut.align_tiles ? aligned : equal;
 }
 
-/* Which of a unit's parts a worker has. */
+/* Which of its unit's parts a worker has. */
 __device__ inline uint32_t part_of(const cut &cut, uint32_t worker) {
     return worker - (worker * cut.parts_inverse >> 16) * cut.parts;
 }
 
-/* The share of a block of a cluster, if units are alike and each is one cluster's: an equal part of its tiles. */
+/* The share of a worker where units are alike and each has its own workers: an equal part of its tiles. */
 __device__ inline void take_part(share &mine, uint32_t worker, uint32_t total, uint32_t unit, const cut &cut) {
     uint32_t first = (worker * cut.parts_inverse >> 16) * unit, part = part_of(cut, worker);
     auto begin_of = [&](uint32_t p) {
@@ -373,8 +379,11 @@ __device__ inline void locate_share(share &mine, const attn_cuda_call &call, con
     if (last.begin > mine.begin && last.begin + last.sees.tiles > mine.end) mine.turn = last.begin;
 }
 
+/* Does a kernel cut units into equal parts, each for workers of its own: never, always, or if the launch says so? */
+enum class parting { NEVER, ALWAYS, MAYBE };
+
 /* By a whole warp; the same in all lanes. */
-template <typename L, bool CLUSTERED = false>
+template <typename L, parting PARTS = parting::NEVER>
 __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, uint32_t workers, uint32_t worker,
                                    uint32_t lane) {
     scan batch = scan_batch<L>(call, cut, lane);
@@ -394,7 +403,8 @@ __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, u
     mine.end = min(total, mine.begin + mine.tiles_a_worker);
     mine.turn = mine.end;
     mine.is_part = false;
-    if (CLUSTERED && least == most && most >= cut.parts && total * cut.parts <= workers * most) {
+    bool may_part = PARTS == parting::ALWAYS || (PARTS == parting::MAYBE && cut.parts > 1);
+    if (may_part && least == most && most >= cut.parts && total * cut.parts <= workers * most) {
         take_part(mine, worker, total, most, cut);
     }
     mine.at_begin = mine.at_turn = {0, 0};

@@ -47,7 +47,7 @@ constexpr uint32_t FINE_TOKENS = KV::BYTES == 1 ? 64 : USUAL_TOKENS<KV, DIM, DIM
 /* A kernel's shape. BLOCKS: 8-row blocks of queries. */
 template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t BLOCKS_, uint32_t GROUPS_, uint32_t BLOCKS_PER_SM_,
           bool SIMPLE, bool INVARIANT = !SIMPLE, cuts CUTS = cuts::SHARES,
-          uint32_t TOKENS_ = USUAL_TOKENS<KV_, DIM_, DIM_V_>>
+          uint32_t TOKENS_ = USUAL_TOKENS<KV_, DIM_, DIM_V_>, bool LEAVES = false>
 struct shape {
     using KV = KV_;
     using IO = typename KV::IO;
@@ -57,7 +57,7 @@ struct shape {
     static constexpr uint32_t TOKENS = TOKENS_;
     static constexpr uint32_t SLICES = TOKENS / 64; /* of 16 tokens, that a warp has of a tile */
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, false>;
-    using rules = line::rules<TOKENS, SIMPLE, INVARIANT>;
+    using rules = line::rules<TOKENS, SIMPLE, INVARIANT, !SIMPLE || LEAVES>;
     static constexpr bool CLUSTERED = CUTS == cuts::CLUSTERS, IN_PARTS = CUTS == cuts::LONG_PARTS;
     static constexpr bool KEEPS_CHUNKS = SIMPLE && INVARIANT; /* chunks.cuh */
 };
@@ -863,7 +863,8 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
         part = line::find_part<typename S::rules>(call, with.cut, blockIdx.x);
         mine = part.mine;
     } else {
-        mine = line::find_share<typename S::rules, S::CLUSTERED>(call, with.cut, gridDim.x, blockIdx.x, lane);
+        constexpr line::parting PARTS = S::CLUSTERED ? line::parting::ALWAYS : line::parting::NEVER;
+        mine = line::find_share<typename S::rules, PARTS>(call, with.cut, gridDim.x, blockIdx.x, lane);
     }
     __syncthreads();
     if (!S::IN_PARTS && mine.begin == mine.end) return;
@@ -949,6 +950,7 @@ template <typename KV, uint32_t DIM, uint32_t DIM_V> struct shapes {
     using fine_clustered = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, false, cuts::CLUSTERS, FINE>;
     using long_parts = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, false, cuts::LONG_PARTS, FINE>;
     using invariant = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, true>;
+    using leaving = shape<KV, DIM, DIM_V, 1, GROUPS, 1, true, false, cuts::SHARES, USUAL_TOKENS<KV, DIM, DIM_V>, true>;
     using general = shape<KV, DIM, DIM_V, 1, GROUPS, 1, false>;
     using simple_two_blocks = shape<KV, DIM, DIM_V, 1, 1, 2, true>; /* an SM */
     using simple_16_rows = shape<KV, DIM, DIM_V, 2, 1, 1, true>;
@@ -1004,7 +1006,13 @@ cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tun
                          const attn_cuda_workspace &workspace, const attn_cuda_expected &expected, uint32_t rows,
                          cudaStream_t stream) {
     using built = shapes<KV, DIM, DIM_V>;
-    bool is_simple = line::is_simple(call) && tuning.is_hopper, is_decode = is_simple && !call.batch_invariant;
+    bool is_simple = line::is_simple(call) && tuning.is_hopper, leaves = line::leaves_results(call);
+    if constexpr (IS_COMMON<DIM, DIM_V> && KV::BYTES == 2) {
+        bool is_built = is_simple && leaves && rows <= 8 && !call.batch_invariant;
+        if (is_built) return launch<typename built::leaving>(call, tuning, workspace, 1, stream);
+    }
+    is_simple = is_simple && !leaves; /* other simple kernels cannot */
+    bool is_decode = is_simple && !call.batch_invariant;
     if (rows > 8) {
         if (is_decode) return launch<typename built::simple_16_rows>(call, tuning, workspace, 1, stream);
         return launch<typename built::general_16_rows>(call, tuning, workspace, 1, stream);

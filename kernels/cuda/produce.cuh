@@ -36,7 +36,7 @@ __device__ constexpr uint32_t full_arrivals() {
 #endif
 }
 
-/* A stage and the parity of its filling, as they go round. */
+/* A stage and the parity of its filling, as they go round; of who fills it, the other parity. */
 struct ring_place {
     uint32_t stage, parity;
 
@@ -202,18 +202,26 @@ __device__ inline void store_new_rows(const attn_cuda_call &call, const line::cu
 /* ------------------------------------------------------------------------------------------- */
 /* Filling a stage */
 
+/* What a stage has of its tile. */
+enum class content { ALL, KEYS, VALUES };
+
 /*
  * The geometry of a stage. GATHERED: one block of TOKENS tokens, whatever a page holds; else blocks of as many tokens
- * as in the pool.
+ * as in the pool. What has only keys, or only values, is gathered.
  */
-template <typename KV_, uint32_t DIM, uint32_t DIM_V, uint32_t TOKENS_, bool GATHERED_> struct stage_shape {
+template <typename KV_, uint32_t DIM, uint32_t DIM_V, uint32_t TOKENS_, bool GATHERED_, content HAS = content::ALL>
+struct stage_shape {
     using KV = KV_;
     static constexpr uint32_t TOKENS = TOKENS_;
     static constexpr bool GATHERED = GATHERED_;
+    static constexpr bool HAS_KEYS = HAS != content::VALUES, HAS_VALUES = HAS != content::KEYS;
+    static_assert(GATHERED || (HAS_KEYS && HAS_VALUES), "");
     static constexpr uint32_t KEY_BYTES = DIM * KV::BYTES, VALUE_BYTES = DIM_V * KV::BYTES;
     static constexpr uint32_t KEY_CHUNK = layout::chunk_bytes(KEY_BYTES),
                               VALUE_CHUNK = layout::chunk_bytes(VALUE_BYTES);
-    static constexpr uint32_t BYTES = TOKENS * (KEY_BYTES + VALUE_BYTES);
+    static constexpr uint32_t ROW_BYTES = (HAS_KEYS ? KEY_BYTES : 0) + (HAS_VALUES ? VALUE_BYTES : 0);
+    static constexpr uint32_t VALUES_AT = HAS_KEYS ? TOKENS * KEY_BYTES : 0; /* in a gathered stage */
+    static constexpr uint32_t BYTES = TOKENS * ROW_BYTES;
 };
 
 /* Where a block of tokens that begins at row `row` of the tile goes in a stage. */
@@ -224,8 +232,8 @@ struct block_place {
 
 template <typename S> __device__ inline block_place place_block(uint32_t stage, uint32_t row, uint32_t block_tokens) {
     if (S::GATHERED) {
-        return {stage + row * S::KEY_CHUNK, stage + S::TOKENS * S::KEY_BYTES + row * S::VALUE_CHUNK,
-                S::TOKENS * S::KEY_CHUNK, S::TOKENS * S::VALUE_CHUNK};
+        return {stage + row * S::KEY_CHUNK, stage + S::VALUES_AT + row * S::VALUE_CHUNK, S::TOKENS * S::KEY_CHUNK,
+                S::TOKENS * S::VALUE_CHUNK};
     }
     uint32_t keys = stage + row * (S::KEY_BYTES + S::VALUE_BYTES);
     return {keys, keys + block_tokens * S::KEY_BYTES, block_tokens * S::KEY_CHUNK, block_tokens * S::VALUE_CHUNK};
@@ -235,18 +243,19 @@ template <typename S> __device__ inline block_place place_block(uint32_t stage, 
 template <typename S>
 __device__ inline void copy_block(const block_place &to, const char *from, uint32_t block_tokens, uint32_t rows,
                                   uint32_t full, uint64_t policy) {
-    if (rows == block_tokens && (!S::GATHERED || block_tokens == S::TOKENS)) {
+    constexpr bool HAS_ALL = S::HAS_KEYS && S::HAS_VALUES;
+    if (HAS_ALL && rows == block_tokens && (!S::GATHERED || block_tokens == S::TOKENS)) {
         ptx::bulk_copy(to.keys, from, rows * (S::KEY_BYTES + S::VALUE_BYTES), full, policy);
         return;
     }
     const char *values = from + block_tokens * S::KEY_BYTES;
 #pragma unroll
-    for (uint32_t c = 0; c < S::KEY_BYTES / S::KEY_CHUNK; c++) {
+    for (uint32_t c = 0; S::HAS_KEYS && c < S::KEY_BYTES / S::KEY_CHUNK; c++) {
         ptx::bulk_copy(to.keys + c * to.key_stride, from + c * block_tokens * S::KEY_CHUNK, rows * S::KEY_CHUNK, full,
                        policy);
     }
 #pragma unroll
-    for (uint32_t c = 0; c < S::VALUE_BYTES / S::VALUE_CHUNK; c++) {
+    for (uint32_t c = 0; S::HAS_VALUES && c < S::VALUE_BYTES / S::VALUE_CHUNK; c++) {
         ptx::bulk_copy(to.values + c * to.value_stride, values + c * block_tokens * S::VALUE_CHUNK,
                        rows * S::VALUE_CHUNK, full, policy);
     }
@@ -261,7 +270,7 @@ __device__ inline void fill_stage(const attn_cuda_call &call, const line::cut &c
         ptx::barrier_arrive(full);
         return;
     }
-    ptx::barrier_arrive_expect(full, source.tokens * (S::KEY_BYTES + S::VALUE_BYTES));
+    ptx::barrier_arrive_expect(full, source.tokens * S::ROW_BYTES);
     uint32_t block_tokens = 1u << cut.block_shift;
 #pragma unroll
     for (uint32_t i = 0; i < tile_source<S::TOKENS>::MAX_BLOCKS; i++) {
@@ -295,7 +304,7 @@ __device__ inline void fill_stage_by_lanes(const attn_cuda_call &call, const lin
         tokens = 0;
     }
     if (lane == 0 && tokens == 0) ptx::barrier_arrive(full);
-    if (lane == 0 && tokens > 0) ptx::barrier_arrive_expect(full, tokens * (S::KEY_BYTES + S::VALUE_BYTES));
+    if (lane == 0 && tokens > 0) ptx::barrier_arrive_expect(full, tokens * S::ROW_BYTES);
     __syncwarp();
     if (!is_live || tokens == 0) return;
     uint32_t block_tokens = 1u << cut.block_shift;

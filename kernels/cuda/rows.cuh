@@ -204,25 +204,46 @@ __device__ inline results::destination destination_of(const attn_cuda_call &call
                                      at.unit.head * at.cut.group + at.index - query * at.cut.group, chunk);
 }
 
-/* Does the unit's sequence go on after a prefix that was attended to apart? */
+/* Are the unit's results merged with what its rows have apart, of the prefix, or of their own tokens? Here, or later?
+ */
 __device__ inline bool is_sharing(const attn_cuda_call &call, const line::unit &unit) {
     return unit.sequence < call.sharing;
 }
 
-/* Adds what the row has of the prefix, in units of log2; its sum is 1, since it is normalised. */
+template <typename L> __device__ inline bool adds_shared(const attn_cuda_call &call, const line::unit &unit) {
+    return is_sharing(call, unit) && (!L::LEAVES || call.shared_out != nullptr);
+}
+
+/* Where a finished row goes: if its results are merged later, to the partial rows. */
+template <typename L>
+__device__ inline results::destination final_destination_of(const attn_cuda_call &call, const place &at) {
+    results::destination to = destination_of<L>(call, at, 0);
+    if (!L::LEAVES || !is_sharing(call, at.unit)) return to;
+    if (call.shared_out == nullptr) {
+        to.is_partial = true;
+        to.sink = nullptr;
+    } else if (!L::SIMPLE && at.unit.of.is_prefix) { /* with which its sequences' rows are complete */
+        uint32_t row = at.index - line::query_of(at.cut, at.index) * at.cut.group;
+        to.is_partial = false;
+        to.sink = call.sinks != nullptr ? &call.sinks[at.unit.head * at.cut.group + row] : nullptr;
+    }
+    return to;
+}
+
+/* Adds what the row has apart, in units of log2; its sum is 1, since it is normalised. */
 template <uint32_t COLUMNS>
 __device__ inline void add_shared(const attn_cuda_call &call, size_t row, row_state<COLUMNS> &state, uint32_t lane) {
     merge_state(state, load_row_of_others<COLUMNS>(call.shared_out + row * COLUMNS, lane),
                 __ldcg(&call.shared_lse[row]) * LOG2_E, 1.0f);
 }
 
-/* Writes a finished row, adding the prefix and the sink. */
+/* Writes a finished row, adding what it has apart and the sink. */
 template <typename L, typename IO, uint32_t COLUMNS>
 __device__ inline void write_row(const attn_cuda_call &call, const place &at, row_state<COLUMNS> &state,
                                  uint32_t lane) {
-    results::destination to = destination_of<L>(call, at, 0);
+    results::destination to = final_destination_of<L>(call, at);
     float scale = value_scale(call, at.unit.head);
-    if (is_sharing(call, at.unit)) {
+    if (adds_shared<L>(call, at.unit)) {
         scale_row(state.out, scale);
         scale = 1.0f;
         add_shared(call, to.row, state, lane);
@@ -235,7 +256,7 @@ __device__ inline void write_row(const attn_cuda_call &call, const place &at, ro
         state.maximum = most;
     }
     scale_row(state.out, normaliser(state.sum) * scale);
-    if (!L::SIMPLE && to.is_partial) {
+    if (L::LEAVES && to.is_partial) {
         store_row(call.partial_out + to.row * COLUMNS, state.out, lane);
     } else {
         write_elements((IO *)call.out + to.row * COLUMNS, state.out, call.layer.dtype, lane);
@@ -439,8 +460,8 @@ __device__ inline void store_partial(const workspace &work, uint32_t slot, uint3
 /* Who does the run, and how the line was cut. */
 struct worker {
     uint32_t number;
-    uint32_t tiles_a_worker;
-    uint32_t chunk_shift; /* line.cuh */
+    uint32_t tiles_a_worker; /* 0: the worker has a part of a unit that has workers of its own */
+    uint32_t chunk_shift;    /* line.cuh */
 };
 
 /* A chunk's slot, or its worker's head or tail slot. */

@@ -391,7 +391,7 @@ cudaError_t launch_dims(const attn_cuda_call &call, const attn_cuda_tuning &tuni
         chosen = choose<S>(call, tuning, expected);
     if (chosen.is_clustered) return launch<S, true>(call, tuning, workspace, chosen.parts, stream);
     if (chosen.parts > 1) return launch<S, false>(call, tuning, workspace, chosen.parts, stream);
-    return wide::launch_dims<KV>(call, tuning, workspace, rows, stream);
+    return wide::launch_dims<KV>(call, tuning, workspace, expected, rows, stream);
 }
 
 } /* namespace twins */

@@ -11,7 +11,9 @@
  *
  * Blocks of 128 rows, the tall ones: each group has 64 of the rows, and consumes every tile, of 128 tokens. For where
  * rows are many and what they read comes from the L2 cache: a tile is loaded half as often, and is the longer stretch
- * of work. Whatever a run leaves to be merged both groups merge.
+ * of work. Whatever a run leaves to be merged both groups merge. Keys and values have rings of their own, since where a
+ * weight has one term a group has the next tile's scores computed beside this tile's product with the values. The
+ * groups take turns at that: one computes powers while the tensor cores have the other's products.
  *
  * Where runs change the groups have no time to wait for a memory that is busy with tiles. So a warp of its own, the
  * scout, is ahead of them: it finds out what they have to know of a run, and loads its queries.
@@ -50,12 +52,18 @@ struct shape {
     static constexpr uint32_t TERMS = TALL ? KV::TALL_TERMS : TWINS ? 1 : KV::TERMS; /* of a weight, in a row */
     static_assert(!TALL || GROUPS * GROUP_ROWS == TALL_ROWS, "");
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true>;
+    using key_stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true, produce::content::KEYS>; /* tall ones' */
+    using value_stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true, produce::content::VALUES>;
     using rules = line::rules<TOKENS, SIMPLE, false>;
-    static constexpr uint32_t WIDTH = stage::VALUE_CHUNK / KV::BYTES; /* columns of a product with V */
+    /* Columns of a product with V. */
+    static constexpr uint32_t WIDTH = TALL && DIM_V == 128 ? DIM_V : stage::VALUE_CHUNK / KV::BYTES;
     static_assert(KV::BYTES == 2 && DIM <= 2 * DIM_V, "");
 };
 
 constexpr uint32_t MAX_STAGES = 12;
+
+/* Of values, in a tall block, which has one stage more of keys. */
+constexpr uint32_t MAX_TALL_STAGES = (MAX_STAGES - 1) / 2;
 
 /*
  * What a block has on its way while each group consumes a stage, more or less. With more all blocks get their first
@@ -78,7 +86,8 @@ struct found_run {
     uint32_t given;        /* the last tile of the group that gives its state, in the block; or NO_TILE: it has none */
     uint32_t given_parity; /* of the barrier at which that is waited for */
     uint32_t is_cut, is_last;
-    uint2 all; /* tokens that every row sees */
+    uint32_t first_worker, workers; /* that leave partials of the unit, if it is cut; of tall blocks */
+    uint2 all;                      /* tokens that every row sees */
     softness soft;
 };
 
@@ -91,8 +100,8 @@ template <typename S> struct block_memory {
     alignas(1024) char queries[S::GROUPS][S::ROWS * S::stage::KEY_BYTES]; /* of a run, in columns (layout.cuh) */
     uint2 visible[S::GROUPS][S::ROWS]; /* tokens that a row of a run sees, from .x to before .y */
     found_run runs[S::GROUPS];
-    float2 given[GROUP_ROWS];   /* maxima and sums that one group gives to the other */
-    uint32_t merged[S::GROUPS]; /* of a unit that was cut: what is to be merged (joint.cuh) */
+    float2 given[S::TALL ? 1 : GROUP_ROWS]; /* maxima and sums that one group gives to the other */
+    uint32_t merged[S::GROUPS];             /* of a unit that was cut: what is to be merged (joint.cuh) */
     uint64_t full[MAX_STAGES];
     uint64_t empty[MAX_STAGES];
     uint64_t found[S::GROUPS]; /* the slot has a run.. */
@@ -119,6 +128,11 @@ template <typename S> __device__ inline uint32_t row_of(const group_place &own, 
 template <typename S> __device__ inline bool is_ender(uint32_t run, uint32_t group) {
     return S::TURNS == 1 || run % S::GROUPS == group;
 }
+
+/* A tall block's. */
+struct rings {
+    produce::ring keys, values;
+};
 
 /* What a launch passes to a block, and where it works. */
 template <typename S> struct block_place {
@@ -169,17 +183,20 @@ template <typename S> __device__ inline uint32_t count_rows(const line::cut &cut
     return min(cut.block_queries, unit.of.query_length - unit.block * cut.block_queries) * cut.group;
 }
 
-/* Starts to copy the queries of a unit's block to shared memory: zeros where it has fewer rows. */
-template <typename S>
+/*
+ * Starts to copy the queries of a unit's block, rows `first_row` to before `end_row`, to shared memory: zeros where it
+ * has fewer. By THREADS threads.
+ */
+template <typename S, uint32_t THREADS>
 __device__ inline void copy_queries(const attn_cuda_call &call, const line::cut &cut, const line::unit &unit,
-                                    uint32_t queries, uint32_t lane) {
+                                    uint32_t queries, uint32_t first_row, uint32_t end_row, uint32_t thread) {
     constexpr uint32_t KEY_BYTES = S::stage::KEY_BYTES, PIECES = KEY_BYTES / layout::PIECE_BYTES;
     uint32_t count = count_rows<S>(cut, unit), between_queries = call.layer.heads_q - cut.group;
     size_t query_row = (size_t)unit.of.first_query + unit.block * cut.block_queries;
     size_t first = query_row * call.layer.heads_q + unit.head * cut.group;
     const char *from = (const char *)call.queries + first * KEY_BYTES;
 #pragma unroll 4
-    for (uint32_t i = lane; i < S::ROWS * PIECES; i += 32) {
+    for (uint32_t i = first_row * PIECES + thread; i < end_row * PIECES; i += THREADS) {
         uint32_t row = i / PIECES, piece = i % PIECES, skipped = 0;
         if (!S::rules::SIMPLE) skipped = line::query_of(cut, row) * between_queries;
         uint32_t to = queries + layout::piece_offset(KEY_BYTES, S::ROWS, row, piece);
@@ -204,6 +221,19 @@ __device__ inline void write_visible(const attn_cuda_call &call, const line::cut
     __syncwarp();
 }
 
+/* Which workers leave partials of a run's unit. */
+__device__ inline void find_workers(found_run &found, const line::share &mine, const line::cut &cut) {
+    const line::unit &unit = found.unit;
+    if (mine.is_part) {
+        found.by.tiles_a_worker = 0;
+        found.first_worker = blockIdx.x - line::part_of(cut, blockIdx.x);
+        found.workers = cut.parts;
+    } else {
+        found.first_worker = unit.begin / mine.tiles_a_worker;
+        found.workers = (unit.begin + unit.sees.tiles - 1) / mine.tiles_a_worker + 1 - found.first_worker;
+    }
+}
+
 /* Describes the run that the scout is at. */
 template <typename S>
 __device__ inline found_run describe_run(scout &own, const attn_cuda_call &call, const line::cut &cut,
@@ -214,6 +244,7 @@ __device__ inline found_run describe_run(scout &own, const attn_cuda_call &call,
     found.unit = own.unit;
     found.run = own.run;
     found.by = {blockIdx.x, own.mine.tiles_a_worker, line::chunk_shift<L>(call)};
+    if (S::TALL) find_workers(found, own.mine, cut);
     found.rows = count_rows<S>(cut, own.unit);
     found.tiles_before = own.tiles_done;
     found.given = NO_TILE;
@@ -232,6 +263,9 @@ __device__ inline found_run describe_run(scout &own, const attn_cuda_call &call,
     return found;
 }
 
+/* Do the groups load the queries of this run? All wait for the first ones, and 256 threads are faster than 32. */
+template <typename S> __device__ inline bool are_loaded_by_groups(uint32_t run) { return S::TALL && run == 0; }
+
 /* The warp's work. */
 template <typename S>
 __device__ inline void find_runs(const block_place<S> &block, const line::share &mine, uint32_t lane) {
@@ -248,7 +282,10 @@ __device__ inline void find_runs(const block_place<S> &block, const line::share 
         find_next_run<S>(own, block.call, block.with.cut);
         uint32_t number = own.runs - 1, slot = number % S::GROUPS;
         ptx::barrier_wait(ptx::shared_address(&memory.done[slot]), number / S::GROUPS % 2 ^ 1);
-        copy_queries<S>(block.call, block.with.cut, own.unit, ptx::shared_address(memory.queries[slot]), lane);
+        if (!are_loaded_by_groups<S>(number)) {
+            copy_queries<S, 32>(block.call, block.with.cut, own.unit, ptx::shared_address(memory.queries[slot]), 0,
+                                S::ROWS, lane);
+        }
         uint2 *visible = memory.visible[slot];
         if (!S::rules::SIMPLE) write_visible<S>(block.call, block.with.cut, own.unit, visible, lane);
         found_run found = describe_run<S>(own, block.call, block.with.cut, visible);
@@ -304,12 +341,12 @@ template <typename S> __device__ inline void multiply_keys(tile_scores<S> &score
 /* Of STEP tokens each, as a product takes them. */
 template <typename S> using tile_weights = uint32_t[S::TERMS][S::TOKENS / STEP][4];
 
-/* Starts out += P V. */
+/* Starts out += P V. `values`: where they begin in their stage. */
 template <typename S>
-__device__ inline void multiply_values(warp_state<S> &state, const tile_weights<S> &weights, uint32_t stage) {
+__device__ inline void multiply_values(warp_state<S> &state, const tile_weights<S> &weights, uint32_t values) {
     using T = typename S::stage;
     constexpr uint32_t COLUMN_BYTES = S::TOKENS * T::VALUE_CHUNK;
-    ptx::matrix<T::VALUE_CHUNK> b(stage + S::TOKENS * T::KEY_BYTES, COLUMN_BYTES);
+    ptx::matrix<T::VALUE_CHUNK> b(values, COLUMN_BYTES);
 #pragma unroll
     for (uint32_t k = 0; k < S::TOKENS / STEP; k++) {
 #pragma unroll
@@ -375,7 +412,8 @@ template <typename S> __device__ inline bool is_partly_unseen(const tile_run &ru
 }
 
 /* Zeros values that no row sees, since a weight of 0 does not hide what they may be. By all who consume the tile. */
-template <typename S> __device__ inline void clear_unseen(const group_place &own, const tile_run &run, uint32_t stage) {
+template <typename S>
+__device__ inline void clear_unseen(const group_place &own, const tile_run &run, uint32_t values) {
     using T = typename S::stage;
     constexpr uint32_t PIECES = T::VALUE_BYTES / 16, THREADS = S::GROUPS / S::TURNS * GROUP_THREADS;
     uint32_t first = (S::TALL ? own.group * GROUP_THREADS : 0) + own.thread();
@@ -384,7 +422,7 @@ template <typename S> __device__ inline void clear_unseen(const group_place &own
         uint32_t row = i / PIECES, token = run.first + row;
         if (token >= run.sees.x && token < run.sees.y) continue;
         uint32_t at = layout::piece_offset(T::VALUE_BYTES, S::TOKENS, row, i % PIECES);
-        ptx::store_zeros(stage + S::TOKENS * T::KEY_BYTES + at);
+        ptx::store_zeros(values + at);
     }
     ptx::shared_proxy_fence();
     ptx::named_barrier<THREADS>(S::TALL ? S::GROUPS : own.group);
@@ -436,23 +474,29 @@ __device__ inline bool have_moved(const float (&factors)[2]) {
     return __any_sync(ALL_LANES, factors[0] != 1.0f || factors[1] != 1.0f);
 }
 
-/* Brings what was summed down to the new maxima. */
-template <typename S> __device__ inline void rescale(warp_state<S> &state, const float (&factors)[2]) {
+/* Brings what was summed down to the new maxima: outputs, and sums. */
+template <typename S> __device__ inline void rescale_out(warp_state<S> &state, const float (&factors)[2]) {
 #pragma unroll
     for (uint32_t d = 0; d < S::DIM_V / S::WIDTH; d++) {
 #pragma unroll
         for (uint32_t i = 0; i < S::WIDTH / 2; i++)
             state.out[d][i] *= factors[i / 2 % 2];
     }
+}
+
+template <typename S> __device__ inline void rescale_sums(warp_state<S> &state, const float (&factors)[2]) {
     state.sum[0] *= factors[0];
     state.sum[1] *= factors[1];
 }
 
-/* Scores become weights, which are summed and packed; of twins the upper rows have the second terms. */
+template <typename S> __device__ inline void rescale(warp_state<S> &state, const float (&factors)[2]) {
+    rescale_out(state, factors);
+    rescale_sums(state, factors);
+}
+
+/* Scores become weights, which are summed. */
 template <typename S>
-__device__ inline void soften(const group_place &own, tile_scores<S> &scores, warp_state<S> &state,
-                              tile_weights<S> &weights, float scale_log2) {
-    constexpr uint32_t LAST = S::TERMS - 1;
+__device__ inline void raise_scores(tile_scores<S> &scores, warp_state<S> &state, float scale_log2) {
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
         float base = state.maximum[half] == -INFINITY ? 0.0f : state.maximum[half];
@@ -463,6 +507,12 @@ __device__ inline void soften(const group_place &own, tile_scores<S> &scores, wa
         }
         state.sum[half] += reduce_row(scores, half, [](float x, float y) { return x + y; });
     }
+}
+
+/* Of twins the upper rows have the second terms. */
+template <typename S>
+__device__ inline void pack_weights(const group_place &own, const tile_scores<S> &scores, tile_weights<S> &weights) {
+    constexpr uint32_t LAST = S::TERMS - 1;
 #pragma unroll
     for (uint32_t i = 0; i < S::TOKENS / 4; i++) {
         uint32_t packed = S::KV::pack(scores[2 * i], scores[2 * i + 1]);
@@ -470,6 +520,13 @@ __device__ inline void soften(const group_place &own, tile_scores<S> &scores, wa
         weights[0][i / 4][i % 4] = packed;
         if (LAST == 1) weights[LAST][i / 4][i % 4] = S::KV::pack_rest(scores[2 * i], scores[2 * i + 1], packed);
     }
+}
+
+template <typename S>
+__device__ inline void soften(const group_place &own, tile_scores<S> &scores, warp_state<S> &state,
+                              tile_weights<S> &weights, float scale_log2) {
+    raise_scores<S>(scores, state, scale_log2);
+    pack_weights<S>(own, scores, weights);
 }
 
 /* Bends and hides scores of the tile that begins at run.first, and moves the maxima for them. */
@@ -497,7 +554,6 @@ template <typename S>
 __device__ inline void consume_tiles(warp_state<S> &state, uint32_t queries, const uint2 *visible,
                                      const produce::ring &ring, const group_place &own, tile_run run, bool keeps_last) {
     clear_state(state);
-    if (S::TALL) queries += own.group * GROUP_ROWS * S::stage::KEY_CHUNK;
     uint32_t stage = run.first_number % ring.stages, parity = run.first_number / ring.stages % 2;
 #pragma unroll 1
     for (; run.tiles > 0; run.tiles--) {
@@ -515,9 +571,10 @@ __device__ inline void consume_tiles(warp_state<S> &state, uint32_t queries, con
         if (have_moved(factors)) rescale(state, factors);
         tile_weights<S> weights;
         soften<S>(own, scores, state, weights, run.soft.scale_log2);
-        if (is_partly_unseen<S>(run)) clear_unseen<S>(own, run, at);
+        uint32_t values = at + S::stage::VALUES_AT;
+        if (is_partly_unseen<S>(run)) clear_unseen<S>(own, run, values);
         ptx::warpgroup_fence();
-        multiply_values<S>(state, weights, at);
+        multiply_values<S>(state, weights, values);
         ptx::warpgroup_commit();
         ptx::warpgroup_wait<0>();
         hold_out(state);
@@ -529,6 +586,164 @@ __device__ inline void consume_tiles(warp_state<S> &state, uint32_t queries, con
             parity ^= 1;
         }
     }
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* A run's tiles, in a tall block */
+
+/* Where a group is in a ring, as who consumes it. */
+struct tall_ring {
+    const produce::ring &of;
+    produce::ring_place at;
+
+    __device__ tall_ring(const produce::ring &of, uint32_t number)
+        : of(of), at{number % of.stages, number / of.stages % 2} {}
+
+    /* Waits for the next stage to be filled, and returns where it is. */
+    __device__ uint32_t wait() const {
+        ptx::barrier_wait(of.full + at.stage * 8, at.parity);
+        __syncwarp();
+        return of.memory + at.stage * of.stage_bytes;
+    }
+
+    /* The group is done with it. By all warps. */
+    __device__ void pass(uint32_t lane) {
+        if (lane == 0) ptx::barrier_arrive(of.empty + at.stage * 8);
+        at.advance(of);
+    }
+};
+
+/* Where the groups take turns: the barrier at which a group waits for its own. */
+template <typename S> __device__ inline uint32_t turn_barrier(uint32_t group) { return S::GROUPS + 1 + group; }
+
+template <typename S> __device__ inline void take_turn(const group_place &own) {
+    ptx::named_barrier<S::GROUPS * GROUP_THREADS>(turn_barrier<S>(own.group));
+}
+
+template <typename S> __device__ inline void pass_turn(const group_place &own) {
+    ptx::named_barrier_arrive<S::GROUPS * GROUP_THREADS>(turn_barrier<S>(own.group ^ 1));
+}
+
+/* Waits for a tile's values, of which those that nobody sees become zeros. */
+template <typename S>
+__device__ inline uint32_t wait_for_values(const group_place &own, const tall_ring &values, const tile_run &run) {
+    uint32_t at = values.wait();
+    if (is_partly_unseen<S>(run)) clear_unseen<S>(own, run, at);
+    return at;
+}
+
+/*
+ * Consumes a run's tiles, the scores of each beside the product of the weights and values of the one before. Group 0
+ * has the first turn. A turn is passed when the scores are there, and not when the products are started: else both
+ * groups would have their scores computed at half the speed, and then both compute powers. After a group's last turn
+ * nobody waits for the other's: so each run begins alike.
+ */
+template <typename S>
+__device__ inline void consume_overlapped(warp_state<S> &state, uint32_t queries, tall_ring keys, tall_ring values,
+                                          const uint2 *visible, const group_place &own, tile_run run) {
+    tile_scores<S> scores;
+    tile_weights<S> weights;
+    float factors[2];
+    uint32_t next = keys.wait(), current;
+    if (own.group == 1) pass_turn<S>(own);
+    take_turn<S>(own);
+    ptx::warpgroup_fence();
+    multiply_keys<S>(scores, queries, next);
+    ptx::warpgroup_commit();
+    ptx::warpgroup_wait<0>();
+    ptx::hold(scores);
+    if (own.group == 0 || run.tiles > 1) pass_turn<S>(own);
+    keys.pass(own.lane);
+    weigh<S>(own, scores, state, factors, run, visible);
+    raise_scores<S>(scores, state, run.soft.scale_log2);
+    pack_weights<S>(own, scores, weights);
+#pragma unroll 1
+    for (; run.tiles > 1; run.tiles--) {
+        current = wait_for_values<S>(own, values, run);
+        next = keys.wait();
+        take_turn<S>(own);
+        ptx::warpgroup_fence();
+        multiply_keys<S>(scores, queries, next);
+        ptx::warpgroup_commit();
+        multiply_values<S>(state, weights, current);
+        ptx::warpgroup_commit();
+        ptx::warpgroup_wait<1>();
+        ptx::hold(scores);
+        if (own.group == 0 || run.tiles > 2) pass_turn<S>(own);
+        keys.pass(own.lane);
+        run.first += S::TOKENS;
+        weigh<S>(own, scores, state, factors, run, visible);
+        rescale_sums(state, factors);
+        raise_scores<S>(scores, state, run.soft.scale_log2);
+        ptx::warpgroup_wait<0>();
+        hold_out(state);
+        values.pass(own.lane);
+        if (have_moved(factors)) rescale_out(state, factors);
+        pack_weights<S>(own, scores, weights);
+    }
+    current = wait_for_values<S>(own, values, run);
+    ptx::warpgroup_fence();
+    multiply_values<S>(state, weights, current);
+    ptx::warpgroup_commit();
+    ptx::warpgroup_wait<0>();
+    hold_out(state);
+    values.pass(own.lane);
+}
+
+/* The same one thing after the other: weights in two terms leave no registers for a second tile's scores. */
+template <typename S>
+__device__ inline void consume_in_order(warp_state<S> &state, uint32_t queries, tall_ring keys, tall_ring values,
+                                        const uint2 *visible, const group_place &own, tile_run run) {
+#pragma unroll 1
+    for (; run.tiles > 0; run.tiles--, run.first += S::TOKENS) {
+        tile_scores<S> scores;
+        tile_weights<S> weights;
+        float factors[2];
+        uint32_t at = keys.wait();
+        ptx::warpgroup_fence();
+        multiply_keys<S>(scores, queries, at);
+        ptx::warpgroup_commit();
+        ptx::warpgroup_wait<0>();
+        ptx::hold(scores);
+        keys.pass(own.lane);
+        weigh<S>(own, scores, state, factors, run, visible);
+        if (have_moved(factors)) rescale(state, factors);
+        soften<S>(own, scores, state, weights, run.soft.scale_log2);
+        at = wait_for_values<S>(own, values, run);
+        ptx::warpgroup_fence();
+        multiply_values<S>(state, weights, at);
+        ptx::warpgroup_commit();
+        ptx::warpgroup_wait<0>();
+        hold_out(state);
+        values.pass(own.lane);
+    }
+}
+
+/* Loads the group's queries of a block's first run. By the group. */
+template <typename S> __device__ inline void load_first_queries(const block_place<S> &block, const group_place &own) {
+    copy_queries<S, GROUP_THREADS>(block.call, block.with.cut, block.memory.runs[0].unit,
+                                   ptx::shared_address(block.memory.queries[0]), own.group * GROUP_ROWS,
+                                   (own.group + 1) * GROUP_ROWS, own.thread());
+    ptx::copies_wait<0>();
+    ptx::shared_proxy_fence();
+    ptx::named_barrier<GROUP_THREADS>(own.group);
+}
+
+/* Consumes the tiles of the block's run `number`. */
+template <typename S>
+__device__ inline void consume_tall(warp_state<S> &state, const block_place<S> &block, uint32_t number,
+                                    const rings &from, const group_place &own) {
+    uint32_t slot = number % S::GROUPS;
+    tile_run run = tiles_of_group<S>(block.memory.runs[slot], own.group);
+    if (are_loaded_by_groups<S>(number)) load_first_queries(block, own);
+    clear_state(state);
+    uint32_t queries = ptx::shared_address(block.memory.queries[slot]) + own.group * GROUP_ROWS * S::stage::KEY_CHUNK;
+    tall_ring keys(from.keys, run.first_number), values(from.values, run.first_number);
+    const uint2 *visible = block.memory.visible[slot];
+    if constexpr (S::TERMS == 1)
+        consume_overlapped<S>(state, queries, keys, values, visible, own, run);
+    else
+        consume_in_order<S>(state, queries, keys, values, visible, own, run);
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -662,7 +877,7 @@ __device__ inline void store_partial(const block_place<S> &block, const group_pl
     }
 }
 
-/* Adds what a row has of its sequence's prefix, as rows::add_shared does; `sum` and `maximum`: the row's. */
+/* Adds what a row has apart, as rows::add_shared does; `sum` and `maximum`: the row's. */
 template <typename S>
 __device__ inline void add_shared(const attn_cuda_call &call, size_t row, warp_state<S> &state, uint32_t half,
                                   float &maximum, float &sum, uint32_t lane) {
@@ -692,9 +907,9 @@ __device__ inline void write_unit(const block_place<S> &block, const group_place
         uint32_t row = row_of<S>(own, half);
         bool is_row = row < found.rows;
         float sum = ptx::quad_sum(state.sum[half]), maximum = state.maximum[half], factor = 1.0f;
-        results::destination to = rows::destination_of<typename S::rules>(
-            block.call, {found.unit, block.with.cut, min(row, found.rows - 1)}, 0);
-        if (rows::is_sharing(block.call, found.unit))
+        results::destination to = rows::final_destination_of<typename S::rules>(
+            block.call, {found.unit, block.with.cut, min(row, found.rows - 1)});
+        if (rows::adds_shared<typename S::rules>(block.call, found.unit))
             add_shared<S>(block.call, to.row, state, half, maximum, sum, own.lane);
         if (to.sink != nullptr) {
             float sink = *to.sink * LOG2_E, most = fmaxf(maximum, sink), keep = rows::decay(maximum, most);
@@ -704,7 +919,7 @@ __device__ inline void write_unit(const block_place<S> &block, const group_place
         }
         factor *= sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
         if (is_row && own.lane % 4 == 0) results::write_lse(block.call, to, rows::lse_of(maximum, sum));
-        if (S::rules::SIMPLE || !to.is_partial) {
+        if (!S::rules::LEAVES || !to.is_partial) {
             write_outputs(state, half, factor, (typename S::IO *)block.call.out + to.row * S::DIM_V, is_row, own.lane);
         } else if (is_row) {
             store_floats(state, half, factor, block.call.partial_out + to.row * S::DIM_V, own.lane);
@@ -732,22 +947,27 @@ template <uint32_t ROWS> struct unit_partials {
  * Rows that a warp merges at a time, and partials of each that are on their way: one row alone would be all waiting,
  * and more registers would be missing where this is called. The partials divide 32.
  */
-template <typename S> constexpr uint32_t MERGED_ROWS = S::DIM_V <= 128 ? 4 : 2;
-constexpr uint32_t PARTIALS_AHEAD = 2;
+template <uint32_t ROWS_, uint32_t AHEAD_> struct merge_shape {
+    static constexpr uint32_t ROWS = ROWS_, AHEAD = AHEAD_;
+};
+template <typename S> using many_rows = merge_shape<S::DIM_V <= 128 ? 4 : 2, 2>;
+
+/* Where the members of a joint merge leave a warp two rows of a tall block, with all partials on their way. */
+using two_rows = merge_shape<2, 8>;
 
 /* A lane's part of some rows that are being merged; those that are not there are the last one again. */
-template <typename S> struct merged_rows {
-    static constexpr uint32_t COUNT = MERGED_ROWS<S>;
+template <typename S, typename M> struct merged_rows {
+    static constexpr uint32_t COUNT = M::ROWS, AHEAD = M::AHEAD;
     uint32_t indices[COUNT];
     rows::row_state<S::DIM_V> rows[COUNT];
-    rows::row<S::DIM_V> coming[PARTIALS_AHEAD][COUNT];
+    rows::row<S::DIM_V> coming[AHEAD][COUNT];
     float2 states[COUNT]; /* of partial base + lane, for a base that is a multiple of 32 */
     float factors[COUNT];
 };
 
-template <typename S>
-__device__ inline void load_partial(merged_rows<S> &own, const unit_partials<S::ROWS> &of, uint32_t ahead, uint32_t i,
-                                    uint32_t lane) {
+template <typename S, typename M>
+__device__ inline void load_partial(merged_rows<S, M> &own, const unit_partials<S::ROWS> &of, uint32_t ahead,
+                                    uint32_t i, uint32_t lane) {
     const float *outs = of.outs + (size_t)of.place(i) * S::DIM_V;
 #pragma unroll
     for (uint32_t r = 0; r < own.COUNT; r++) {
@@ -758,8 +978,8 @@ __device__ inline void load_partial(merged_rows<S> &own, const unit_partials<S::
 }
 
 /* Loads the lane's states; of a partial that is not there, nothing has been seen. */
-template <typename S>
-__device__ inline void load_states(merged_rows<S> &own, const unit_partials<S::ROWS> &of, uint32_t i) {
+template <typename S, typename M>
+__device__ inline void load_states(merged_rows<S, M> &own, const unit_partials<S::ROWS> &of, uint32_t i) {
 #pragma unroll
     for (uint32_t r = 0; r < own.COUNT; r++) {
         own.states[r] = make_float2(-INFINITY, 0.0f);
@@ -767,15 +987,15 @@ __device__ inline void load_states(merged_rows<S> &own, const unit_partials<S::R
     }
 }
 
-template <typename S> __device__ inline void find_factors(merged_rows<S> &own) {
+template <typename S, typename M> __device__ inline void find_factors(merged_rows<S, M> &own) {
 #pragma unroll
     for (uint32_t r = 0; r < own.COUNT; r++)
         own.factors[r] = rows::decay(own.states[r].x, own.rows[r].maximum);
 }
 
 /* Finds maxima and sums of the rows, and leaves the states and factors of their first partials. */
-template <typename S>
-__device__ inline void total_rows(merged_rows<S> &own, const unit_partials<S::ROWS> &of, uint32_t lane) {
+template <typename S, typename M>
+__device__ inline void total_rows(merged_rows<S, M> &own, const unit_partials<S::ROWS> &of, uint32_t lane) {
     uint32_t last = (of.count - 1) / 32 * 32;
 #pragma unroll 1
     for (uint32_t base = last + 32; base > 0; base -= 32) {
@@ -807,49 +1027,59 @@ __device__ inline void total_rows(merged_rows<S> &own, const unit_partials<S::RO
 }
 
 /* Adds the partials of the rows, in their order. */
-template <typename S>
-__device__ inline void add_partials(merged_rows<S> &own, const unit_partials<S::ROWS> &of, uint32_t lane) {
+template <typename S, typename M>
+__device__ inline void add_partials(merged_rows<S, M> &own, const unit_partials<S::ROWS> &of, uint32_t lane) {
 #pragma unroll 1
-    for (uint32_t i = 0; i < of.count; i += PARTIALS_AHEAD) {
+    for (uint32_t i = 0; i < of.count; i += M::AHEAD) {
         if (i > 0 && i % 32 == 0) {
             load_states(own, of, i + lane);
             find_factors(own);
         }
 #pragma unroll
-        for (uint32_t a = 0; a < PARTIALS_AHEAD; a++) {
+        for (uint32_t a = 0; a < M::AHEAD; a++) {
 #pragma unroll
             for (uint32_t r = 0; r < own.COUNT; r++) {
                 float factor = __shfl_sync(ALL_LANES, own.factors[r], i % 32 + a);
                 if (i + a < of.count) rows::add_row(own.rows[r].out, 1.0f, own.coming[a][r], factor);
             }
-            load_partial(own, of, a, i + a + PARTIALS_AHEAD, lane);
+            load_partial(own, of, a, i + a + M::AHEAD, lane);
         }
     }
+}
+
+/* Those who merge a unit (joint.cuh): of one in parts, all that have one. */
+template <typename S> __device__ inline joint::party party_of(const rows::workspace &work, const found_run &found) {
+    if (!S::TALL || found.by.tiles_a_worker != 0) return joint::party_of(work, found.unit, found.by);
+    return {work.joint_tickets + found.first_worker, found.unit.sees.tiles, found.workers,
+            found.by.number - found.first_worker};
 }
 
 /*
  * Merges rows index, index + step, .. of a unit that was cut. By a warp. Not inlined: the registers of what calls it
  * are the products'.
  */
-template <typename S>
+template <typename S, typename M>
 __device__ __noinline__ void merge_rows(const block_place<S> &block, const found_run &found, uint32_t index,
                                         uint32_t step, uint32_t lane) {
     using L = typename S::rules;
     rows::workspace work = rows::view_workspace(block.with.workspace);
-    uint32_t begin = found.unit.begin, tiles_a_worker = found.by.tiles_a_worker, count = found.rows;
-    uint32_t first = begin / tiles_a_worker, end = (begin + found.unit.sees.tiles - 1) / tiles_a_worker + 1;
+    uint32_t first = found.first_worker, end = first + found.workers, count = found.rows;
+    if (!S::TALL) {
+        first = found.unit.begin / found.by.tiles_a_worker;
+        end = (found.unit.begin + found.unit.sees.tiles - 1) / found.by.tiles_a_worker + 1;
+    }
     size_t first_row = (size_t)2 * first * S::ROWS;
     unit_partials<S::ROWS> of = {work.outs + first_row * S::DIM_V, work.states + first_row, end - first};
 #pragma unroll 1
-    for (; index < count; index += MERGED_ROWS<S> * step) {
-        merged_rows<S> own;
+    for (; index < count; index += M::ROWS * step) {
+        merged_rows<S, M> own;
 #pragma unroll
         for (uint32_t r = 0; r < own.COUNT; r++) {
             own.indices[r] = min(index + r * step, count - 1);
             own.rows[r] = rows::empty_state<S::DIM_V>();
         }
 #pragma unroll
-        for (uint32_t a = 0; a < PARTIALS_AHEAD; a++)
+        for (uint32_t a = 0; a < M::AHEAD; a++)
             load_partial(own, of, a, a, lane);
         total_rows(own, of, lane);
         add_partials(own, of, lane);
@@ -884,7 +1114,7 @@ template <typename S, uint32_t WARP_COUNT>
 __device__ inline void merge_unit(const block_place<S> &block, const found_run &found, uint32_t barrier, uint32_t warp,
                                   uint32_t lane) {
     rows::workspace work = rows::view_workspace(block.with.workspace);
-    joint::party party = joint::party_of(work, found.unit, found.by);
+    joint::party party = party_of<S>(work, found);
     uint32_t &merged = block.memory.merged[barrier % S::GROUPS];
     ptx::named_barrier<WARP_COUNT * 32>(barrier); /* the partials are written */
     if (warp == 0 && lane == 0) {
@@ -898,16 +1128,44 @@ __device__ inline void merge_unit(const block_place<S> &block, const found_run &
     ptx::named_barrier<WARP_COUNT * 32>(barrier); /* for racecheck, which does not see that the first one orders */
     block_place<S> copy = block;                  /* what is passed by its address is in memory */
     uint32_t members = merged;
-    if (party.members <= 1 && members != 0) merge_rows<S>(copy, found, warp, WARP_COUNT, lane);
+    if (party.members <= 1 && members != 0) merge_rows<S, many_rows<S>>(copy, found, warp, WARP_COUNT, lane);
     if (party.members <= 1) return;
     for (; members != 0; members &= members - 1) {
-        uint32_t first = __ffs(members) - 1 + party.members * warp;
-        merge_few_rows<S>(copy, found, first, party.members * WARP_COUNT, lane);
+        uint32_t first = __ffs(members) - 1 + party.members * warp, step = party.members * WARP_COUNT;
+        if constexpr (S::TALL)
+            merge_rows<S, two_rows>(copy, found, first, step, lane);
+        else
+            merge_few_rows<S>(copy, found, first, step, lane);
     }
 }
 
 /* ------------------------------------------------------------------------------------------- */
 /* A consumer warp */
+
+/* Ends a run whose state the group has. */
+template <typename S>
+__device__ inline void end_run(const block_place<S> &block, const group_place &own, const found_run &found,
+                               warp_state<S> &state) {
+    ptx::wait_for_previous_launch(); /* which may still read what is written from here on */
+    if (!found.is_cut) {
+        write_unit(block, own, found, state);
+    } else {
+        store_partial(block, own, found, state);
+        if (S::TALL)
+            merge_unit<S, S::GROUPS * WARPS>(block, found, S::GROUPS, own.group * WARPS + own.warp, own.lane);
+        else if (!found.is_last)
+            merge_unit<S, WARPS>(block, found, own.group, own.warp, own.lane);
+    }
+}
+
+/* Does a run of a tall block. */
+template <typename S>
+__device__ inline void do_run(const block_place<S> &block, const group_place &own, uint32_t number, const rings &from,
+                              char *) {
+    warp_state<S> state;
+    consume_tall(state, block, number, from, own);
+    end_run(block, own, block.memory.runs[number % S::GROUPS], state);
+}
 
 /* Does a run: consumes the group's tiles, and ends it if that is the group's turn. */
 template <typename S>
@@ -927,20 +1185,12 @@ __device__ inline void do_run(const block_place<S> &block, const group_place &ow
         return;
     }
     if (is_given) take_state(own, block.memory, slot, given, ring.empty + stage * 8, state);
-    ptx::wait_for_previous_launch(); /* which may still read what is written from here on */
-    if (!found.is_cut) {
-        write_unit(block, own, found, state);
-    } else {
-        store_partial(block, own, found, state);
-        if (S::TALL)
-            merge_unit<S, S::GROUPS * WARPS>(block, found, S::GROUPS, own.group * WARPS + own.warp, own.lane);
-        else if (!found.is_last)
-            merge_unit<S, WARPS>(block, found, own.group, own.warp, own.lane);
-    }
+    end_run(block, own, found, state);
 }
 
-template <typename S>
-__device__ inline void consume(const block_place<S> &block, const group_place &own, const produce::ring &ring,
+/* RING: a produce::ring, or a tall block's rings. */
+template <typename S, typename RING>
+__device__ inline void consume(const block_place<S> &block, const group_place &own, const RING &ring,
                                char *ring_memory) {
     const block_memory<S> &memory = block.memory;
     uint32_t number = 0, slot = 0;
@@ -964,26 +1214,62 @@ __device__ inline void consume(const block_place<S> &block, const group_place &o
 /* ------------------------------------------------------------------------------------------- */
 /* The kernel */
 
-/* The groups, and one more: the producer, the scout, and two idle warps, as registers are a whole group's to give. */
+/*
+ * The groups, and one more: the producer, or that of keys, the scout, in tall blocks the producer of values, and idle
+ * warps, as registers are a whole group's to give.
+ */
 template <typename S> constexpr uint32_t block_threads() { return (S::GROUPS + 1) * GROUP_THREADS; }
 
 /* Registers of a thread, if there are two groups: at first, in the products' groups, and in the other one. */
 constexpr uint32_t FIRST_REGISTERS = 168, MORE_REGISTERS = 208, LESS_REGISTERS = 88;
 static_assert(2 * MORE_REGISTERS + LESS_REGISTERS <= 3 * FIRST_REGISTERS, "");
 
+/* Of `stages` stages; in a tall block of values, with one more of keys. */
+template <typename S> __host__ __device__ inline uint32_t ring_bytes(uint32_t stages) {
+    return stages * S::stage::BYTES + (S::TALL ? S::key_stage::BYTES : 0);
+}
+
+template <typename S> __host__ __device__ inline uint32_t ring_barriers(uint32_t stages) {
+    return S::TALL ? 2 * stages + 1 : stages;
+}
+
+template <typename S>
+__device__ inline rings view_rings(const char *shared, const block_memory<S> &memory, uint32_t stages) {
+    uint32_t at = ptx::shared_address(shared), full = ptx::shared_address(memory.full);
+    uint32_t empty = ptx::shared_address(memory.empty), keys = stages + 1;
+    return {{at, full, empty, keys, S::key_stage::BYTES},
+            {at + keys * S::key_stage::BYTES, full + keys * 8, empty + keys * 8, stages, S::value_stage::BYTES}};
+}
+
+/* What the producers do. `warp`: of those that are in no group. */
+template <typename S>
+__device__ inline void fill_rings(const block_place<S> &block, const line::share &mine, const char *shared,
+                                  const produce::ring &ring, uint32_t warp, uint32_t lane) {
+    using L = typename S::rules;
+    if constexpr (S::TALL) {
+        rings of = view_rings(shared, block.memory, block.with.stages);
+        if (warp == 0)
+            produce::fill_ring<typename S::key_stage, L>(block.call, block.with.cut, mine, of.keys, lane);
+        else
+            produce::fill_ring<typename S::value_stage, L>(block.call, block.with.cut, mine, of.values, lane);
+    } else {
+        produce::fill_ring<typename S::stage, L>(block.call, block.with.cut, mine, ring, lane);
+    }
+}
+
 template <typename S>
 __global__ void __launch_bounds__(block_threads<S>(), 1)
     wide_kernel(const __grid_constant__ attn_cuda_call call, const __grid_constant__ arguments with) {
 #if __CUDA_ARCH__ >= 900 /* never launched elsewhere */
     extern __shared__ __align__(1024) char shared[];
-    block_memory<S> &memory = *(block_memory<S> *)(shared + with.stages * S::stage::BYTES);
+    block_memory<S> &memory = *(block_memory<S> *)(shared + ring_bytes<S>(with.stages));
     produce::ring ring = {ptx::shared_address(shared), ptx::shared_address(memory.full),
                           ptx::shared_address(memory.empty), with.stages, S::stage::BYTES};
     uint32_t warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     launching::fetch_constants(call, with, warp);
     if (threadIdx.x == S::GROUPS * GROUP_THREADS) {
         launching::prefetch_page_table(call);
-        for (uint32_t stage = 0; stage < with.stages; stage++) {
+        for (uint32_t stage = 0; stage < ring_barriers<S>(with.stages); stage++) {
             ptx::barrier_init(ring.full + stage * 8, produce::full_arrivals());
             ptx::barrier_init(ring.empty + stage * 8, S::GROUPS / S::TURNS * WARPS);
         }
@@ -1003,18 +1289,24 @@ __global__ void __launch_bounds__(block_threads<S>(), 1)
     block_place<S> block = {call, with, memory};
     if (warp >= S::GROUPS * WARPS) {
         if (S::GROUPS == 2) ptx::give_registers<LESS_REGISTERS>();
-        if (warp > S::GROUPS * WARPS + 1) return; /* nor do those look for the share that need not: it takes long */
-        line::share mine = line::find_share<typename S::rules>(call, with.cut, gridDim.x, blockIdx.x, lane);
-        if (warp == S::GROUPS * WARPS) {
+        if (warp > S::GROUPS * WARPS + (S::TALL ? 2 : 1))
+            return; /* nor do those look for the share that need not: it takes long */
+        constexpr line::parting PARTS = S::TALL ? line::parting::MAYBE : line::parting::NEVER;
+        line::share mine = line::find_share<typename S::rules, PARTS>(call, with.cut, gridDim.x, blockIdx.x, lane);
+        if (warp != S::GROUPS * WARPS + 1) {
             if (mine.begin == mine.end) return;
-            produce::fill_ring<typename S::stage, typename S::rules>(call, with.cut, mine, ring, lane);
+            fill_rings(block, mine, shared, ring, warp - S::GROUPS * WARPS, lane);
         } else {
             if (with.times != nullptr && lane == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();
             find_runs<S>(block, mine, lane);
         }
     } else {
         if (S::GROUPS == 2) ptx::take_registers<MORE_REGISTERS>();
-        consume<S>(block, {warp / WARPS, warp % WARPS, lane}, ring, shared);
+        group_place own = {warp / WARPS, warp % WARPS, lane};
+        if constexpr (S::TALL)
+            consume(block, own, view_rings(shared, memory, with.stages), shared);
+        else
+            consume(block, own, ring, shared);
         if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
             atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
     }
@@ -1024,27 +1316,44 @@ __global__ void __launch_bounds__(block_threads<S>(), 1)
 /* ------------------------------------------------------------------------------------------- */
 /* Launching */
 
+/*
+ * The workers of each unit, where all are alike: then all that there are have equal parts. Else a share that is no part
+ * of a unit has workers wait for others that are at another unit. 1: shares are cut as they come.
+ */
+template <typename S>
+uint32_t choose_parts(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_expected &expected) {
+    uint32_t block_queries = S::ROWS / (call.layer.heads_q / call.layer.heads_kv);
+    uint32_t blocks = (expected.most_queries + block_queries - 1) / block_queries;
+    uint64_t units = (uint64_t)call.batch * call.layer.heads_kv * blocks;
+    uint64_t tiles = (expected.longest + S::TOKENS - 1) / S::TOKENS, parts = tuning.workers / units;
+    if (!S::TALL || expected.shortest != expected.longest || parts > joint::MAX_MEMBERS || parts > tiles) return 1;
+    return max((uint32_t)parts, 1u);
+}
+
 template <typename S>
 cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_workspace &workspace,
-                   cudaStream_t stream) {
+                   const attn_cuda_expected &expected, cudaStream_t stream) {
     uint32_t group = call.layer.heads_q / call.layer.heads_kv;
     if (workspace.rows < GROUP_ROWS || group > GROUP_ROWS || tuning.blocks_per_sm == 2) return cudaErrorInvalidValue;
     if (workspace.slots * GROUP_ROWS < 2 * tuning.workers * S::ROWS) return cudaErrorInvalidValue;
-    if (tuning.shared_bytes < sizeof(block_memory<S>) + S::GROUPS * S::stage::BYTES) return cudaErrorInvalidValue;
-    uint32_t stages = (tuning.shared_bytes - (uint32_t)sizeof(block_memory<S>)) / S::stage::BYTES;
+    uint32_t besides = (uint32_t)sizeof(block_memory<S>) + ring_bytes<S>(0);
+    uint32_t least = S::TALL ? 1 : S::GROUPS;
+    if (tuning.shared_bytes < besides + least * S::stage::BYTES) return cudaErrorInvalidValue;
+    uint32_t stages = (tuning.shared_bytes - besides) / S::stage::BYTES;
     uint32_t most = S::GROUPS + (ON_THE_WAY + S::stage::BYTES - 1) / S::stage::BYTES;
     if (tuning.stages != 0) most = tuning.stages;
-    stages = min(min(stages, most), MAX_STAGES) / S::GROUPS * S::GROUPS;
+    stages = min(min(stages, most), S::TALL ? MAX_TALL_STAGES : MAX_STAGES) / least * least;
     attn_cuda_workspace slots = workspace;
     slots.rows = GROUP_ROWS;
-    arguments with = {line::make_cut(call.layer, tuning, S::ROWS, tuning.workers, 1),
-                      slots,
-                      stages,
-                      tuning.patience_ns,
-                      tuning.times,
-                      0};
+    arguments with = {
+        line::make_cut(call.layer, tuning, S::ROWS, tuning.workers, choose_parts<S>(call, tuning, expected)),
+        slots,
+        stages,
+        tuning.patience_ns,
+        tuning.times,
+        0};
     with.cut.align_tiles = max(tuning.align_tiles, ALIGN_TOKENS / S::TOKENS);
-    launching::grid size = {tuning.workers, block_threads<S>(), 1, stages * S::stage::BYTES + sizeof(block_memory<S>)};
+    launching::grid size = {tuning.workers, block_threads<S>(), 1, besides + stages * S::stage::BYTES};
     return launching::launch_kernel(wide_kernel<S>, size, tuning, call, with, stream);
 }
 
@@ -1055,31 +1364,34 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
  */
 template <typename KV, uint32_t DIM, uint32_t DIM_V>
 cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
-                         const attn_cuda_workspace &workspace, uint32_t rows, cudaStream_t stream) {
+                         const attn_cuda_workspace &workspace, const attn_cuda_expected &expected, uint32_t rows,
+                         cudaStream_t stream) {
     constexpr uint32_t GROUPS = DIM > 128 ? 1 : 2;
     if constexpr (GROUPS == 2) {
         if (rows > GROUP_ROWS && call.softcap == 0)
-            return launch<shape<KV, DIM, DIM_V, GROUPS, false, true>>(call, tuning, workspace, stream);
+            return launch<shape<KV, DIM, DIM_V, GROUPS, false, true>>(call, tuning, workspace, expected, stream);
     }
     if constexpr (DIM == 128) {
-        if (line::is_simple(call)) return launch<shape<KV, DIM, DIM_V, GROUPS, true>>(call, tuning, workspace, stream);
+        if (line::is_simple(call) && !line::leaves_results(call))
+            return launch<shape<KV, DIM, DIM_V, GROUPS, true>>(call, tuning, workspace, expected, stream);
     }
-    return launch<shape<KV, DIM, DIM_V, GROUPS, false>>(call, tuning, workspace, stream);
+    return launch<shape<KV, DIM, DIM_V, GROUPS, false>>(call, tuning, workspace, expected, stream);
 }
 
 template <typename KV>
 cudaError_t launch_dims(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
-                        const attn_cuda_workspace &workspace, uint32_t rows, cudaStream_t stream) {
+                        const attn_cuda_workspace &workspace, const attn_cuda_expected &expected, uint32_t rows,
+                        cudaStream_t stream) {
     uint32_t dim = call.layer.head_dim, dim_v = call.layer.head_dim_v;
     if (call.batch_invariant) return cudaErrorInvalidValue;
-    if (dim == 192 && dim_v == 128) return launch_shape<KV, 192, 128>(call, tuning, workspace, rows, stream);
+    if (dim == 192 && dim_v == 128) return launch_shape<KV, 192, 128>(call, tuning, workspace, expected, rows, stream);
     if (dim != dim_v) return cudaErrorInvalidValue;
     switch (dim) {
-    case 64: return launch_shape<KV, 64, 64>(call, tuning, workspace, rows, stream);
-    case 96: return launch_shape<KV, 96, 96>(call, tuning, workspace, rows, stream);
-    case 128: return launch_shape<KV, 128, 128>(call, tuning, workspace, rows, stream);
-    case 192: return launch_shape<KV, 192, 192>(call, tuning, workspace, rows, stream);
-    case 256: return launch_shape<KV, 256, 256>(call, tuning, workspace, rows, stream);
+    case 64: return launch_shape<KV, 64, 64>(call, tuning, workspace, expected, rows, stream);
+    case 96: return launch_shape<KV, 96, 96>(call, tuning, workspace, expected, rows, stream);
+    case 128: return launch_shape<KV, 128, 128>(call, tuning, workspace, expected, rows, stream);
+    case 192: return launch_shape<KV, 192, 192>(call, tuning, workspace, expected, rows, stream);
+    case 256: return launch_shape<KV, 256, 256>(call, tuning, workspace, expected, rows, stream);
     default: return cudaErrorInvalidValue;
     }
 }

@@ -233,6 +233,15 @@ static attn_status start_copiers(cuda_backend *self, const attn_backend_config *
     return count > 1 ? attn_cpu_workers_create(count, NULL, &self->copiers) : attn_ok();
 }
 
+/* ATTND_TEST_OWN_WORKERS: state.h, own_workers. */
+static long find_own_workers(void) {
+#ifndef ATTN_RELEASE
+    const char *wanted = getenv("ATTND_TEST_OWN_WORKERS");
+    if (wanted != NULL) return strtol(wanted, NULL, 10);
+#endif
+    return -1;
+}
+
 static attn_status allocate(cuda_backend *self, const attn_backend_config *config,
                             const struct cudaDeviceProp *properties) {
     CUDA_TRY(cudaSetDevice(self->device));
@@ -240,6 +249,7 @@ static attn_status allocate(cuda_backend *self, const attn_backend_config *confi
     ATTN_TRY(start_copiers(self, config));
     ATTN_TRY(allocate_pool(self, config));
     self->apart.kind = ARENA_DEVICE;
+    self->own_workers = find_own_workers();
     CUDA_TRY(cudaMallocHost((void **)&self->statuses, FLIGHTS * sizeof *self->statuses));
     for (uint32_t i = 0; i < FLIGHTS; i++)
         ATTN_TRY(flight_init(&self->flights[i], &self->statuses[i]));

@@ -1,29 +1,26 @@
 /* The fast path: stores, plans, attends and merges in one launch, from the live lengths. */
 #include "kernels/cuda/backend/run.h"
-
-static attn_status launch_tuned(cuda_backend *self, const attn_cuda_call *call, const attn_cuda_tuning *tuning,
-                                attn_cuda_expected expected) {
-    const attn_cuda_workspace *workspace = call->batch_invariant ? &self->chunks : &self->runs;
-    CUDA_TRY(attn_cuda_decode_launch(call, tuning, workspace, &expected, self->stream));
-    self->launches++;
-    return attn_ok();
-}
+#include "kernels/cuda/side_by_side.h"
 
 static attn_status launch_decode(cuda_backend *self, const attn_cuda_call *call, attn_cuda_expected expected) {
-    return launch_tuned(self, call, &self->tuning, expected);
+    const attn_cuda_workspace *workspace = call->batch_invariant ? &self->chunks : &self->runs;
+    CUDA_TRY(attn_cuda_decode_launch(call, &self->tuning, workspace, &expected, self->stream));
+    self->launches++;
+    return attn_ok();
 }
 
 static attn_cuda_expected expected_of(const tally *count) {
     return (attn_cuda_expected){count->most_queries, count->shortest, count->longest};
 }
 
-/* The same without the prefixes. */
-static attn_cuda_expected expected_of_own(const call_memory *memory, uint32_t batch, uint32_t most_queries) {
-    const uint32_t *lengths = memory->lengths.host;
+/* What is known of some packed sequences: those from `first` to before `end`. */
+static attn_cuda_expected expected_of_packed(const call_memory *memory, uint32_t first, uint32_t end,
+                                             uint32_t most_queries) {
+    const attn_cuda_sequence *sequences = memory->sequences.host;
     attn_cuda_expected expected = {most_queries, UINT32_MAX, 0};
-    for (uint32_t k = 0; k < batch; k++) {
-        if (lengths[k] < expected.shortest) expected.shortest = lengths[k];
-        if (lengths[k] > expected.longest) expected.longest = lengths[k];
+    for (uint32_t k = first; k < end; k++) {
+        if (sequences[k].length < expected.shortest) expected.shortest = sequences[k].length;
+        if (sequences[k].length > expected.longest) expected.longest = sequences[k].length;
     }
     return expected;
 }
@@ -45,30 +42,44 @@ static attn_status run_chunks(cuda_backend *self, attn_cuda_call call, const tal
     return attn_ok();
 }
 
+/* The least query rows of a prefix, and what sequences have without it. */
+static void measure_forks(attn_cuda_forks *forks, const call_memory *memory, uint32_t batch, uint32_t prefixes) {
+    const attn_cuda_sequence *sequences = memory->sequences.host;
+    forks->least_queries = UINT32_MAX;
+    for (uint32_t k = 0; k < batch; k++)
+        forks->own_tiles += attn_cuda_own_tiles(sequences[k].length);
+    for (uint32_t k = batch; k < batch + prefixes; k++) {
+        if (sequences[k].query_length < forks->least_queries) forks->least_queries = sequences[k].query_length;
+    }
+}
+
 /*
- * Prefixes, then the sequences' own tokens, with which the prefixes' results are merged. By themselves, since many
- * queries on one prefix are for the kernel with many rows a block, and few on each sequence's own tokens are not.
+ * Prefixes and the sequences' own tokens, by themselves, since many queries on one prefix are for the kernel with many
+ * rows a block, and few on each sequence's own tokens are not.
  */
 static attn_status run_prefixes(cuda_backend *self, attn_cuda_call call, const call_memory *memory, const tally *count,
                                 bool is_plain) {
     size_t rows = (size_t)count->shared_rows * call.layer.heads_q;
     size_t out_bytes = rows * call.layer.head_dim_v * sizeof(float);
+    uint32_t batch = call.batch, all = batch + count->prefixes;
     attn_status status;
     if (!attn_cuda_arena_reserve(&self->apart, out_bytes + rows * sizeof(float), &status)) return status;
-    attn_cuda_call shared = call;
-    shared.partial_out = (void *)self->apart.device;
-    shared.partial_lse = (void *)(self->apart.device + out_bytes);
-    shared.sequences += call.batch;
-    shared.batch = count->prefixes;
-    ATTN_TRY(launch_decode(self, &shared, (attn_cuda_expected){.most_queries = count->most_sharing_queries}));
-    if (is_plain) call.sequences = NULL;
-    call.sharing = count->sharing;
-    call.shared_out = shared.partial_out;
-    call.shared_lse = shared.partial_lse;
-    /* All that it needs of the launch before are results, for which it waits before it writes its own. */
-    attn_cuda_tuning overlapping = self->tuning;
-    overlapping.overlap_launches = self->tuning.is_hopper;
-    return launch_tuned(self, &call, &overlapping, expected_of_own(memory, call.batch, count->most_queries));
+    attn_cuda_forks forks = {.own = call,
+                             .prefixes = call,
+                             .own_expected = expected_of_packed(memory, 0, batch, count->most_queries),
+                             .prefixes_expected = expected_of_packed(memory, batch, all, count->most_sharing_queries),
+                             .sharing = count->sharing,
+                             .apart_out = (void *)self->apart.device,
+                             .apart_lse = (void *)(self->apart.device + out_bytes)};
+    measure_forks(&forks, memory, batch, count->prefixes);
+    if (is_plain) forks.own.sequences = NULL;
+    forks.prefixes.sequences += batch;
+    forks.prefixes.batch = count->prefixes;
+    uint32_t own_workers = attn_cuda_choose_own_workers(&forks, &self->tuning);
+    if (self->own_workers >= 0) own_workers = (uint32_t)self->own_workers;
+    CUDA_TRY(attn_cuda_launch_forks(&forks, &self->tuning, own_workers, &self->runs, self->stream));
+    self->launches += 2;
+    return attn_ok();
 }
 
 attn_status attn_cuda_run_fast(cuda_backend *self, const attn_batch *batch, const call_memory *memory,

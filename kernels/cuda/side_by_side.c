@@ -1,0 +1,131 @@
+#include "kernels/cuda/side_by_side.h"
+
+#include <stdbool.h>
+#include <string.h>
+
+#include "kernels/attention.h"
+
+/* ------------------------------------------------------------------------------------------- */
+/* The rule */
+
+/*
+ * What is measured, on 132 multiprocessors of an H200, bf16, 128 columns. Where both are at work the second launch ends
+ * after the later of them: what it does then is counted to either.
+ */
+enum { BLOCK_ROWS = 128, TILE_TOKENS = 128, MAX_PARTS = 16 }; /* of tall blocks */
+static const double PREFIX_ENDS_US = 18;                      /* before the first tile of a part, and after the last */
+static const double PREFIX_TILE_US = 1.6;                     /* where nothing else is at work.. */
+static const double PREFIX_TILE_BESIDE_US = 1.9;              /* ..and beside own tokens */
+
+/* Own tokens: a multiprocessor does a tile after the other, all together as fast as they are read. */
+enum { OWN_BLOCK_ROWS = 8, OWN_TILE_TOKENS = 64, LEAST_OWN_TILES = 2 };
+static const double OWN_ENDS_US = 24, OWN_TILE_US = 0.5, OWN_BYTES_US = 4.2e6;
+
+static const double AFTER_ENDS_US = 9; /* of own tokens that come after */
+static const double LEAST_GAIN_US = 6; /* less is not worth what the model may be wrong by */
+
+static uint32_t divide_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+
+static double max_of(double a, double b) { return a > b ? a : b; }
+
+static uint32_t group_of(const attn_cuda_layer *layer) { return layer->heads_q / layer->heads_kv; }
+
+/* Blocks of a prefix with so many query rows. */
+static uint32_t blocks_of(const attn_cuda_layer *layer, uint32_t queries) {
+    return divide_up(queries, BLOCK_ROWS / group_of(layer));
+}
+
+/* Is it what the kernels that were measured do? Prefixes all alike, in tall blocks; own tokens a row each. */
+static bool is_measured(const attn_cuda_forks *forks, const attn_cuda_tuning *tuning) {
+    const attn_cuda_call *own = &forks->own;
+    const attn_cuda_expected *prefixes = &forks->prefixes_expected;
+    uint32_t group = group_of(&own->layer);
+    bool is_simple = own->sequences == NULL && own->window == 0 && own->softcap == 0 && !own->batch_invariant;
+    bool is_16_bits = own->layer.kv_dtype == ATTN_BF16 || own->layer.kv_dtype == ATTN_FP16;
+    bool is_tall = forks->least_queries * group > BLOCK_ROWS / 2 && own->layer.head_dim == own->layer.head_dim_v &&
+                   (own->layer.head_dim == 64 || own->layer.head_dim == 128);
+    return tuning->is_hopper && is_simple && is_16_bits && is_tall && group <= OWN_BLOCK_ROWS &&
+           prefixes->shortest == prefixes->longest &&
+           blocks_of(&own->layer, forks->least_queries) == blocks_of(&own->layer, prefixes->most_queries);
+}
+
+uint32_t attn_cuda_own_tiles(uint32_t tokens) {
+    uint32_t tiles = divide_up(tokens, OWN_TILE_TOKENS);
+    return tiles > LEAST_OWN_TILES ? tiles : LEAST_OWN_TILES;
+}
+
+static double prefix_us(uint32_t tiles, uint32_t parts, double tile_us) {
+    return PREFIX_ENDS_US + divide_up(tiles, parts) * tile_us;
+}
+
+uint32_t attn_cuda_choose_own_workers(const attn_cuda_forks *forks, const attn_cuda_tuning *tuning) {
+    if (!is_measured(forks, tuning)) return 0;
+    const attn_cuda_layer *layer = &forks->own.layer;
+    uint64_t blocks = blocks_of(layer, forks->least_queries);
+    uint64_t units = (uint64_t)forks->prefixes.batch * layer->heads_kv * blocks;
+    uint32_t tiles = divide_up(forks->prefixes_expected.longest, TILE_TOKENS), workers = tuning->workers;
+    if (units >= workers) return 0;
+    double own_tiles = (double)forks->own_tiles * layer->heads_kv;
+    double bytes = own_tiles * OWN_TILE_TOKENS * (layer->head_dim + layer->head_dim_v) * layer->element_bytes;
+    double read_us = bytes / OWN_BYTES_US;
+    uint32_t all = workers / (uint32_t)units, most = all < MAX_PARTS ? all : MAX_PARTS, chosen = 0;
+    if (most > tiles) most = tiles;
+    double shortest = prefix_us(tiles, most, PREFIX_TILE_US) + AFTER_ENDS_US + read_us - LEAST_GAIN_US;
+    for (uint32_t parts = 1; parts <= most; parts++) {
+        uint32_t left = workers - parts * (uint32_t)units;
+        if (left == 0) break;
+        double own_us = OWN_ENDS_US + max_of(own_tiles * OWN_TILE_US / left, read_us);
+        double us = max_of(own_us, prefix_us(tiles, parts, PREFIX_TILE_BESIDE_US));
+        if (us >= shortest) continue;
+        shortest = us;
+        chosen = left;
+    }
+    return chosen;
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Launching */
+
+static int launch_in_turn(const attn_cuda_forks *forks, const attn_cuda_tuning *tuning,
+                          const attn_cuda_workspace *workspace, void *stream) {
+    attn_cuda_call prefixes = forks->prefixes, own = forks->own;
+    prefixes.partial_out = forks->apart_out;
+    prefixes.partial_lse = forks->apart_lse;
+    int error = attn_cuda_decode_launch(&prefixes, tuning, workspace, &forks->prefixes_expected, stream);
+    if (error != 0) return error;
+    own.sharing = forks->sharing;
+    own.shared_out = forks->apart_out;
+    own.shared_lse = forks->apart_lse;
+    attn_cuda_tuning overlapping = *tuning;
+    overlapping.overlap_launches = tuning->is_hopper;
+    return attn_cuda_decode_launch(&own, &overlapping, workspace, &forks->own_expected, stream);
+}
+
+static int launch_side_by_side(const attn_cuda_forks *forks, const attn_cuda_tuning *tuning, uint32_t own_workers,
+                               const attn_cuda_workspace *workspace, void *stream) {
+    attn_cuda_call prefixes = forks->prefixes, own = forks->own;
+    attn_cuda_tuning first = *tuning, second = *tuning;
+    own.sharing = forks->sharing;
+    own.partial_out = forks->apart_out;
+    own.partial_lse = forks->apart_lse;
+    first.workers = own_workers;
+    first.blocks_per_sm = 1; /* or it has them on twice as many multiprocessors */
+    memset(first.clusters, 0, sizeof first.clusters);
+    int error = attn_cuda_decode_launch(&own, &first, workspace, &forks->own_expected, stream);
+    if (error != 0) return error;
+    prefixes.sharing = prefixes.batch;
+    prefixes.shared_out = forks->apart_out;
+    prefixes.shared_lse = forks->apart_lse;
+    second.workers -= own_workers;
+    second.overlap_launches = tuning->is_hopper;
+    if (second.times != NULL) second.times += 4 * (size_t)own_workers;
+    return attn_cuda_decode_launch(&prefixes, &second, workspace, &forks->prefixes_expected, stream);
+}
+
+/* All that the second launch needs of the first are results, for which it waits before it writes its own. */
+int attn_cuda_launch_forks(const attn_cuda_forks *forks, const attn_cuda_tuning *tuning, uint32_t own_workers,
+                           const attn_cuda_workspace *workspace, void *stream) {
+    bool are_beside = own_workers > 0 && own_workers < tuning->workers;
+    return are_beside ? launch_side_by_side(forks, tuning, own_workers, workspace, stream)
+                      : launch_in_turn(forks, tuning, workspace, stream);
+}
