@@ -1,11 +1,11 @@
 /*
- * The cuda backend's kernels, as backend.c calls them: plain CUDA for sm_80 and later, any geometry that
+ * The cuda backend's kernels, as backend/ calls them: plain CUDA for sm_80 and later, any geometry that
  * attn_geometry_check accepts.
  *
  * THE POOL. layers x pages x heads_kv tiles, each the keys and values of one page and KV head; layout.cuh says how
  * they lie in it.
  *
- * THE WORK. backend.c walks the line (kernels/split_plan.h) over the live lengths of the very call and uploads
+ * THE WORK. backend/pieces.c walks the line (kernels/split_plan.h) over the live lengths of the very call and uploads
  * what each worker, a thread block, has to do as a list of pieces. A piece is a run, or in batch_invariant mode one
  * chunk of it: some tokens of one unit (sequence, KV head, row block). Its rows are queries x group, 16 at most.
  *

@@ -11,6 +11,8 @@
 #ifndef ATTND_KERNELS_CUDA_NARROW_CUH
 #define ATTND_KERNELS_CUDA_NARROW_CUH
 
+#include <type_traits>
+
 #include "kernels/cuda/chunks.cuh"
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/decode.h"
@@ -941,6 +943,10 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
 /* Head dims that have kernels for clusters and for batch_invariant calls that are simple. */
 template <uint32_t DIM, uint32_t DIM_V> constexpr bool IS_COMMON = DIM == DIM_V && (DIM == 64 || DIM == 128);
 
+/* What has kernels for long parts: what they have been measured for. Others have clusters, and shares. */
+template <typename KV, uint32_t DIM, uint32_t DIM_V>
+constexpr bool HAS_LONG_PARTS = DIM == 128 && DIM_V == 128 && !std::is_same_v<KV, elements::fp16>;
+
 /* Two groups have 168 registers a thread, one has 255: what does not fit the former has one. */
 template <typename KV, uint32_t DIM, uint32_t DIM_V> struct shapes {
     static constexpr uint32_t GROUPS = DIM_V > 128 ? 1 : 2;
@@ -983,6 +989,7 @@ parts::work expected_work(const attn_cuda_call &call, const attn_cuda_tuning &tu
     work.end_ns = IS_FP8 ? 300 : 0;
     work.long_end_ns = 0;
     work.crowded_saves_ns = IS_FP8 ? 150 : 0;
+    work.has_long_parts = HAS_LONG_PARTS<typename S::KV, S::DIM, S::DIM_V>;
     return work;
 }
 
@@ -1026,11 +1033,14 @@ cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tun
     if constexpr (IS_COMMON<DIM, DIM_V>) {
         parts::choice chosen;
         if (is_decode) chosen = parts::choose(expected_work<typename built::simple>(call, tuning, expected), tuning);
-        if (chosen.is_clustered && chosen.is_crowded)
-            return launch<typename built::fine_clustered>(call, tuning, workspace, chosen.parts, stream);
+        if constexpr (HAS_LONG_PARTS<KV, DIM, DIM_V>) {
+            if (chosen.is_clustered && chosen.is_crowded)
+                return launch<typename built::fine_clustered>(call, tuning, workspace, chosen.parts, stream);
+            if (!chosen.is_clustered && chosen.parts > 1)
+                return launch<typename built::long_parts>(call, tuning, workspace, chosen.parts, stream);
+        }
         if (chosen.is_clustered)
             return launch<typename built::clustered>(call, tuning, workspace, chosen.parts, stream);
-        if (chosen.parts > 1) return launch<typename built::long_parts>(call, tuning, workspace, chosen.parts, stream);
         if (is_simple && call.batch_invariant) {
             return launch<typename built::invariant>(call, tuning, workspace, 1, stream);
         }

@@ -114,6 +114,7 @@ struct work {
     uint64_t end_ns;                  /* that a begin and an end take longer than narrow bf16's.. */
     uint64_t long_end_ns;             /* ..and those of long parts besides */
     uint64_t crowded_saves_ns;        /* what clusters save that are crowded */
+    bool has_long_parts;              /* is a kernel built for them? */
 };
 
 /* In clusters, long parts, or, with one part a unit, shares of the line. */
@@ -214,7 +215,7 @@ __host__ inline choice choose(const work &of, const attn_cuda_tuning &tuning) {
     uint32_t most = (uint32_t)(of.workers / of.units), a_round = AHEAD * (of.warps / of.rows);
     const uint32_t candidates[] = {most, most / 2, most / 4, a_round, 2 * a_round};
     for (uint32_t parts : candidates) {
-        if (parts <= most && is_cut_enough(parts))
+        if (of.has_long_parts && parts <= most && is_cut_enough(parts))
             choose_if_faster(best, {false, false, parts, long_parts_ns(of, parts)});
     }
     return best;

@@ -355,6 +355,7 @@ parts::choice choose(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
     work.end_ns = 500;
     work.long_end_ns = 900;
     work.crowded_saves_ns = 0;
+    work.has_long_parts = true;
     return parts::choose(work, tuning);
 }
 
@@ -380,7 +381,10 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     return launching::launch_kernel(twins_kernel<S, CLUSTERED>, size, tuning, call, with, stream);
 }
 
-/* Launches a wide call: as twins where that is built, and where it is expected to be faster; else as wide.cuh does. */
+/*
+ * Launches a wide call: as twins where that is built (bf16, head_dim 128) and expected to be faster; else as wide.cuh
+ * does.
+ */
 template <typename KV>
 cudaError_t launch_dims(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
                         const attn_cuda_workspace &workspace, const attn_cuda_expected &expected, uint32_t rows,

@@ -75,9 +75,7 @@ static attn_status run_prefixes(cuda_backend *self, attn_cuda_call call, const c
     if (is_plain) forks.own.sequences = NULL;
     forks.prefixes.sequences += batch;
     forks.prefixes.batch = count->prefixes;
-    uint32_t own_workers = attn_cuda_choose_own_workers(&forks, &self->tuning);
-    if (self->own_workers >= 0) own_workers = (uint32_t)self->own_workers;
-    CUDA_TRY(attn_cuda_launch_forks(&forks, &self->tuning, own_workers, &self->runs, self->stream));
+    CUDA_TRY(attn_cuda_launch_forks(&forks, &self->tuning, self->own_workers, &self->runs, self->stream));
     self->launches += 2;
     return attn_ok();
 }
