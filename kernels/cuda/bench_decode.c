@@ -7,7 +7,7 @@
  *
  * --prefix N: the sequences of a shape share their first N tokens, whole pages, which are read once (side_by_side.h);
  * the time is of both launches. --own-on N: their other tokens on N multiprocessors beside it, or after it if N is 0,
- * instead of as the backend would choose.
+ * instead of as attn_cuda_choose_own_workers() says.
  *
  * Measured: a CUDA graph of 10 to 64 launches, each over other pages of a pool of 12 GiB in random order, so that the
  * L2 cache is cold; the median of 21 replays, divided by the launches. Bytes are the live K and V, Q and O. The

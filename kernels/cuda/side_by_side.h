@@ -8,7 +8,8 @@
  *
  * The first part is bound by products, the second by memory, so that neither uses what the other does; but a
  * multiprocessor loads only so much in a time, and a prefix is cut into whole parts, a multiprocessor each. So which of
- * them is faster, and on how many multiprocessors, is found from a model of measured times (docs/kernel-notes.md).
+ * them is faster, and on how many multiprocessors, is found from a model of measured times (docs/kernel-notes.md). The
+ * backend does the former for now (backend/create.c).
  *
  * Threads: stateless, as decode.h.
  */

@@ -3,8 +3,7 @@
  * so, on every backend, whether the backend makes use of it or not; bit for bit where it must not. A hint that is not
  * true is refused.
  *
- * The cuda backend has two ways (kernels/cuda/side_by_side.h), of which it takes the first for all that is so small:
- * with ATTND_TEST_OWN_WORKERS=52 it takes the second.
+ * The cuda backend has two ways (kernels/cuda/side_by_side.h): with ATTND_TEST_OWN_WORKERS=52 it takes the second.
  */
 #include <math.h>
 #include <stdio.h>
