@@ -39,21 +39,6 @@ __device__ inline inbox view_inbox(char *memory, uint32_t barrier, uint32_t part
     return {outs, (float2 *)(outs + (parts - 1) * rows * columns), barrier, part, parts, rows};
 }
 
-/* Sends row `index` of this block's part to the first block. By a warp. */
-template <uint32_t COLUMNS>
-__device__ inline void send_row(const inbox &to, uint32_t index, const rows::row_state<COLUMNS> &sent, uint32_t lane) {
-    using word = typename rows::words<rows::row<COLUMNS>::WIDTH>::type;
-    uint32_t slot = (to.part - 1) * to.rows + index, barrier = ptx::address_in_cluster(to.barrier, 0);
-    uint32_t out = ptx::address_in_cluster(ptx::shared_address(to.outs + slot * COLUMNS), 0);
-    uint32_t state = ptx::address_in_cluster(ptx::shared_address(to.states + slot), 0);
-#pragma unroll
-    for (uint32_t p = 0; p < rows::row<COLUMNS>::PARTS; p++) {
-        ptx::store_in_cluster(out + (p * 32 + lane) * (uint32_t)sizeof(word), *(const word *)sent.out.parts[p],
-                              barrier);
-    }
-    if (lane == 0) ptx::store_in_cluster(state, make_float2(sent.maximum, sent.sum), barrier);
-}
-
 /* Sends a row to slot `slot` of block `block`'s inbox. By a warp. */
 template <uint32_t COLUMNS>
 __device__ inline void send_row_to(const inbox &own, uint32_t block, uint32_t slot,
@@ -68,6 +53,12 @@ __device__ inline void send_row_to(const inbox &own, uint32_t block, uint32_t sl
                               barrier);
     }
     if (lane == 0) ptx::store_in_cluster(state, make_float2(sent.maximum, sent.sum), barrier);
+}
+
+/* Sends row `index` of this block's part to the first block. By a warp. */
+template <uint32_t COLUMNS>
+__device__ inline void send_row(const inbox &to, uint32_t index, const rows::row_state<COLUMNS> &sent, uint32_t lane) {
+    send_row_to(to, 0, (to.part - 1) * to.rows + index, sent, lane);
 }
 
 /* Adds the others' rows `index` to the first block's own, in the order of the parts, once all are there. By a warp. */

@@ -15,6 +15,7 @@
 
 #include "kernels/cuda/chunks.cuh"
 #include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/cutting.h"
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/launching.cuh"
@@ -970,27 +971,29 @@ template <typename S> uint32_t expected_tiles(const attn_cuda_expected &expected
     return least == most ? most : 0;
 }
 
-/* What a launch of the narrow kernel is expected to have to do, for parts::choose. */
+/* What a launch of the narrow kernel is expected to have to do. */
 template <typename S>
-parts::work expected_work(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
-                          const attn_cuda_expected &expected) {
+attn_cuda_units expected_units(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
+                               const attn_cuda_expected &expected) {
     constexpr bool IS_FP8 = S::KV::BYTES == 1;
-    parts::work work;
-    work.units = call.batch * call.layer.heads_kv;
-    work.least_tiles = (expected.shortest + S::TOKENS - 1) / S::TOKENS;
-    work.most_tiles = (expected.longest + S::TOKENS - 1) / S::TOKENS;
-    work.workers = tuning.workers;
-    work.rows = call.layer.heads_q / call.layer.heads_kv;
-    work.warps = S::GROUPS * WARPS;
-    work.min_saved = 256 / S::TOKENS;
-    work.tile_bytes = S::stage::BYTES;
-    work.chain_ns = IS_FP8 ? 585 * S::stage::BYTES / 32768 : 0;
-    work.long_chain_ns = IS_FP8 ? 706 * S::stage::BYTES / 32768 : 0; /* as two tiles */
-    work.end_ns = IS_FP8 ? 300 : 0;
-    work.long_end_ns = 0;
-    work.crowded_saves_ns = IS_FP8 ? 150 : 0;
-    work.has_long_parts = HAS_LONG_PARTS<typename S::KV, S::DIM, S::DIM_V>;
-    return work;
+    attn_cuda_units of;
+    of.units = (uint64_t)call.batch * call.layer.heads_kv;
+    of.least_tiles = (expected.shortest + S::TOKENS - 1) / S::TOKENS;
+    of.most_tiles = (expected.longest + S::TOKENS - 1) / S::TOKENS;
+    of.workers = tuning.workers;
+    of.min_saved_tiles = 256 / S::TOKENS;
+    of.tile_bytes = S::stage::BYTES;
+    of.rows = call.layer.heads_q / call.layer.heads_kv;
+    of.warps = S::GROUPS * WARPS;
+    of.partials_ahead = parts::AHEAD;
+    of.joint_from = parts::first_merged_jointly(of.rows, of.warps);
+    of.has_long_parts = HAS_LONG_PARTS<typename S::KV, S::DIM, S::DIM_V>;
+    of.chain_ns = IS_FP8 ? 585 * S::stage::BYTES / 32768 : 0;
+    of.long_chain_ns = IS_FP8 ? 706 * S::stage::BYTES / 32768 : 0; /* as two tiles */
+    of.end_ns = IS_FP8 ? 300 : 0;
+    of.long_end_ns = 0;
+    of.crowded_saves_ns = IS_FP8 ? 150 : 0;
+    return of;
 }
 
 /*
@@ -1031,8 +1034,11 @@ cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tun
     }
     if (tuning.blocks_per_sm == 2) return cudaErrorInvalidValue;
     if constexpr (IS_COMMON<DIM, DIM_V>) {
-        parts::choice chosen;
-        if (is_decode) chosen = parts::choose(expected_work<typename built::simple>(call, tuning, expected), tuning);
+        attn_cuda_cutting chosen = {1, false, false, 0};
+        if (is_decode) {
+            attn_cuda_units units = expected_units<typename built::simple>(call, tuning, expected);
+            chosen = attn_cuda_choose_cutting(&units, &tuning);
+        }
         if constexpr (HAS_LONG_PARTS<KV, DIM, DIM_V>) {
             if (chosen.is_clustered && chosen.is_crowded)
                 return launch<typename built::fine_clustered>(call, tuning, workspace, chosen.parts, stream);

@@ -341,22 +341,25 @@ inline bool fits(const attn_cuda_call &call) {
 
 /* How the units are cut; one part a unit: not by this kernel. */
 template <typename S>
-parts::choice choose(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_expected &expected) {
-    parts::work work;
-    work.units = call.batch * call.layer.heads_kv;
-    work.least_tiles = (expected.shortest + S::TOKENS - 1) / S::TOKENS;
-    work.most_tiles = (expected.longest + S::TOKENS - 1) / S::TOKENS;
-    work.workers = tuning.workers;
-    work.rows = MAX_ROWS / joint::MAX_MEMBERS;
-    work.warps = ALL_WARPS;
-    work.min_saved = 2;
-    work.tile_bytes = S::stage::BYTES;
-    work.chain_ns = work.long_chain_ns = 580;
-    work.end_ns = 500;
-    work.long_end_ns = 900;
-    work.crowded_saves_ns = 0;
-    work.has_long_parts = true;
-    return parts::choose(work, tuning);
+attn_cuda_cutting choose_cutting(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
+                                 const attn_cuda_expected &expected) {
+    attn_cuda_units of;
+    of.units = (uint64_t)call.batch * call.layer.heads_kv;
+    of.least_tiles = (expected.shortest + S::TOKENS - 1) / S::TOKENS;
+    of.most_tiles = (expected.longest + S::TOKENS - 1) / S::TOKENS;
+    of.workers = tuning.workers;
+    of.min_saved_tiles = 2;
+    of.tile_bytes = S::stage::BYTES;
+    of.rows = MAX_ROWS / joint::MAX_MEMBERS;
+    of.warps = ALL_WARPS;
+    of.partials_ahead = parts::AHEAD;
+    of.joint_from = parts::first_merged_jointly(of.rows, of.warps);
+    of.has_long_parts = true;
+    of.chain_ns = of.long_chain_ns = 580;
+    of.end_ns = 500;
+    of.long_end_ns = 900;
+    of.crowded_saves_ns = 0;
+    return attn_cuda_choose_cutting(&of, &tuning);
 }
 
 template <typename S, bool CLUSTERED>
@@ -390,9 +393,9 @@ cudaError_t launch_dims(const attn_cuda_call &call, const attn_cuda_tuning &tuni
                         const attn_cuda_workspace &workspace, const attn_cuda_expected &expected, uint32_t rows,
                         cudaStream_t stream) {
     using S = shape<KV, 128>;
-    parts::choice chosen;
+    attn_cuda_cutting chosen = {1, false, false, 0};
     if (call.layer.head_dim == S::DIM && call.layer.head_dim_v == S::DIM_V && fits(call))
-        chosen = choose<S>(call, tuning, expected);
+        chosen = choose_cutting<S>(call, tuning, expected);
     if (chosen.is_clustered) return launch<S, true>(call, tuning, workspace, chosen.parts, stream);
     if (chosen.parts > 1) return launch<S, false>(call, tuning, workspace, chosen.parts, stream);
     return wide::launch_dims<KV>(call, tuning, workspace, expected, rows, stream);
