@@ -483,28 +483,6 @@ __device__ inline rows::row_state<S::DIM_V> merge_warps(const group_memory<S> &m
     return merged;
 }
 
-/* Ends a part of a cluster's unit. By all groups. */
-template <typename S>
-__device__ inline void finish_part(const group_context<S> &own, const block_memory<S> &memory, const line::unit &unit,
-                                   const cluster::inbox &inbox) {
-    ptx::named_barrier<S::GROUPS * GROUP_THREADS>(S::GROUPS);
-    ptx::cluster_wait(); /* the first block's inbox is open */
-    for (uint32_t index = own.group * WARPS + own.warp; index < inbox.rows; index += S::GROUPS * WARPS) {
-        rows::row_state<S::DIM_V> merged = merge_warps<S>(memory.group[0], index, own.lane);
-#pragma unroll
-        for (uint32_t g = 1; g < S::GROUPS; g++) {
-            rows::row_state<S::DIM_V> added = merge_warps<S>(memory.group[g], index, own.lane);
-            rows::merge_state(merged, added.out, added.maximum, added.sum);
-        }
-        if (inbox.part != 0) {
-            cluster::send_row(inbox, index, merged, own.lane);
-            continue;
-        }
-        cluster::receive_row(inbox, index, merged, own.lane);
-        rows::write_row<typename S::rules, typename S::IO>(own.call, {unit, own.cut, index}, merged, own.lane);
-    }
-}
-
 /* A row of a block's part of a unit: all warps' states merged. */
 template <typename S>
 __device__ inline rows::row_state<S::DIM_V> merge_groups(const block_memory<S> &memory, uint32_t index, uint32_t lane) {
@@ -515,6 +493,23 @@ __device__ inline rows::row_state<S::DIM_V> merge_groups(const block_memory<S> &
         rows::merge_state(merged, added.out, added.maximum, added.sum);
     }
     return merged;
+}
+
+/* Ends a part of a cluster's unit. By all groups. */
+template <typename S>
+__device__ inline void finish_part(const group_context<S> &own, const block_memory<S> &memory, const line::unit &unit,
+                                   const cluster::inbox &inbox) {
+    ptx::named_barrier<S::GROUPS * GROUP_THREADS>(S::GROUPS);
+    ptx::cluster_wait(); /* the first block's inbox is open */
+    for (uint32_t index = own.group * WARPS + own.warp; index < inbox.rows; index += S::GROUPS * WARPS) {
+        rows::row_state<S::DIM_V> merged = merge_groups<S>(memory, index, own.lane);
+        if (inbox.part != 0) {
+            cluster::send_row(inbox, index, merged, own.lane);
+            continue;
+        }
+        cluster::receive_row(inbox, index, merged, own.lane);
+        rows::write_row<typename S::rules, typename S::IO>(own.call, {unit, own.cut, index}, merged, own.lane);
+    }
 }
 
 /*
