@@ -4,7 +4,8 @@
  * after the other. From sm_90 on a block of a page is a bulk copy; before, the warp's lanes copy 16 bytes at a time.
  *
  * A tile that new rows belong to is stored to the pool by its producer before it is copied. Several blocks may hold
- * tiles of the same tokens (row blocks of one sequence): all write the same bytes.
+ * tiles of the same tokens (row blocks of one sequence), and a tall block has two producers (wide.cuh): all write the
+ * same bytes.
  */
 #ifndef ATTND_KERNELS_CUDA_PRODUCE_CUH
 #define ATTND_KERNELS_CUDA_PRODUCE_CUH

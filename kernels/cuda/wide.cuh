@@ -1158,7 +1158,7 @@ __device__ inline void end_run(const block_place<S> &block, const group_place &o
     }
 }
 
-/* Does a run of a tall block. */
+/* Does a run of a tall block, whose groups give each other nothing. */
 template <typename S>
 __device__ inline void do_run(const block_place<S> &block, const group_place &own, uint32_t number, const rings &from,
                               char *) {

@@ -42,17 +42,6 @@ static attn_status run_chunks(cuda_backend *self, attn_cuda_call call, const tal
     return attn_ok();
 }
 
-/* The least query rows of a prefix, and what sequences have without it. */
-static void measure_forks(attn_cuda_forks *forks, const call_memory *memory, uint32_t batch, uint32_t prefixes) {
-    const attn_cuda_sequence *sequences = memory->sequences.host;
-    forks->least_queries = UINT32_MAX;
-    for (uint32_t k = 0; k < batch; k++)
-        forks->own_tiles += attn_cuda_own_tiles(sequences[k].length);
-    for (uint32_t k = batch; k < batch + prefixes; k++) {
-        if (sequences[k].query_length < forks->least_queries) forks->least_queries = sequences[k].query_length;
-    }
-}
-
 /*
  * Prefixes and the sequences' own tokens, by themselves, since many queries on one prefix are for the kernel with many
  * rows a block, and few on each sequence's own tokens are not.
@@ -71,7 +60,6 @@ static attn_status run_prefixes(cuda_backend *self, attn_cuda_call call, const c
                              .sharing = count->sharing,
                              .apart_out = (void *)self->apart.device,
                              .apart_lse = (void *)(self->apart.device + out_bytes)};
-    measure_forks(&forks, memory, batch, count->prefixes);
     if (is_plain) forks.own.sequences = NULL;
     forks.prefixes.sequences += batch;
     forks.prefixes.batch = count->prefixes;
