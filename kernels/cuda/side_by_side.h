@@ -9,7 +9,6 @@
  * The first part is bound by products, the second by memory, so that neither uses what the other does; but a
  * multiprocessor loads only so much in a time, and a prefix is cut into whole parts, a multiprocessor each. So which of
  * them is faster, and on how many multiprocessors, is found from a model of measured times (docs/kernel-notes.md).
- * The backend puts one after the other, and both side by side only for tests (backend/create.c).
  *
  * Threads: stateless, as decode.h.
  */
@@ -28,7 +27,7 @@ typedef struct {
     attn_cuda_call prefixes; /* as sequences (is_prefix); row j of one's outputs is the row of its j-th query */
     attn_cuda_expected own_expected, prefixes_expected;
     uint32_t sharing; /* sequences that share something */
-    /* For attn_cuda_choose_own_workers() alone: the least query rows of a prefix, and attn_cuda_own_tiles() of all. */
+    /* For attn_cuda_choose_own_workers() alone: the least queries of a prefix, and attn_cuda_own_tiles() of all. */
     uint32_t least_queries;
     uint64_t own_tiles;
     /* Device memory for what the first launch leaves: [rows, heads_q, head_dim_v] and [rows, heads_q], by output row.

@@ -3,7 +3,8 @@
  * so, on every backend, whether the backend makes use of it or not; bit for bit where it must not. A hint that is not
  * true is refused.
  *
- * The cuda backend has two ways (kernels/cuda/side_by_side.h): with ATTND_TEST_OWN_WORKERS=52 it takes the second.
+ * The cuda backend has two ways (kernels/cuda/side_by_side.h) and chooses the second for the large batch alone; with
+ * ATTND_TEST_OWN_WORKERS=52 it takes it for all.
  */
 #include <math.h>
 #include <stdio.h>
@@ -12,7 +13,7 @@
 
 #include "kernels/tests/backend_fixture.h"
 
-enum { MAX_SEQUENCES = 48, MAX_PREFIXES = 2, POOL_PAGES = 700, CHUNK = ATTN_CHUNK_TOKENS };
+enum { MAX_SEQUENCES = 48, MAX_PREFIXES = 2, POOL_PAGES = 1300, CHUNK = ATTN_CHUNK_TOKENS };
 
 static const decode_options plain_options = {.scale = 0.125f};
 
@@ -177,6 +178,26 @@ static void outputs_are_right_of_reads(void **state) {
     decode_batch(&f.pool, &batch, NULL);
     test_batch_fini(&batch);
     assert_outputs_right(&plain_options, "reads");
+    close_family();
+}
+
+/* So many rows, and tokens of their own, that the cuda backend attends to both at once. */
+static void outputs_are_right_of_a_large_batch(void **state) {
+    enum { MEMBERS = 32, SHARED = 4096 };
+    static const attn_geometry geometry = {LAYERS, 16, 4, 128, 128, ATTN_BF16, 32, 0};
+    uint32_t members[MEMBERS];
+    if (FIXTURE_SANITIZED) skip();
+    open_family(*state, &geometry);
+    for (uint32_t i = 0; i < MEMBERS; i++) {
+        sequence_spec spec = {.stored = SHARED + 200 + 5 * i, .query_length = 1};
+        members[i] = i;
+        if (i == 0)
+            add_sequence(spec);
+        else
+            add_fork(0, SHARED, spec);
+    }
+    add_prefix(SHARED, members, MEMBERS);
+    check_family(&(decode_options){.scale = 0.088f}, "a large batch");
     close_family();
 }
 
@@ -439,6 +460,7 @@ int main(int argc, char **argv) {
         ON_EVERY_BACKEND(outputs_are_right_with_several_prefixes_of_other_members),
         ON_EVERY_BACKEND(outputs_are_right_where_members_have_nothing_but_the_prefix),
         ON_EVERY_BACKEND(outputs_are_right_of_reads),
+        ON_EVERY_BACKEND(outputs_are_right_of_a_large_batch),
         ON_EVERY_BACKEND(outputs_are_right_of_many_members),
         ON_EVERY_BACKEND(outputs_are_right_of_members_with_the_most_query_rows),
         ON_EVERY_BACKEND(outputs_are_right_of_awkward_inputs),

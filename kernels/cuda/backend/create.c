@@ -233,16 +233,13 @@ static attn_status start_copiers(cuda_backend *self, const attn_backend_config *
     return count > 1 ? attn_cpu_workers_create(count, NULL, &self->copiers) : attn_ok();
 }
 
-/*
- * Own tokens are not yet put beside the prefixes that are shared, as attn_cuda_choose_own_workers() would have it: that
- * has to be checked on a device first (docs/kernel-notes.md). ATTND_TEST_OWN_WORKERS does it.
- */
-static uint32_t find_own_workers(void) {
+/* For tests of forks, whose small batches the rule puts one after the other: ATTND_TEST_OWN_WORKERS. */
+static int find_own_workers(void) {
 #ifndef ATTN_RELEASE
     const char *wanted = getenv("ATTND_TEST_OWN_WORKERS");
-    if (wanted != NULL) return (uint32_t)strtoul(wanted, NULL, 10);
+    if (wanted != NULL) return (int)strtoul(wanted, NULL, 10);
 #endif
-    return 0;
+    return -1;
 }
 
 static attn_status allocate(cuda_backend *self, const attn_backend_config *config,

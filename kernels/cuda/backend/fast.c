@@ -42,6 +42,17 @@ static attn_status run_chunks(cuda_backend *self, attn_cuda_call call, const tal
     return attn_ok();
 }
 
+/* What the rule for own tokens beside prefixes wants to know of the packed sequences. */
+static void measure_forks(attn_cuda_forks *forks, const call_memory *memory) {
+    const attn_cuda_sequence *own = memory->sequences.host, *prefixes = own + forks->own.batch;
+    for (uint32_t k = 0; k < forks->own.batch; k++)
+        forks->own_tiles += attn_cuda_own_tiles(own[k].length);
+    forks->least_queries = UINT32_MAX;
+    for (uint32_t k = 0; k < forks->prefixes.batch; k++) {
+        if (prefixes[k].query_length < forks->least_queries) forks->least_queries = prefixes[k].query_length;
+    }
+}
+
 /*
  * Prefixes and the sequences' own tokens, by themselves, since many queries on one prefix are for the kernel with many
  * rows a block, and few on each sequence's own tokens are not.
@@ -63,7 +74,10 @@ static attn_status run_prefixes(cuda_backend *self, attn_cuda_call call, const c
     if (is_plain) forks.own.sequences = NULL;
     forks.prefixes.sequences += batch;
     forks.prefixes.batch = count->prefixes;
-    CUDA_TRY(attn_cuda_launch_forks(&forks, &self->tuning, self->own_workers, &self->runs, self->stream));
+    measure_forks(&forks, memory);
+    uint32_t own_workers =
+        self->own_workers >= 0 ? (uint32_t)self->own_workers : attn_cuda_choose_own_workers(&forks, &self->tuning);
+    CUDA_TRY(attn_cuda_launch_forks(&forks, &self->tuning, own_workers, &self->runs, self->stream));
     self->launches += 2;
     return attn_ok();
 }

@@ -69,9 +69,9 @@ typedef struct {
     float *scales;                    /* device; fp8: [2, layers, heads_kv], of keys and of values; else NULL */
     uint32_t *statuses;               /* pinned, [FLIGHTS] */
     attn_cuda_borrowed borrowed;
-    uint32_t own_workers; /* beside shared prefixes (side_by_side.h); 0, but for tests (create.c) */
-    cudaError_t failed;   /* what an operation that returns nothing has met */
-    uint32_t launches;    /* of kernels, by the decode that is being started */
+    int own_workers;    /* beside shared prefixes (side_by_side.h), where a test says how many (create.c); else -1 */
+    cudaError_t failed; /* what an operation that returns nothing has met */
+    uint32_t launches;  /* of kernels, by the decode that is being started */
 } cuda_backend;
 
 /* ------------------------------------------------------------------------------------------- */
