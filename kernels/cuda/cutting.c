@@ -105,6 +105,6 @@ attn_cuda_cutting attn_cuda_choose_cutting(const attn_cuda_units *units, const a
     if (units->least_tiles == 0 || tuning->clusters[2] == 0) return best;
     best.ns = shares_ns(units);
     choose_clusters(&best, units, tuning);
-    if (units->has_long_parts) choose_long_parts(&best, units);
+    choose_long_parts(&best, units);
     return best;
 }

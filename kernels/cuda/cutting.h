@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-/* The units of a call, as far as the host knows, and the kernels that there are for them. Times are ns. */
+/* The units of a call, as far as the host knows, and what the kernels for them take. Times are ns. */
 typedef struct {
     uint64_t units;                   /* sequences x KV heads; one row block each */
     uint64_t least_tiles, most_tiles; /* of a unit; 0, 0: not known */
@@ -30,7 +30,6 @@ typedef struct {
     /* Merges of long parts. Warps of a block, by a row; partials that a warp has on their way. */
     uint32_t rows, warps, partials_ahead;
     uint32_t joint_from;              /* parts: with so many, and more, several blocks merge a unit */
-    bool has_long_parts;              /* is a kernel built for them? */
     uint64_t chain_ns, long_chain_ns; /* the least that a block takes for a tile, of a cluster's part and a long one */
     uint64_t end_ns;                  /* that a begin and an end take longer than narrow bf16's.. */
     uint64_t long_end_ns;             /* ..and those of long parts besides */

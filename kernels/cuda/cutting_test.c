@@ -25,8 +25,7 @@ static attn_cuda_units units_of(uint64_t units, uint64_t least_tokens, uint64_t 
                              .rows = 4,
                              .warps = 8,
                              .partials_ahead = 8,
-                             .joint_from = 33,
-                             .has_long_parts = true};
+                             .joint_from = 33};
 }
 
 static attn_cuda_cutting choose(uint64_t units, uint64_t tokens) {
@@ -84,15 +83,10 @@ static void one_long_unit_among_short_ones_is_for_shares(void **state) {
 
 static void what_is_not_there_is_not_chosen(void **state) {
     (void)state;
-    attn_cuda_units of = units_of(1, 131072, 131072);
-    of.has_long_parts = false;
-    attn_cuda_cutting chosen = attn_cuda_choose_cutting(&of, &h200);
-    assert_true(chosen.is_clustered || chosen.parts == 1);
-
     attn_cuda_tuning without = h200;
     for (uint32_t parts = 0; parts <= ATTN_CUDA_MAX_CLUSTER; parts++)
         without.clusters[parts] = 0;
-    of = units_of(1, 131072, 131072);
+    attn_cuda_units of = units_of(1, 131072, 131072);
     assert_int_equal(attn_cuda_choose_cutting(&of, &without).parts, 1);
     of = units_of(1, 0, 131072); /* a sequence may be empty, or lengths are not known */
     assert_int_equal(attn_cuda_choose_cutting(&of, &h200).parts, 1);

@@ -42,10 +42,10 @@ constexpr uint32_t USUAL_TOKENS = 64 * (DIM + DIM_V) * KV::BYTES <= 16384 ? 128 
 
 /*
  * The same where all wait for the memory, and that chain is only to be short after the last byte: fp8's is long, since
- * its numbers are widened first.
+ * its numbers are widened first. But no less than 16 KiB.
  */
 template <typename KV, uint32_t DIM, uint32_t DIM_V>
-constexpr uint32_t FINE_TOKENS = KV::BYTES == 1 ? 64 : USUAL_TOKENS<KV, DIM, DIM_V>;
+constexpr uint32_t FINE_TOKENS = KV::BYTES == 1 && 64 * (DIM + DIM_V) >= 16384 ? 64 : USUAL_TOKENS<KV, DIM, DIM_V>;
 
 /* A kernel's shape. BLOCKS: 8-row blocks of queries. */
 template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t BLOCKS_, uint32_t GROUPS_, uint32_t BLOCKS_PER_SM_,
@@ -936,12 +936,8 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     return launching::launch_kernel(narrow_kernel<S>, size, tuning, call, with, stream);
 }
 
-/* Head dims that have kernels for clusters and for batch_invariant calls that are simple. */
+/* Head dims that have kernels for clusters, for long parts, and for batch_invariant calls that are simple. */
 template <uint32_t DIM, uint32_t DIM_V> constexpr bool IS_COMMON = DIM == DIM_V && (DIM == 64 || DIM == 128);
-
-/* What has kernels for long parts: what they have been measured for. Others have clusters, and shares. */
-template <typename KV, uint32_t DIM, uint32_t DIM_V>
-constexpr bool HAS_LONG_PARTS = DIM == 128 && DIM_V == 128 && !std::is_same_v<KV, elements::fp16>;
 
 /* Two groups have 168 registers a thread, one has 255: what does not fit the former has one. */
 template <typename KV, uint32_t DIM, uint32_t DIM_V> struct shapes {
@@ -970,7 +966,8 @@ template <typename S> uint32_t expected_tiles(const attn_cuda_expected &expected
 template <typename S>
 attn_cuda_units expected_units(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
                                const attn_cuda_expected &expected) {
-    constexpr bool IS_FP8 = S::KV::BYTES == 1;
+    constexpr bool IS_FP8 = S::KV::BYTES == 1,
+                   HAS_FINE_TILES = FINE_TOKENS<typename S::KV, S::DIM, S::DIM_V> < S::TOKENS;
     attn_cuda_units of;
     of.units = (uint64_t)call.batch * call.layer.heads_kv;
     of.least_tiles = (expected.shortest + S::TOKENS - 1) / S::TOKENS;
@@ -982,12 +979,11 @@ attn_cuda_units expected_units(const attn_cuda_call &call, const attn_cuda_tunin
     of.warps = S::GROUPS * WARPS;
     of.partials_ahead = parts::AHEAD;
     of.joint_from = parts::first_merged_jointly(of.rows, of.warps);
-    of.has_long_parts = HAS_LONG_PARTS<typename S::KV, S::DIM, S::DIM_V>;
     of.chain_ns = IS_FP8 ? 585 * S::stage::BYTES / 32768 : 0;
-    of.long_chain_ns = IS_FP8 ? 706 * S::stage::BYTES / 32768 : 0; /* as two tiles */
+    of.long_chain_ns = HAS_FINE_TILES ? 706 * S::stage::BYTES / 32768 : of.chain_ns; /* as two tiles */
     of.end_ns = IS_FP8 ? 300 : 0;
     of.long_end_ns = 0;
-    of.crowded_saves_ns = IS_FP8 ? 150 : 0;
+    of.crowded_saves_ns = HAS_FINE_TILES ? 150 : 0;
     return of;
 }
 
@@ -1034,12 +1030,10 @@ cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tun
             attn_cuda_units units = expected_units<typename built::simple>(call, tuning, expected);
             chosen = attn_cuda_choose_cutting(&units, &tuning);
         }
-        if constexpr (HAS_LONG_PARTS<KV, DIM, DIM_V>) {
-            if (chosen.is_clustered && chosen.is_crowded)
-                return launch<typename built::fine_clustered>(call, tuning, workspace, chosen.parts, stream);
-            if (!chosen.is_clustered && chosen.parts > 1)
-                return launch<typename built::long_parts>(call, tuning, workspace, chosen.parts, stream);
-        }
+        if (chosen.is_clustered && chosen.is_crowded)
+            return launch<typename built::fine_clustered>(call, tuning, workspace, chosen.parts, stream);
+        if (!chosen.is_clustered && chosen.parts > 1)
+            return launch<typename built::long_parts>(call, tuning, workspace, chosen.parts, stream);
         if (chosen.is_clustered)
             return launch<typename built::clustered>(call, tuning, workspace, chosen.parts, stream);
         if (is_simple && call.batch_invariant) {

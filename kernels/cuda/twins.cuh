@@ -354,7 +354,6 @@ attn_cuda_cutting choose_cutting(const attn_cuda_call &call, const attn_cuda_tun
     of.warps = ALL_WARPS;
     of.partials_ahead = parts::AHEAD;
     of.joint_from = parts::first_merged_jointly(of.rows, of.warps);
-    of.has_long_parts = true;
     of.chain_ns = of.long_chain_ns = 580;
     of.end_ns = 500;
     of.long_end_ns = 900;
