@@ -3,6 +3,9 @@
  * and there are about as many clusters as units, a cluster does a unit, each block an equal part of its tiles; the
  * others send what they have found to the first block, which adds it up and writes the result. That is one trip through
  * the multiprocessors' network, where the workspace takes three to memory and back.
+ *
+ * A block finds its part as that of a long one (parts.cuh), from the length of one sequence. If units are not alike
+ * after all, the longest decides how long the launch takes.
  */
 #ifndef ATTND_KERNELS_CUDA_CLUSTER_CUH
 #define ATTND_KERNELS_CUDA_CLUSTER_CUH

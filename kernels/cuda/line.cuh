@@ -323,7 +323,7 @@ constexpr uint32_t TURN_TILES = 24;
 struct share {
     uint32_t begin, end, turn;
     uint32_t tiles_a_worker; /* worker w begins at w * this */
-    bool is_part; /* of a unit that has workers of its own: a cluster (cluster.cuh), or others (parts.cuh, wide.cuh) */
+    bool is_part;            /* of a unit that has workers of its own (struct part, or wide.cuh) */
     position at_begin, at_turn;
 };
 
@@ -379,11 +379,11 @@ __device__ inline void locate_share(share &mine, const attn_cuda_call &call, con
     if (last.begin > mine.begin && last.begin + last.sees.tiles > mine.end) mine.turn = last.begin;
 }
 
-/* Does a kernel cut units into equal parts, each for workers of its own: never, always, or if the launch says so? */
-enum class parting { NEVER, ALWAYS, MAYBE };
-
-/* By a whole warp; the same in all lanes. */
-template <typename L, parting PARTS = parting::NEVER>
+/*
+ * By a whole warp; the same in all lanes. MAY_PART: units that are alike are cut into equal parts, each for workers of
+ * its own, if the launch says so.
+ */
+template <typename L, bool MAY_PART = false>
 __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, uint32_t workers, uint32_t worker,
                                    uint32_t lane) {
     scan batch = scan_batch<L>(call, cut, lane);
@@ -403,8 +403,7 @@ __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, u
     mine.end = min(total, mine.begin + mine.tiles_a_worker);
     mine.turn = mine.end;
     mine.is_part = false;
-    bool may_part = PARTS == parting::ALWAYS || (PARTS == parting::MAYBE && cut.parts > 1);
-    if (may_part && least == most && most >= cut.parts && total * cut.parts <= workers * most) {
+    if (MAY_PART && cut.parts > 1 && least == most && most >= cut.parts && total * cut.parts <= workers * most) {
         take_part(mine, worker, total, most, cut);
     }
     mine.at_begin = mine.at_turn = {0, 0};
@@ -413,7 +412,10 @@ __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, u
     return mine;
 }
 
-/* A worker's equal part of a unit, where all units are cut into as many parts, whatever their lengths (parts.cuh). */
+/*
+ * A worker's equal part of a unit, where all units are cut into as many parts, whatever their lengths (cluster.cuh,
+ * parts.cuh).
+ */
 struct part {
     line::unit unit;
     share mine; /* in the line of the unit's sequence alone; maybe no tile */

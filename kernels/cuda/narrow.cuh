@@ -32,8 +32,10 @@ using rows::LOG2_E;
 constexpr uint32_t WARPS = 4; /* of a group */
 constexpr uint32_t GROUP_THREADS = WARPS * 32;
 
-/* How a kernel cuts the line: into shares, in clusters if units are alike (cluster.cuh), or into long parts
- * (parts.cuh). */
+/*
+ * What a block has: a share of the line; or one of the equal parts into which each unit is cut, of a cluster
+ * (cluster.cuh), or a long one (parts.cuh).
+ */
 enum class cuts { SHARES, CLUSTERS, LONG_PARTS };
 
 /* Tokens of a tile. A stage should be worth the time that a tile's chain of products and powers takes. */
@@ -61,7 +63,7 @@ struct shape {
     static constexpr uint32_t SLICES = TOKENS / 64; /* of 16 tokens, that a warp has of a tile */
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, false>;
     using rules = line::rules<TOKENS, SIMPLE, INVARIANT, !SIMPLE || LEAVES>;
-    static constexpr bool CLUSTERED = CUTS == cuts::CLUSTERS, IN_PARTS = CUTS == cuts::LONG_PARTS;
+    static constexpr bool CLUSTERED = CUTS == cuts::CLUSTERS, HAS_PART = CUTS != cuts::SHARES;
     static constexpr bool KEEPS_CHUNKS = SIMPLE && INVARIANT; /* chunks.cuh */
 };
 
@@ -757,32 +759,24 @@ __device__ inline void do_run(const group_context<S> &own, const line::unit &uni
     store_state<S>(own.memory, state, soft.scale_log2, own.warp, own.lane);
 }
 
-/* A block's part of its cluster's unit: the groups take its tiles in turn. */
+/* A block's part of a unit: the groups take its tiles in turn. */
 template <typename S>
-__device__ inline void do_part(const group_context<S> &own, const line::share &mine, block_memory<S> &memory,
-                               const produce::ring &ring, const cluster::inbox &inbox) {
-    line::unit unit = line::unit_at<typename S::rules>(own.call, own.cut, mine.at_begin, mine.begin);
-    rows::run run = {mine.begin + own.group, mine.end};
-    do_run<S>(own, unit, run, ring, own.group, 0, 0, S::GROUPS);
-    ptx::wait_for_previous_launch(); /* which may still read what is written from here on */
-    finish_part<S>(own, memory, unit, inbox);
-}
-
-/* A block's long part of a unit, likewise. */
-template <typename S>
-__device__ inline void do_long_part(const group_context<S> &own, const line::part &part, block_memory<S> &memory,
-                                    const produce::ring &ring, uint32_t patience_ns) {
+__device__ inline void do_part(const group_context<S> &own, const line::part &part, block_memory<S> &memory,
+                               const produce::ring &ring, const cluster::inbox &inbox, uint32_t patience_ns) {
     rows::run run = {part.mine.begin + own.group, part.mine.end};
     do_run<S>(own, part.unit, run, ring, own.group, 0, 0, S::GROUPS);
-    ptx::wait_for_previous_launch();
-    finish_long_part<S>(own, memory, part.unit, patience_ns);
+    ptx::wait_for_previous_launch(); /* which may still read what is written from here on */
+    if constexpr (S::CLUSTERED) {
+        finish_part<S>(own, memory, part.unit, inbox);
+    } else {
+        finish_long_part<S>(own, memory, part.unit, patience_ns);
+    }
 }
 
 /* A consumer warp: its group's of the worker's runs, every GROUPS-th. */
 template <typename S>
 __device__ inline void consume(const group_context<S> &own, const line::share &mine, block_memory<S> &memory,
-                               const produce::ring &ring, const cluster::inbox &inbox, const chunk_context<S> &with) {
-    if (S::CLUSTERED && mine.is_part) return do_part<S>(own, mine, memory, ring, inbox);
+                               const produce::ring &ring, const chunk_context<S> &with) {
     uint32_t before = ptx::shared_address(&memory.group[(own.group + S::GROUPS - 1) % S::GROUPS].turn);
     uint32_t number = 0, tiles_done = 0;
 #pragma unroll 1
@@ -857,15 +851,14 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
     ptx::launch_dependents();
     line::share mine;
     line::part part;
-    if constexpr (S::IN_PARTS) {
+    if constexpr (S::HAS_PART) {
         part = line::find_part<typename S::rules>(call, with.cut, blockIdx.x);
         mine = part.mine;
     } else {
-        constexpr line::parting PARTS = S::CLUSTERED ? line::parting::ALWAYS : line::parting::NEVER;
-        mine = line::find_share<typename S::rules, PARTS>(call, with.cut, gridDim.x, blockIdx.x, lane);
+        mine = line::find_share<typename S::rules>(call, with.cut, gridDim.x, blockIdx.x, lane);
     }
     __syncthreads();
-    if (!S::IN_PARTS && mine.begin == mine.end) return;
+    if (!S::HAS_PART && mine.begin == mine.end) return; /* of a part without tiles others wait for the end */
     if (warp == S::GROUPS * WARPS) {
         produce::fill_ring<typename S::stage, typename S::rules>(call, with.cut, mine, ring, lane);
     } else {
@@ -891,10 +884,10 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
             (float *)shared,
             with.stages * S::stage::BYTES,
             with.patience_ns};
-        if constexpr (S::IN_PARTS) {
-            do_long_part<S>(own, part, memory, ring, with.patience_ns);
+        if constexpr (S::HAS_PART) {
+            do_part<S>(own, part, memory, ring, inbox, with.patience_ns);
         } else {
-            consume<S>(own, mine, memory, ring, inbox, keeping);
+            consume<S>(own, mine, memory, ring, keeping);
         }
         if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
             atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
@@ -917,9 +910,9 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     uint32_t room = tuning.shared_bytes / S::BLOCKS_PER_SM - (S::BLOCKS_PER_SM - 1) * 1024;
     if (room < besides) return cudaErrorInvalidValue;
     uint32_t most = tuning.stages != 0 ? tuning.stages : (96 * 1024 + S::stage::BYTES - 1) / S::stage::BYTES;
-    if (S::CLUSTERED || S::IN_PARTS) most += most % S::GROUPS; /* do_run */
+    if (S::HAS_PART) most += most % S::GROUPS; /* do_run */
     uint32_t stages = min(min((room - besides) / S::stage::BYTES, most), MAX_STAGES);
-    if (S::CLUSTERED || S::IN_PARTS) stages -= stages % S::GROUPS;
+    if (S::HAS_PART) stages -= stages % S::GROUPS;
     if (stages == 0) return cudaErrorInvalidValue;
     uint32_t left = room - besides - stages * S::stage::BYTES, a_chunk = chunks::kept_bytes(group, S::DIM_V);
     uint32_t chunk_slots = S::KEEPS_CHUNKS ? left / a_chunk : 0;

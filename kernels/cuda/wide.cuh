@@ -1291,8 +1291,7 @@ __global__ void __launch_bounds__(block_threads<S>(), 1)
         if (S::GROUPS == 2) ptx::give_registers<LESS_REGISTERS>();
         if (warp > S::GROUPS * WARPS + (S::TALL ? 2 : 1))
             return; /* nor do those look for the share that need not: it takes long */
-        constexpr line::parting PARTS = S::TALL ? line::parting::MAYBE : line::parting::NEVER;
-        line::share mine = line::find_share<typename S::rules, PARTS>(call, with.cut, gridDim.x, blockIdx.x, lane);
+        line::share mine = line::find_share<typename S::rules, S::TALL>(call, with.cut, gridDim.x, blockIdx.x, lane);
         if (warp != S::GROUPS * WARPS + 1) {
             if (mine.begin == mine.end) return;
             fill_rings(block, mine, shared, ring, warp - S::GROUPS * WARPS, lane);
