@@ -341,6 +341,23 @@ __device__ inline uint32_t widen_e4m3(uint32_t bytes) {
     return pair;
 }
 
+/* Those in the high two. */
+__device__ inline uint32_t widen_e4m3_high(uint32_t bytes) {
+#if __CUDA_ARCH__ >= 890
+    uint32_t pair;
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %1;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, high;\n"
+        "}"
+        : "=r"(pair)
+        : "r"(bytes));
+    return pair;
+#else
+    return widen_e4m3(bytes >> 16);
+#endif
+}
+
 /* Rounds to the nearest e4m3, ties to even; beyond 448, infinities too, to 448. NaN stays NaN. The first in the low
  * byte. */
 __device__ inline uint32_t pack_e4m3(float first, float second) {

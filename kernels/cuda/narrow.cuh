@@ -255,8 +255,8 @@ __device__ inline void multiply_keys(float (&scores)[S::BLOCKS][4], const warp_r
 #pragma unroll
             for (uint32_t half = 0; half < 2; half++) {
                 uint32_t first = loaded[2 * half], second = loaded[2 * half + 1];
-                uint32_t a[4] = {ptx::widen_e4m3(first), ptx::widen_e4m3(second), ptx::widen_e4m3(first >> 16),
-                                 ptx::widen_e4m3(second >> 16)};
+                uint32_t a[4] = {ptx::widen_e4m3(first), ptx::widen_e4m3(second), ptx::widen_e4m3_high(first),
+                                 ptx::widen_e4m3_high(second)};
 #pragma unroll
                 for (uint32_t b = 0; b < S::BLOCKS; b++) {
                     uint32_t step = p + half;
@@ -309,8 +309,8 @@ __device__ inline void multiply_values(warp_state<S> &state, const uint32_t (&we
             for (uint32_t half = 0; half < 2; half++) {
                 uint32_t first = __byte_perm(loaded[2 * half], 0, 0x3120);
                 uint32_t second = __byte_perm(loaded[2 * half + 1], 0, 0x3120);
-                uint32_t a[4] = {ptx::widen_e4m3(first), ptx::widen_e4m3(first >> 16), ptx::widen_e4m3(second),
-                                 ptx::widen_e4m3(second >> 16)};
+                uint32_t a[4] = {ptx::widen_e4m3(first), ptx::widen_e4m3_high(first), ptx::widen_e4m3(second),
+                                 ptx::widen_e4m3_high(second)};
 #pragma unroll
                 for (uint32_t b = 0; b < S::BLOCKS; b++)
                     KV::multiply(state.out[p + half][b], a, weights[0][b][0], weights[0][b][1]);
