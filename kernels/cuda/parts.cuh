@@ -19,8 +19,6 @@
 
 namespace parts {
 
-using line::ALL_LANES;
-
 /* The parts of a unit, each the share of one worker; and which of them a worker has. */
 struct place {
     uint32_t first; /* worker */
@@ -32,7 +30,7 @@ __device__ inline place place_of(const line::cut &cut, uint32_t worker) {
     return {worker - own, cut.parts, own};
 }
 
-constexpr uint32_t AHEAD = 8; /* partials of a row that a warp has on their way */
+constexpr uint32_t AHEAD = rows::AHEAD<128>; /* of all that have long parts */
 
 /*
  * Would one block with so many warps take so long for all rows of a unit that it is better to wait for others? Then a
@@ -68,44 +66,13 @@ __device__ inline uint32_t arrive_jointly(const rows::workspace &work, const pla
     return joint::arrive({work.joint_tickets + of.first, of.count, rows, of.own}, 1, patience_ns);
 }
 
-/* Merges slice `slice` of `slices` of a row's partials, AHEAD at a time. By a warp. */
+/* Merges slice `slice` of `slices` of a row's partials. By a warp. */
 template <uint32_t COLUMNS, uint32_t ROWS>
 __device__ inline rows::row_state<COLUMNS> merge_slice(const rows::workspace &work, const place &of, uint32_t index,
                                                        uint32_t slice, uint32_t slices, uint32_t lane) {
     uint32_t begin = of.count * slice / slices, end = of.count * (slice + 1) / slices;
-    size_t first_row = (size_t)of.first * ROWS + index;
-    const float *outs = work.outs + first_row * COLUMNS;
-    const float2 *states = work.states + first_row;
-    rows::row_state<COLUMNS> merged = rows::empty_state<COLUMNS>();
-#pragma unroll 1
-    for (uint32_t base = begin; base < end; base += AHEAD) {
-        rows::row<COLUMNS> coming[AHEAD];
-#pragma unroll
-        for (uint32_t i = 0; i < AHEAD; i++) {
-            rows::clear_row(coming[i]); /* as in rows::merge_partials */
-            if (base + i < end) {
-                coming[i] = rows::load_row_of_others<COLUMNS>(outs + (size_t)(base + i) * ROWS * COLUMNS, lane);
-            }
-        }
-        float2 state = make_float2(-INFINITY, 0.0f);
-        if (base + lane % AHEAD < end) state = __ldcg(states + (size_t)(base + lane % AHEAD) * ROWS);
-        float most = state.x;
-#pragma unroll
-        for (uint32_t step = AHEAD / 2; step > 0; step /= 2)
-            most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, step));
-        most = fmaxf(most, merged.maximum);
-        float keep = rows::decay(merged.maximum, most), factor = rows::decay(state.x, most), sum = state.y * factor;
-#pragma unroll
-        for (uint32_t step = AHEAD / 2; step > 0; step /= 2)
-            sum += __shfl_xor_sync(ALL_LANES, sum, step);
-        merged.sum = fmaf(merged.sum, keep, sum);
-        merged.maximum = most;
-        rows::scale_row(merged.out, keep);
-#pragma unroll
-        for (uint32_t i = 0; i < AHEAD; i++)
-            rows::add_row(merged.out, 1.0f, coming[i], __shfl_sync(ALL_LANES, factor, i));
-    }
-    return merged;
+    auto row_of = [&](uint32_t i) { return (size_t)(of.first + i) * ROWS + index; };
+    return rows::merge_stored_partials<COLUMNS>(work, row_of, begin, end, lane);
 }
 
 } /* namespace parts */

@@ -267,54 +267,55 @@ __device__ inline void write_row(const attn_cuda_call &call, const place &at, ro
 /* ------------------------------------------------------------------------------------------- */
 /* Merging a unit that was cut */
 
+/* Partials of a row that a warp has on their way. */
+template <uint32_t COLUMNS> constexpr uint32_t AHEAD = COLUMNS <= 128 ? 8 : 4;
+
+/*
+ * Merges partials begin .. end - 1 of a row; row_of(i) is where among all rows of the workspace the i-th is. Their
+ * states are loaded beside them, so that a round takes as long as one load.
+ */
+template <uint32_t COLUMNS, typename ROW_OF>
+__device__ inline row_state<COLUMNS> merge_stored_partials(const workspace &work, ROW_OF row_of, uint32_t begin,
+                                                           uint32_t end, uint32_t lane) {
+    constexpr uint32_t COUNT = AHEAD<COLUMNS>;
+    row_state<COLUMNS> merged = empty_state<COLUMNS>();
+#pragma unroll 1
+    for (uint32_t base = begin; base < end; base += COUNT) {
+        row<COLUMNS> coming[COUNT];
+#pragma unroll
+        for (uint32_t i = 0; i < COUNT; i++) {
+            clear_row(coming[i]); /* or the compiler keeps registers for what it might be, in all loops around */
+            if (base + i < end) {
+                coming[i] = load_row_of_others<COLUMNS>(work.outs + row_of(base + i) * COLUMNS, lane);
+            }
+        }
+        float2 state = make_float2(-INFINITY, 0.0f);
+        if (base + lane % COUNT < end) state = __ldcg(work.states + row_of(base + lane % COUNT));
+        float most = state.x;
+#pragma unroll
+        for (uint32_t step = COUNT / 2; step > 0; step /= 2)
+            most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, step));
+        most = fmaxf(most, merged.maximum);
+        float keep = decay(merged.maximum, most), factor = decay(state.x, most), sum = state.y * factor;
+#pragma unroll
+        for (uint32_t step = COUNT / 2; step > 0; step /= 2)
+            sum += __shfl_xor_sync(ALL_LANES, sum, step);
+        merged.sum = fmaf(merged.sum, keep, sum);
+        merged.maximum = most;
+        scale_row(merged.out, keep);
+#pragma unroll
+        for (uint32_t i = 0; i < COUNT; i++)
+            add_row(merged.out, 1.0f, coming[i], __shfl_sync(ALL_LANES, factor, i));
+    }
+    return merged;
+}
+
 /* Of `count` partials; ROWS rows a slot. Partial i is slot 2 * (first + i), but the first is its worker's tail slot. */
 template <typename L, typename IO, uint32_t COLUMNS, uint32_t ROWS>
 __device__ inline void merge_partials(const attn_cuda_call &call, const workspace &work, const place &at,
                                       uint32_t first, uint32_t count, uint32_t lane) {
-    constexpr uint32_t EARLY = COLUMNS <= 128 ? 8 : 4;
-    constexpr size_t OUT_STEP = (size_t)2 * ROWS * COLUMNS, STATE_STEP = 2 * ROWS;
-    const float *outs = work.outs + ((size_t)2 * first * ROWS + at.index) * COLUMNS;
-    const float2 *states = work.states + (size_t)2 * first * ROWS + at.index;
-    row<COLUMNS> early[EARLY];
-#pragma unroll
-    for (uint32_t i = 0; i < EARLY; i++) {
-        clear_row(early[i]); /* or the compiler keeps registers for what it might be, in all loops around */
-        if (i < count) early[i] = load_row_of_others<COLUMNS>(outs + (i == 0 ? OUT_STEP / 2 : i * OUT_STEP), lane);
-    }
-    float maximum = -INFINITY;
-    for (uint32_t i = lane; i < count; i += 32) {
-        maximum = fmaxf(maximum, __ldcg(states + (i == 0 ? STATE_STEP / 2 : i * STATE_STEP)).x);
-    }
-    for (uint32_t step = 16; step > 0; step /= 2) {
-        maximum = fmaxf(maximum, __shfl_xor_sync(ALL_LANES, maximum, step));
-    }
-    row_state<COLUMNS> merged = empty_state<COLUMNS>();
-    merged.maximum = maximum;
-    for (uint32_t base = 0; base < count; base += 32) {
-        float factor = 0.0f;
-        if (base + lane < count) {
-            float2 state = __ldcg(states + (base + lane == 0 ? STATE_STEP / 2 : (base + lane) * STATE_STEP));
-            factor = decay(state.x, maximum);
-            merged.sum = fmaf(state.y, factor, merged.sum);
-        }
-        uint32_t begin = 0, end = min(32u, count - base);
-        if (base == 0) {
-#pragma unroll
-            for (uint32_t i = 0; i < EARLY; i++) {
-                float early_factor = __shfl_sync(ALL_LANES, factor, i);
-                if (i < count) add_row(merged.out, 1.0f, early[i], early_factor);
-            }
-            begin = EARLY;
-        }
-#pragma unroll 4
-        for (uint32_t i = begin; i < end; i++) {
-            row<COLUMNS> out = load_row_of_others<COLUMNS>(outs + (base + i) * OUT_STEP, lane);
-            add_row(merged.out, 1.0f, out, __shfl_sync(ALL_LANES, factor, i));
-        }
-    }
-    for (uint32_t step = 16; step > 0; step /= 2) {
-        merged.sum += __shfl_xor_sync(ALL_LANES, merged.sum, step);
-    }
+    auto row_of = [&](uint32_t i) { return (size_t)(2 * (first + i) + (i == 0)) * ROWS + at.index; };
+    row_state<COLUMNS> merged = merge_stored_partials<COLUMNS>(work, row_of, 0, count, lane);
     write_row<L, IO>(call, at, merged, lane);
 }
 

@@ -971,7 +971,7 @@ __device__ inline void load_partial(merged_rows<S, M> &own, const unit_partials<
     const float *outs = of.outs + (size_t)of.place(i) * S::DIM_V;
 #pragma unroll
     for (uint32_t r = 0; r < own.COUNT; r++) {
-        rows::clear_row(own.coming[ahead][r]); /* as in rows::merge_partials */
+        rows::clear_row(own.coming[ahead][r]); /* as in rows::merge_stored_partials */
         if (i < of.count)
             own.coming[ahead][r] = rows::load_row_of_others<S::DIM_V>(outs + own.indices[r] * S::DIM_V, lane);
     }
