@@ -6,7 +6,8 @@
  * A unit's tiles are those in which some row of its block sees some token; one that sees nothing has one empty tile,
  * so that its output is somebody's. All of it is derived from the live lengths, by every warp for itself: a lane sums
  * a stretch of sequences, the lanes' sums are scanned. Where all units are alike, a share may be rounded up to cut
- * fewer of them, since a cut unit costs a merge.
+ * fewer of them, since a cut unit costs a merge. Where they are not, a unit may count more tiles than it has, for what
+ * its begin and end cost: those are empty, after its last.
  *
  * A worker first does its last run if that is cut off at the share's end, then the rest in order: so units that were
  * cut are merged while others are still being loaded, and not after all.
@@ -34,6 +35,7 @@ struct cut {
     uint32_t group;         /* query heads a KV head */
     uint32_t group_inverse; /* row / group is row * this >> 16, for rows of a block */
     uint32_t block_queries;
+    uint32_t ends_tiles;      /* what a unit's begin and end count, if the kernel weighs them */
     uint64_t workers_inverse; /* tiles / workers is tiles * this >> 40 */
     uint32_t page_shift;      /* log2 of tokens of a page.. */
     uint32_t block_shift;     /* ..and of a block of it (layout.cuh) */
@@ -57,6 +59,7 @@ __host__ inline cut make_cut(const attn_cuda_layer &layer, const attn_cuda_tunin
     made.group = layer.heads_q / layer.heads_kv;
     made.group_inverse = (65536 + made.group - 1) / made.group;
     made.block_queries = rows / made.group;
+    made.ends_tiles = 0;
     made.workers_inverse = ((1ull << 40) + workers - 1) / workers;
     made.page_shift = log2_of(layer.page_size);
     made.block_shift = log2_of(layout::block_tokens(layer.page_size));
@@ -77,12 +80,16 @@ __device__ inline uint32_t query_of(const cut &cut, uint32_t row) { return row *
  * What a kernel is compiled for. A simple call (is_simple) is what almost all decodes are; its kernels have no code for
  * anything else, since what code a launch has to fetch, and the branches in it, are microseconds.
  */
-template <uint32_t TOKENS_, bool SIMPLE_, bool INVARIANT_ = !SIMPLE_, bool LEAVES_ = !SIMPLE_> struct rules {
+template <uint32_t TOKENS_, bool SIMPLE_, bool INVARIANT_ = !SIMPLE_, bool LEAVES_ = !SIMPLE_,
+          bool WEIGHS_ENDS_ = false>
+struct rules {
     static constexpr uint32_t TOKENS = TOKENS_; /* of a tile */
     static constexpr bool SIMPLE = SIMPLE_;
-    static constexpr bool INVARIANT = INVARIANT_; /* can batch_invariant mode; simple ones do nothing else */
-    static constexpr bool LEAVES = LEAVES_;       /* can leave results to be merged by a launch that comes after */
+    static constexpr bool INVARIANT = INVARIANT_;     /* can batch_invariant mode; simple ones do nothing else */
+    static constexpr bool LEAVES = LEAVES_;           /* can leave results to be merged by a launch that comes after */
+    static constexpr bool WEIGHS_ENDS = WEIGHS_ENDS_; /* counts cut::ends_tiles */
     static_assert(TOKENS == 64 || TOKENS == 128, "");
+    static_assert(!WEIGHS_ENDS || (SIMPLE && !INVARIANT), "");
 };
 
 __host__ __device__ inline bool is_simple(const attn_cuda_call &call) {
@@ -137,6 +144,14 @@ __device__ inline extent extent_of_tokens(const attn_cuda_call &call, uint32_t b
     return found;
 }
 
+/* Of the unit of a simple call. */
+template <typename L>
+__device__ inline extent extent_of_sequence(const attn_cuda_call &call, const cut &cut, uint32_t length) {
+    extent found = extent_of_tokens<L>(call, 0, length);
+    if (L::WEIGHS_ENDS) found.tiles += cut.ends_tiles;
+    return found;
+}
+
 __device__ inline uint32_t blocks_of(const attn_cuda_sequence &sequence, const cut &cut) {
     if (sequence.query_length <= cut.block_queries) return 1;
     return (sequence.query_length + cut.block_queries - 1) / cut.block_queries;
@@ -150,7 +165,7 @@ __device__ inline bool are_blocks_alike(const attn_cuda_call &call, const attn_c
 template <typename L>
 __device__ inline extent extent_of_block(const attn_cuda_call &call, const attn_cuda_sequence &sequence, const cut &cut,
                                          uint32_t block) {
-    if (L::SIMPLE) return extent_of_tokens<L>(call, 0, sequence.length);
+    if (L::SIMPLE) return extent_of_sequence<L>(call, cut, sequence.length);
     uint32_t first = block * cut.block_queries;
     uint32_t last = min(first + cut.block_queries, sequence.query_length) - 1;
     uint32_t begin = results::row_visible(sequence, call.window, first).x;
@@ -178,7 +193,7 @@ __device__ __noinline__ uint32_t count_tiles_a_head(const attn_cuda_call &call, 
 }
 
 template <typename L> __device__ inline uint32_t tiles_a_head(const attn_cuda_call &call, const cut &cut, uint32_t i) {
-    if (L::SIMPLE) return extent_of_tokens<L>(call, 0, __ldg(&call.lengths[i])).tiles;
+    if (L::SIMPLE) return extent_of_sequence<L>(call, cut, __ldg(&call.lengths[i])).tiles;
     return count_tiles_a_head<L>(call, cut, i);
 }
 

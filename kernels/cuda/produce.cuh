@@ -70,7 +70,7 @@ struct lane_walk {
 template <typename L>
 __device__ inline void enter_sequence(lane_walk &walk, const attn_cuda_call &call, const line::cut &cut) {
     walk.sequence = line::sequence_at<L>(call, walk.at.sequence);
-    uint32_t a_head = L::SIMPLE ? line::extent_of_tokens<L>(call, 0, walk.sequence.length).tiles
+    uint32_t a_head = L::SIMPLE ? line::extent_of_sequence<L>(call, cut, walk.sequence.length).tiles
                                 : line::tiles_a_head<L>(call, cut, walk.at.sequence);
     walk.tiles = a_head * call.layer.heads_kv;
 }
