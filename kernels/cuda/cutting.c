@@ -42,7 +42,7 @@ static uint64_t clusters_ns(const attn_cuda_units *of, uint64_t parts) {
     bool is_all = parts == 2 && of->units * 33 >= of->workers * 16; /* of the device */
     uint64_t late = is_uneven ? 220 : is_all ? 20 : LATE_PERMILLE[parts];
     uint64_t saved = is_crowded(of, parts) ? of->crowded_saves_ns : 0;
-    uint64_t ends = ends_ns(of, parts, parts % 2 == 0 ? 5200 : 5500, 300) - saved;
+    uint64_t ends = ends_ns(of, parts, parts % 2 == 0 ? 4700 : 5000, 300) - saved;
     return ends + tiles_ns(of, parts, of->chain_ns, late, 20000);
 }
 
