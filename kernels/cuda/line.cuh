@@ -35,7 +35,7 @@ struct cut {
     uint32_t group;         /* query heads a KV head */
     uint32_t group_inverse; /* row / group is row * this >> 16, for rows of a block */
     uint32_t block_queries;
-    uint32_t ends_tiles;      /* what a unit's begin and end count, if the kernel weighs them */
+    uint32_t weighs_ends;     /* do units count rules::ENDS_TILES more, and rules::LEAST_TILES at least? */
     uint64_t workers_inverse; /* tiles / workers is tiles * this >> 40 */
     uint32_t page_shift;      /* log2 of tokens of a page.. */
     uint32_t block_shift;     /* ..and of a block of it (layout.cuh) */
@@ -59,7 +59,7 @@ __host__ inline cut make_cut(const attn_cuda_layer &layer, const attn_cuda_tunin
     made.group = layer.heads_q / layer.heads_kv;
     made.group_inverse = (65536 + made.group - 1) / made.group;
     made.block_queries = rows / made.group;
-    made.ends_tiles = 0;
+    made.weighs_ends = 0;
     made.workers_inverse = ((1ull << 40) + workers - 1) / workers;
     made.page_shift = log2_of(layer.page_size);
     made.block_shift = log2_of(layout::block_tokens(layer.page_size));
@@ -80,14 +80,15 @@ __device__ inline uint32_t query_of(const cut &cut, uint32_t row) { return row *
  * What a kernel is compiled for. A simple call (is_simple) is what almost all decodes are; its kernels have no code for
  * anything else, since what code a launch has to fetch, and the branches in it, are microseconds.
  */
-template <uint32_t TOKENS_, bool SIMPLE_, bool INVARIANT_ = !SIMPLE_, bool LEAVES_ = !SIMPLE_,
-          bool WEIGHS_ENDS_ = false>
+template <uint32_t TOKENS_, bool SIMPLE_, bool INVARIANT_ = !SIMPLE_, bool LEAVES_ = !SIMPLE_, uint32_t ENDS_TILES_ = 0,
+          uint32_t LEAST_TILES_ = 1>
 struct rules {
     static constexpr uint32_t TOKENS = TOKENS_; /* of a tile */
     static constexpr bool SIMPLE = SIMPLE_;
-    static constexpr bool INVARIANT = INVARIANT_;     /* can batch_invariant mode; simple ones do nothing else */
-    static constexpr bool LEAVES = LEAVES_;           /* can leave results to be merged by a launch that comes after */
-    static constexpr bool WEIGHS_ENDS = WEIGHS_ENDS_; /* counts cut::ends_tiles */
+    static constexpr bool INVARIANT = INVARIANT_; /* can batch_invariant mode; simple ones do nothing else */
+    static constexpr bool LEAVES = LEAVES_;       /* can leave results to be merged by a launch that comes after */
+    static constexpr uint32_t ENDS_TILES = ENDS_TILES_, LEAST_TILES = LEAST_TILES_;
+    static constexpr bool WEIGHS_ENDS = ENDS_TILES > 0 || LEAST_TILES > 1; /* if cut::weighs_ends */
     static_assert(TOKENS == 64 || TOKENS == 128, "");
     static_assert(!WEIGHS_ENDS || (SIMPLE && !INVARIANT), "");
 };
@@ -148,7 +149,7 @@ __device__ inline extent extent_of_tokens(const attn_cuda_call &call, uint32_t b
 template <typename L>
 __device__ inline extent extent_of_sequence(const attn_cuda_call &call, const cut &cut, uint32_t length) {
     extent found = extent_of_tokens<L>(call, 0, length);
-    if (L::WEIGHS_ENDS) found.tiles += cut.ends_tiles;
+    if (L::WEIGHS_ENDS && cut.weighs_ends) found.tiles = max(found.tiles + L::ENDS_TILES, L::LEAST_TILES);
     return found;
 }
 

@@ -62,8 +62,14 @@ struct shape {
     static constexpr uint32_t TOKENS = TOKENS_;
     static constexpr uint32_t SLICES = TOKENS / 64; /* of 16 tokens, that a warp has of a tile */
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, false>;
-    static constexpr bool WEIGHS_ENDS = KV::BYTES == 1 && BLOCKS == 1 && SIMPLE && !INVARIANT && CUTS == cuts::SHARES;
-    using rules = line::rules<TOKENS, SIMPLE, INVARIANT, !SIMPLE || LEAVES, WEIGHS_ENDS>;
+    /*
+     * What units of different lengths count: a short one two tiles, since no other comes sooner from a group, and in
+     * fp8 each one more, since its queries are narrowed and its tail takes as long as a whole tile.
+     */
+    static constexpr bool WEIGHS_ENDS =
+        SIMPLE && !INVARIANT && !LEAVES && CUTS == cuts::SHARES && BLOCKS == 1 && GROUPS == 2;
+    static constexpr uint32_t ENDS_TILES = WEIGHS_ENDS && KV::BYTES == 1 ? 1 : 0, LEAST_TILES = WEIGHS_ENDS ? 2 : 1;
+    using rules = line::rules<TOKENS, SIMPLE, INVARIANT, !SIMPLE || LEAVES, ENDS_TILES, LEAST_TILES>;
     static constexpr bool CLUSTERED = CUTS == cuts::CLUSTERS, HAS_PART = CUTS != cuts::SHARES;
     static constexpr bool KEEPS_CHUNKS = SIMPLE && INVARIANT; /* chunks.cuh */
 };
@@ -900,11 +906,11 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
 
 /*
  * Launches blocks of the shape; each unit is cut into `parts` if it is for clusters or long parts, else that is 1.
- * `ends_tiles`: line::cut.
+ * `weighs_ends`: line::cut.
  */
 template <typename S>
 cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_workspace &workspace,
-                   uint32_t parts, cudaStream_t stream, uint32_t ends_tiles = 0) {
+                   uint32_t parts, cudaStream_t stream, bool weighs_ends = false) {
     uint32_t group = call.layer.heads_q / call.layer.heads_kv;
     uint32_t workers = parts == 1 ? tuning.workers * S::BLOCKS_PER_SM : call.batch * call.layer.heads_kv * parts;
     if (workspace.rows < S::ROWS || S::ROWS < group) return cudaErrorInvalidValue;
@@ -928,7 +934,7 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
                       tuning.patience_ns,
                       tuning.times,
                       chunk_slots};
-    with.cut.ends_tiles = ends_tiles;
+    with.cut.weighs_ends = weighs_ends;
     launching::grid size = {workers, S::GROUPS * GROUP_THREADS + 32, in_cluster,
                             stages * S::stage::BYTES + besides + chunk_slots * a_chunk};
     return launching::launch_kernel(narrow_kernel<S>, size, tuning, call, with, stream);
@@ -960,14 +966,9 @@ template <typename S> uint32_t expected_tiles(const attn_cuda_expected &expected
     return least == most ? most : 0;
 }
 
-/*
- * What units' begins and ends count where they are of different lengths, so that some workers have many and others one:
- * in fp8, 0.4 us more than their tiles, of which one takes 0.9. In 16 bits 0.2 us, which is not worth an empty tile.
- */
-template <typename S> uint32_t ends_to_weigh(const attn_cuda_expected &expected) {
-    uint32_t least = (expected.shortest + S::TOKENS - 1) / S::TOKENS;
-    uint32_t most = (expected.longest + S::TOKENS - 1) / S::TOKENS;
-    return S::WEIGHS_ENDS && least != most ? 1 : 0;
+/* Are units expected to be of different lengths, so that some workers have many and others one? */
+template <typename S> bool are_uneven(const attn_cuda_expected &expected) {
+    return (expected.shortest + S::TOKENS - 1) / S::TOKENS != (expected.longest + S::TOKENS - 1) / S::TOKENS;
 }
 
 /* What a launch of the narrow kernel is expected to have to do. */
@@ -1050,7 +1051,7 @@ cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tun
     }
     if (is_decode) {
         return launch<typename built::simple>(call, tuning, workspace, 1, stream,
-                                              ends_to_weigh<typename built::simple>(expected));
+                                              are_uneven<typename built::simple>(expected));
     }
     return launch<typename built::general>(call, tuning, workspace, 1, stream);
 }
