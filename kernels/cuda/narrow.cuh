@@ -63,8 +63,8 @@ struct shape {
     static constexpr uint32_t SLICES = TOKENS / 64; /* of 16 tokens, that a warp has of a tile */
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, false>;
     /*
-     * What units of different lengths count: a short one two tiles, since no other comes sooner from a group, and in
-     * fp8 each one more, since its queries are narrowed and its tail takes as long as a whole tile.
+     * What units of different lengths count: two tiles at least, since a group takes longer from one run to the next
+     * than for a tile; in fp8, where it takes longer still, one more than they have.
      */
     static constexpr bool WEIGHS_ENDS =
         SIMPLE && !INVARIANT && !LEAVES && CUTS == cuts::SHARES && BLOCKS == 1 && GROUPS == 2;
