@@ -101,6 +101,13 @@ static int launch_in_turn(const attn_cuda_forks *forks, const attn_cuda_tuning *
     return attn_cuda_decode_launch(&own, &overlapping, workspace, &forks->own_expected, stream);
 }
 
+/* Workers of the first launch whose partials may be beside those of the second: 0 if that cannot be. */
+static uint32_t count_beside(const attn_cuda_forks *forks, const attn_cuda_tuning *first) {
+    uint32_t rows = forks->own_expected.most_queries * group_of(&forks->own.layer);
+    bool is_alone = !first->overlap_launches; /* or the prefixes of the call before may be at work, too */
+    return is_alone && rows <= ATTN_CUDA_MAX_BESIDE_ROWS ? first->workers : 0;
+}
+
 static int launch_side_by_side(const attn_cuda_forks *forks, const attn_cuda_tuning *tuning, uint32_t own_workers,
                                const attn_cuda_workspace *workspace, void *stream) {
     attn_cuda_call prefixes = forks->prefixes, own = forks->own;
@@ -110,6 +117,7 @@ static int launch_side_by_side(const attn_cuda_forks *forks, const attn_cuda_tun
     own.partial_lse = forks->apart_lse;
     first.workers = own_workers;
     first.blocks_per_sm = 1; /* or it has them on twice as many multiprocessors */
+    first.leaves_pairs = 1;
     memset(first.clusters, 0, sizeof first.clusters);
     int error = attn_cuda_decode_launch(&own, &first, workspace, &forks->own_expected, stream);
     if (error != 0) return error;
@@ -118,6 +126,7 @@ static int launch_side_by_side(const attn_cuda_forks *forks, const attn_cuda_tun
     prefixes.shared_lse = forks->apart_lse;
     second.workers -= own_workers;
     second.overlap_launches = tuning->is_hopper;
+    second.beside = count_beside(forks, &first);
     if (second.times != NULL) second.times += 4 * (size_t)own_workers;
     return attn_cuda_decode_launch(&prefixes, &second, workspace, &forks->prefixes_expected, stream);
 }
