@@ -931,6 +931,7 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
                       tuning.patience_ns,
                       tuning.times,
                       chunk_slots,
+                      0,
                       0};
     launching::grid size = {workers, S::GROUPS * GROUP_THREADS + 32, in_cluster,
                             stages * S::stage::BYTES + besides + chunk_slots * a_chunk};

@@ -75,6 +75,29 @@ __device__ inline void enter_sequence(lane_walk &walk, const attn_cuda_call &cal
     walk.tiles = a_head * call.layer.heads_kv;
 }
 
+/* Fills in all but the head: tile `within` of a row block that sees `sees`. */
+template <uint32_t TOKENS>
+__device__ inline void find_source(tile_source<TOKENS> &source, const attn_cuda_call &call, const line::cut &cut,
+                                   const attn_cuda_sequence &sequence, const line::extent &sees, uint32_t within) {
+    uint32_t first = sees.first_token + within * TOKENS;
+    bool is_seen = first < sees.end && first + TOKENS > sees.begin;
+    source.tokens = is_seen ? min(TOKENS, sees.end - first) : 0;
+
+    const uint32_t *table = call.page_table + sequence.page_offset;
+    source.first_block = first >> cut.block_shift;
+#pragma unroll
+    for (uint32_t i = 0; i < tile_source<TOKENS>::MAX_BLOCKS; i++) {
+        source.pages[i] = 0;
+        if (i << cut.block_shift < source.tokens) {
+            source.pages[i] = __ldg(&table[(source.first_block + i) >> (cut.page_shift - cut.block_shift)]);
+        }
+    }
+    uint32_t old_rows = sequence.length - sequence.new_rows;
+    source.new_begin = min(max(first, old_rows) - first, source.tokens);
+    source.new_end = sequence.new_rows > 0 ? source.tokens : source.new_begin;
+    source.first_new = sequence.first_new + first + source.new_begin - old_rows;
+}
+
 template <typename L>
 __device__ inline tile_source<L::TOKENS> locate_tile(const attn_cuda_call &call, const line::cut &cut, lane_walk &walk,
                                                      uint32_t tile) {
@@ -96,23 +119,7 @@ __device__ inline tile_source<L::TOKENS> locate_tile(const attn_cuda_call &call,
         within -= sees.tiles;
         sees = line::extent_of_block<L>(call, sequence, cut, block);
     }
-    uint32_t first = sees.first_token + within * TOKENS;
-    bool is_seen = first < sees.end && first + TOKENS > sees.begin;
-    source.tokens = is_seen ? min(TOKENS, sees.end - first) : 0;
-
-    const uint32_t *table = call.page_table + sequence.page_offset;
-    source.first_block = first >> cut.block_shift;
-#pragma unroll
-    for (uint32_t i = 0; i < tile_source<TOKENS>::MAX_BLOCKS; i++) {
-        source.pages[i] = 0;
-        if (i << cut.block_shift < source.tokens) {
-            source.pages[i] = __ldg(&table[(source.first_block + i) >> (cut.page_shift - cut.block_shift)]);
-        }
-    }
-    uint32_t old_rows = sequence.length - sequence.new_rows;
-    source.new_begin = min(max(first, old_rows) - first, source.tokens);
-    source.new_end = sequence.new_rows > 0 ? source.tokens : source.new_begin;
-    source.first_new = sequence.first_new + first + source.new_begin - old_rows;
+    find_source(source, call, cut, sequence, sees, within);
     return source;
 }
 
@@ -426,6 +433,37 @@ __device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cu
         }
         store_new_rows<typename S::KV, S::TOKENS>(call, cut, next, lane);
         source = next;
+    }
+}
+
+/* The same of a part of a unit, if that is all that the worker has (line::find_block_part). From sm_90 on. */
+template <typename S, typename L>
+__device__ inline void fill_ring_from_unit(const attn_cuda_call &call, const line::cut &cut, const line::part &part,
+                                           const ring &ring, uint32_t lane) {
+    uint32_t count = part.mine.end - part.mine.begin;
+    uint64_t policy = ptx::evict_first_policy();
+    ring_place place = {0, 1};
+#pragma unroll 1
+    for (uint32_t base = 0; base < count; base += 32) {
+        tile_source<S::TOKENS> source = {};
+        source.head = part.unit.head;
+        uint32_t tile = part.mine.begin + base + lane;
+        if (base + lane < count) find_source(source, call, cut, part.unit.of, part.unit.sees, tile);
+        store_new_rows<typename S::KV, S::TOKENS>(call, cut, source, lane);
+        uint32_t found = min(32u, count - base);
+#pragma unroll 1
+        for (uint32_t j = 0; j < found; j++) {
+            uint32_t stage = ring.memory + place.stage * ring.stage_bytes, full = ring.full + place.stage * 8;
+            if (cut.block_shift < 6) {
+                ptx::barrier_wait(ring.empty + place.stage * 8, place.parity);
+                fill_stage_by_lanes<S>(call, cut, source, j, stage, full, policy, lane);
+            } else if (lane == j) {
+                ptx::barrier_wait(ring.empty + place.stage * 8, place.parity);
+                fill_stage<S>(call, cut, source, stage, full, policy);
+            }
+            __syncwarp();
+            place.advance(ring);
+        }
     }
 }
 

@@ -43,13 +43,14 @@ using rows::LOG2_E;
 constexpr uint32_t GROUP_ROWS = 64, TALL_ROWS = 128;
 constexpr uint32_t STEP = 16; /* what a product sums over */
 
-/* A kernel's shape. TWINS: twins.cuh. CLUSTER: blocks that are a worker together. */
+/* A kernel's shape. TWINS: twins.cuh. CLUSTER: blocks that are a worker together. IN_PARTS: of tall blocks. */
 template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t GROUPS_, bool SIMPLE, bool TALL_ = false,
-          bool TWINS_ = false, uint32_t CLUSTER_ = 1>
+          bool TWINS_ = false, uint32_t CLUSTER_ = 1, bool IN_PARTS_ = false>
 struct shape {
     using KV = KV_;
     using IO = typename KV::IO;
-    static constexpr bool TALL = TALL_, TWINS = TWINS_;
+    static constexpr bool TALL = TALL_, TWINS = TWINS_, IN_PARTS = IN_PARTS_;
+    static constexpr bool HAS_OWN_PARTIALS = CLUSTER_ > 1 || IN_PARTS; /* workspace_of */
     static constexpr uint32_t DIM = DIM_, DIM_V = DIM_V_, GROUPS = GROUPS_, CLUSTER = CLUSTER_;
     static constexpr uint32_t ROWS = TALL ? TALL_ROWS : GROUP_ROWS, TOKENS = TALL ? 128 : 64;
     static constexpr uint32_t UNIT_ROWS = ROWS * CLUSTER;
@@ -57,7 +58,7 @@ struct shape {
     static constexpr uint32_t TURNS = TALL ? 1 : GROUPS; /* of how many tiles a group consumes one */
     static constexpr uint32_t TERMS = TALL ? KV::TALL_TERMS : TWINS ? 1 : KV::TERMS; /* of a weight, in a row */
     static_assert(!TALL || GROUPS * GROUP_ROWS == TALL_ROWS, "");
-    static_assert(TALL || CLUSTER == 1, "");
+    static_assert(TALL || (CLUSTER == 1 && !IN_PARTS), "");
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true>;
     using key_stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true, produce::content::KEYS, CLUSTER>; /* tall */
     using value_stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true, produce::content::VALUES, CLUSTER>;
@@ -246,7 +247,7 @@ __device__ inline void find_workers(found_run &found, const line::share &mine, c
     if (mine.is_part) {
         found.by.tiles_a_worker = 0;
         found.first_worker = worker_number<S>() - line::part_of(cut, worker_number<S>());
-        found.workers = cut.parts;
+        found.workers = S::IN_PARTS ? min(cut.parts, unit.sees.tiles) : cut.parts;
     } else {
         found.first_worker = unit.begin / mine.tiles_a_worker;
         found.workers = (unit.begin + unit.sees.tiles - 1) / mine.tiles_a_worker + 1 - found.first_worker;
@@ -281,6 +282,21 @@ __device__ inline found_run describe_run(scout &own, const attn_cuda_call &call,
         found.all = make_uint2(visible[found.rows - 1].x, visible[0].y);
     found.soft = narrow::softness_of<S>(call, own.unit.head);
     return found;
+}
+
+/* The same if the worker has nothing but a part of a unit, whose queries the groups load. */
+template <typename S>
+__device__ inline void find_only_run(const block_place<S> &block, const line::part &part, uint32_t lane) {
+    scout own = {part.mine};
+    own.part_end = part.mine.end;
+    own.unit = part.unit;
+    own.run = {part.mine.begin, part.mine.end};
+    own.runs = 1;
+    uint2 *visible = block.memory.visible[0];
+    if (!S::rules::SIMPLE) write_visible<S>(block.call, block.with.cut, own.unit, visible, lane);
+    found_run found = describe_run<S>(own, block.call, block.with.cut, visible);
+    if (lane == 0) block.memory.runs[0] = found;
+    ptx::barrier_arrive(ptx::shared_address(&block.memory.found[0]));
 }
 
 /* Do the groups load the queries of this run? All wait for the first ones, and 256 threads are faster than 32. */
@@ -758,11 +774,11 @@ __device__ inline void consume_in_order(warp_state<S> &state, uint32_t queries, 
     }
 }
 
-/* Loads the group's queries of a block's first run. By the group. */
-template <typename S> __device__ inline void load_first_queries(const block_place<S> &block, const group_place &own) {
-    copy_queries<S, GROUP_THREADS>(block.call, block.with.cut, block.memory.runs[0].unit,
-                                   ptx::shared_address(block.memory.queries[0]), own.group * GROUP_ROWS,
-                                   (own.group + 1) * GROUP_ROWS, own.thread());
+/* Loads the group's queries of a block's first run, of `unit`. By the group. */
+template <typename S>
+__device__ inline void load_first_queries(const block_place<S> &block, const group_place &own, const line::unit &unit) {
+    copy_queries<S, GROUP_THREADS>(block.call, block.with.cut, unit, ptx::shared_address(block.memory.queries[0]),
+                                   own.group * GROUP_ROWS, (own.group + 1) * GROUP_ROWS, own.thread());
     ptx::copies_wait<0>();
     ptx::shared_proxy_fence();
     ptx::named_barrier<GROUP_THREADS>(own.group);
@@ -774,7 +790,7 @@ __device__ inline void consume_tall(warp_state<S> &state, const block_place<S> &
                                     const rings &from, const group_place &own) {
     uint32_t slot = number % S::GROUPS;
     tile_run run = tiles_of_group<S>(block.memory.runs[slot], own.group);
-    if (are_loaded_by_groups<S>(number)) load_first_queries(block, own);
+    if (!S::IN_PARTS && are_loaded_by_groups<S>(number)) load_first_queries(block, own, block.memory.runs[0].unit);
     clear_state(state);
     uint32_t queries = ptx::shared_address(block.memory.queries[slot]) + own.group * GROUP_ROWS * S::stage::KEY_CHUNK;
     tall_ring_of<S> keys(from.keys, run.first_number, own.lane), values(from.values, run.first_number, own.lane);
@@ -904,7 +920,7 @@ __device__ inline void write_outputs(const warp_state<S> &state, uint32_t half, 
  */
 template <typename S> __device__ inline rows::workspace workspace_of(const arguments &with) {
     rows::workspace work = rows::view_workspace(with.workspace);
-    if constexpr (S::CLUSTER > 1) {
+    if constexpr (S::HAS_OWN_PARTIALS) {
         uint32_t workers = count_workers<S>(), first = blockIdx.x % S::CLUSTER * workers;
         size_t skipped = (size_t)2 * first * S::ROWS;
         work.tickets += work.slots / 2 + first;
@@ -1149,6 +1165,84 @@ __device__ __noinline__ void merge_rows(const block_place<S> &block, const found
     }
 }
 
+/* A row that is to be merged, on its way: its first partials, and what it has apart. */
+template <typename S> struct coming_row {
+    static constexpr uint32_t EARLY = 8;
+    rows::row<S::DIM_V> partials[EARLY], apart;
+    float2 state; /* of partial `lane` */
+    float apart_lse;
+    results::destination to;
+};
+
+template <typename S>
+__device__ inline void load_coming(coming_row<S> &row, const unit_partials<S::ROWS> &of, const block_place<S> &block,
+                                   const found_run &found, uint32_t index, bool is_apart, uint32_t lane) {
+#pragma unroll
+    for (uint32_t i = 0; i < row.EARLY; i++) {
+        rows::clear_row(row.partials[i]); /* as in rows::merge_partials */
+        const float *from = of.outs + (size_t)(of.place(i) + index) * S::DIM_V;
+        if (i < of.count) row.partials[i] = rows::load_row_of_others<S::DIM_V>(from, lane);
+    }
+    row.state = make_float2(-INFINITY, 0.0f);
+    if (lane < of.count) row.state = __ldcg(of.states + of.place(lane) + index);
+    rows::place at = {found.unit, block.with.cut, rows_before<S>() + index};
+    row.to = rows::final_destination_of<typename S::rules>(block.call, at);
+    rows::clear_row(row.apart);
+    row.apart_lse = -INFINITY;
+    if (!is_apart) return;
+    row.apart = rows::load_row_of_others<S::DIM_V>(block.call.shared_out + row.to.row * S::DIM_V, lane);
+    row.apart_lse = __ldcg(&block.call.shared_lse[row.to.row]);
+}
+
+/* Merges and writes it. */
+template <typename S>
+__device__ inline void finish_coming(const coming_row<S> &row, const unit_partials<S::ROWS> &of,
+                                     const block_place<S> &block, uint32_t index, bool is_apart, uint32_t lane) {
+    rows::row_state<S::DIM_V> merged = rows::empty_state<S::DIM_V>();
+    merged.maximum = row.state.x;
+    for (uint32_t step = 16; step > 0; step /= 2)
+        merged.maximum = fmaxf(merged.maximum, __shfl_xor_sync(ALL_LANES, merged.maximum, step));
+    float factor = rows::decay(row.state.x, merged.maximum);
+    merged.sum = row.state.y * factor;
+    for (uint32_t step = 16; step > 0; step /= 2)
+        merged.sum += __shfl_xor_sync(ALL_LANES, merged.sum, step);
+#pragma unroll
+    for (uint32_t i = 0; i < row.EARLY; i++)
+        rows::add_row(merged.out, 1.0f, row.partials[i], __shfl_sync(ALL_LANES, factor, i));
+#pragma unroll 1
+    for (uint32_t i = row.EARLY; i < of.count; i++) {
+        const float *from = of.outs + (size_t)(of.place(i) + index) * S::DIM_V;
+        rows::row<S::DIM_V> partial = rows::load_row_of_others<S::DIM_V>(from, lane);
+        rows::add_row(merged.out, 1.0f, partial, __shfl_sync(ALL_LANES, factor, i));
+    }
+    if (is_apart) rows::merge_state(merged, row.apart, row.apart_lse * LOG2_E, 1.0f);
+    rows::write_row_to<typename S::rules, typename S::IO>(block.call, row.to, merged, 1.0f, lane);
+}
+
+/*
+ * The same as merge_rows, of a unit in parts, which are few: a row after the other, the next one on its way. It is the
+ * code that is short: it is fetched while all wait for it.
+ */
+template <typename S>
+__device__ __noinline__ void merge_rows_in_turn(const block_place<S> &block, const found_run &found, uint32_t index,
+                                                uint32_t step, uint32_t lane) {
+    static_assert(S::KV::BYTES == 2 && joint::MAX_MEMBERS <= 32, "no scales, and a lane a partial");
+    rows::workspace work = workspace_of<S>(block.with);
+    size_t first_row = (size_t)2 * found.first_worker * S::ROWS;
+    unit_partials<S::ROWS> of = {work.outs + first_row * S::DIM_V, work.states + first_row, found.workers};
+    bool is_apart = rows::adds_shared<typename S::rules>(block.call, found.unit), has_now = false;
+    coming_row<S> now, next;
+#pragma unroll 1
+    for (;; index += step) {
+        bool has_next = index < found.rows;
+        if (has_next) load_coming(next, of, block, found, index, is_apart, lane);
+        if (has_now) finish_coming(now, of, block, index - step, is_apart, lane);
+        if (!has_next) return;
+        now = next;
+        has_now = true;
+    }
+}
+
 /* Merges rows index, index + step, .. of a unit, as few as others leave of it. By a warp. Not inlined, likewise. */
 template <typename S>
 __device__ __noinline__ void merge_few_rows(const block_place<S> &block, const found_run &found, uint32_t index,
@@ -1176,7 +1270,7 @@ __device__ inline void merge_unit(const block_place<S> &block, const found_run &
     uint32_t &merged = block.memory.merged[barrier % S::GROUPS];
     ptx::named_barrier<WARP_COUNT * 32>(barrier); /* the partials are written */
     if (warp == 0 && lane == 0) {
-        if (party.members > 1)
+        if (S::IN_PARTS || party.members > 1)
             merged = joint::arrive(party, found.run.end - found.run.begin, block.with.patience_ns);
         else
             merged = rows::arrive<typename S::rules>(block.call, work, found.unit, found.run, found.by);
@@ -1186,12 +1280,16 @@ __device__ inline void merge_unit(const block_place<S> &block, const found_run &
     ptx::named_barrier<WARP_COUNT * 32>(barrier); /* for racecheck, which does not see that the first one orders */
     block_place<S> copy = block;                  /* what is passed by its address is in memory */
     uint32_t members = merged;
-    if (S::CLUSTER > 1) ptx::wait_for_previous_launch(); /* end_run */
-    if (party.members <= 1 && members != 0) merge_rows<S, many_rows<S>>(copy, found, warp, WARP_COUNT, lane);
-    if (party.members <= 1) return;
+    if (S::HAS_OWN_PARTIALS) ptx::wait_for_previous_launch(); /* end_run */
+    if constexpr (!S::IN_PARTS) {
+        if (party.members <= 1 && members != 0) merge_rows<S, many_rows<S>>(copy, found, warp, WARP_COUNT, lane);
+        if (party.members <= 1) return;
+    }
     for (; members != 0; members &= members - 1) {
         uint32_t first = __ffs(members) - 1 + party.members * warp, step = party.members * WARP_COUNT;
-        if constexpr (S::TALL)
+        if constexpr (S::IN_PARTS)
+            merge_rows_in_turn(copy, found, first, step, lane);
+        else if constexpr (S::TALL)
             merge_rows<S, two_rows>(copy, found, first, step, lane);
         else
             merge_few_rows<S>(copy, found, first, step, lane);
@@ -1205,7 +1303,8 @@ __device__ inline void merge_unit(const block_place<S> &block, const found_run &
 template <typename S>
 __device__ inline void end_run(const block_place<S> &block, const group_place &own, const found_run &found,
                                warp_state<S> &state) {
-    bool is_apart = S::CLUSTER > 1 && found.is_cut && block.with.beside != 0; /* and nobody reads it but this launch */
+    bool is_apart =
+        S::HAS_OWN_PARTIALS && found.is_cut && block.with.beside != 0; /* and nobody reads it but this launch */
     if (!is_apart) ptx::wait_for_previous_launch(); /* which may still read what is written from here on */
     if (!found.is_cut) {
         write_unit(block, own, found, state);
@@ -1246,6 +1345,16 @@ __device__ inline void do_run(const block_place<S> &block, const group_place &ow
     }
     if (is_given) take_state(own, block.memory, slot, given, ring.empty + stage * 8, state);
     end_run(block, own, found, state);
+}
+
+/* Does the only run of a block that has a part of a unit. */
+template <typename S>
+__device__ inline void consume_part(const block_place<S> &block, const group_place &own, const line::part &part,
+                                    const rings &from) {
+    load_first_queries(block, own, part.unit);
+    ptx::barrier_wait(ptx::shared_address(&block.memory.found[0]), 0);
+    __syncwarp();
+    do_run(block, own, 0, from, nullptr);
 }
 
 /* RING: a produce::ring, or a tall block's rings. */
@@ -1303,6 +1412,17 @@ __device__ inline rings view_rings(const char *shared, const block_memory<S> &me
 
 /* What the producers do. `warp`: of those that are in no group. */
 template <typename S>
+__device__ inline void fill_rings(const block_place<S> &block, const line::part &part, const char *shared,
+                                  uint32_t warp, uint32_t lane) {
+    using L = typename S::rules;
+    rings of = view_rings(shared, block.memory, block.with.stages);
+    if (warp == 0)
+        produce::fill_ring_from_unit<typename S::key_stage, L>(block.call, block.with.cut, part, of.keys, lane);
+    else
+        produce::fill_ring_from_unit<typename S::value_stage, L>(block.call, block.with.cut, part, of.values, lane);
+}
+
+template <typename S>
 __device__ inline void fill_rings(const block_place<S> &block, const line::share &mine, const char *shared,
                                   const produce::ring &ring, uint32_t warp, uint32_t lane) {
     using L = typename S::rules;
@@ -1346,28 +1466,46 @@ __global__ void __launch_bounds__(block_threads<S>(), 1)
     }
     ptx::launch_dependents();
     if (S::CLUSTER > 1) ptx::cluster_arrive_relaxed(); /* the barriers are there */
+    line::part part;
+    if constexpr (S::IN_PARTS)
+        part = line::find_block_part<typename S::rules>(call, with.cut, with.unit_blocks, worker_number<S>());
     __syncthreads();
+    if constexpr (S::IN_PARTS) {
+        if (part.mine.begin == part.mine.end) return;
+    }
     block_place<S> block = {call, with, memory};
     if (warp >= S::GROUPS * WARPS) {
         if (S::GROUPS == 2) ptx::give_registers<LESS_REGISTERS>();
         if (warp > S::GROUPS * WARPS + (S::TALL ? 2 : 1))
             return; /* nor do those look for the share that need not: it takes long */
-        constexpr line::parting PARTS = S::TALL ? line::parting::MAYBE : line::parting::NEVER;
-        line::share mine =
-            line::find_share<typename S::rules, PARTS>(call, with.cut, count_workers<S>(), worker_number<S>(), lane);
-        if (warp != S::GROUPS * WARPS + 1) {
-            if (mine.begin == mine.end) return;
-            if (S::CLUSTER > 1) ptx::cluster_wait();
-            fill_rings(block, mine, shared, ring, warp - S::GROUPS * WARPS, lane);
+        if constexpr (S::IN_PARTS) {
+            if (warp != S::GROUPS * WARPS + 1) {
+                if (S::CLUSTER > 1) ptx::cluster_wait();
+                fill_rings(block, part, shared, warp - S::GROUPS * WARPS, lane);
+            } else {
+                if (with.times != nullptr && lane == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();
+                find_only_run<S>(block, part, lane);
+            }
         } else {
-            if (with.times != nullptr && lane == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();
-            find_runs<S>(block, mine, lane);
+            constexpr line::parting PARTS = S::TALL ? line::parting::MAYBE : line::parting::NEVER;
+            line::share mine = line::find_share<typename S::rules, PARTS>(call, with.cut, count_workers<S>(),
+                                                                          worker_number<S>(), lane);
+            if (warp != S::GROUPS * WARPS + 1) {
+                if (mine.begin == mine.end) return;
+                if (S::CLUSTER > 1) ptx::cluster_wait();
+                fill_rings(block, mine, shared, ring, warp - S::GROUPS * WARPS, lane);
+            } else {
+                if (with.times != nullptr && lane == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();
+                find_runs<S>(block, mine, lane);
+            }
         }
     } else {
         if (S::GROUPS == 2) ptx::take_registers<MORE_REGISTERS>();
         group_place own = {warp / WARPS, warp % WARPS, lane};
         if (S::CLUSTER > 1) ptx::cluster_wait();
-        if constexpr (S::TALL)
+        if constexpr (S::IN_PARTS)
+            consume_part(block, own, part, view_rings(shared, memory, with.stages));
+        else if constexpr (S::TALL)
             consume(block, own, view_rings(shared, memory, with.stages), shared);
         else
             consume(block, own, ring, shared);
@@ -1389,15 +1527,19 @@ template <typename S> uint32_t count_launched(const attn_cuda_tuning &tuning) {
     return S::CLUSTER == 1 ? tuning.workers : min(tuning.workers / S::CLUSTER, tuning.clusters[S::CLUSTER]);
 }
 
+/* Row blocks of a sequence, at most. */
+template <typename S> uint32_t count_blocks(const attn_cuda_call &call, const attn_cuda_expected &expected) {
+    uint32_t block_queries = S::UNIT_ROWS / (call.layer.heads_q / call.layer.heads_kv);
+    return (expected.most_queries + block_queries - 1) / block_queries;
+}
+
 /*
  * The workers of each unit, where all are alike: then all that there are have equal parts. Else a share that is no part
  * of a unit has workers wait for others that are at another unit. 1: shares are cut as they come.
  */
 template <typename S>
 uint32_t choose_parts(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_expected &expected) {
-    uint32_t block_queries = S::UNIT_ROWS / (call.layer.heads_q / call.layer.heads_kv);
-    uint32_t blocks = (expected.most_queries + block_queries - 1) / block_queries;
-    uint64_t units = (uint64_t)call.batch * call.layer.heads_kv * blocks;
+    uint64_t units = (uint64_t)call.batch * call.layer.heads_kv * count_blocks<S>(call, expected);
     uint64_t tiles = (expected.longest + S::TOKENS - 1) / S::TOKENS, parts = count_launched<S>(tuning) / units;
     if (!S::TALL || expected.shortest != expected.longest || parts > joint::MAX_MEMBERS || parts > tiles) return 1;
     return max((uint32_t)parts, 1u);
@@ -1433,15 +1575,16 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     stages = min(min(stages, most), S::TALL ? MAX_TALL_STAGES : MAX_STAGES) / least * least;
     attn_cuda_workspace slots = workspace;
     slots.rows = GROUP_ROWS;
-    uint32_t workers = count_launched<S>(tuning);
-    arguments with = {
-        line::make_cut(call.layer, tuning, S::UNIT_ROWS, workers, choose_parts<S>(call, tuning, expected)),
-        slots,
-        stages,
-        tuning.patience_ns,
-        tuning.times,
-        0,
-        S::CLUSTER > 1 ? bytes_beside(workspace, tuning, call.layer.head_dim_v) : 0};
+    uint32_t workers = count_launched<S>(tuning), parts = choose_parts<S>(call, tuning, expected);
+    if (S::IN_PARTS) workers = parts * call.batch * call.layer.heads_kv * count_blocks<S>(call, expected);
+    arguments with = {line::make_cut(call.layer, tuning, S::UNIT_ROWS, workers, parts),
+                      slots,
+                      stages,
+                      tuning.patience_ns,
+                      tuning.times,
+                      0,
+                      S::HAS_OWN_PARTIALS ? bytes_beside(workspace, tuning, call.layer.head_dim_v) : 0,
+                      count_blocks<S>(call, expected)};
     with.cut.align_tiles = max(tuning.align_tiles, ALIGN_TOKENS / S::TOKENS);
     launching::grid size = {workers * S::CLUSTER, block_threads<S>(), S::CLUSTER, besides + stages * S::stage::BYTES};
     return launching::launch_kernel(wide_kernel<S>, size, tuning, call, with, stream);
@@ -1457,6 +1600,24 @@ bool are_whole_clusters(const attn_cuda_call &call, const attn_cuda_tuning &tuni
     return count_launched<S>(tuning) > 0 && (rows + S::ROWS - 1) / S::ROWS % S::CLUSTER == 0;
 }
 
+/* Blocks in clusters if they are in pairs, and in parts if all units are expected to be alike. */
+template <typename KV, uint32_t DIM, uint32_t DIM_V>
+cudaError_t launch_tall(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
+                        const attn_cuda_workspace &workspace, const attn_cuda_expected &expected, cudaStream_t stream) {
+    using single = shape<KV, DIM, DIM_V, 2, false, true>;
+    using single_part = shape<KV, DIM, DIM_V, 2, false, true, false, 1, true>;
+    using pair = shape<KV, DIM, DIM_V, 2, false, true, false, TALL_CLUSTER>;
+    using pair_part = shape<KV, DIM, DIM_V, 2, false, true, false, TALL_CLUSTER, true>;
+    if (are_whole_clusters<pair>(call, tuning, expected)) {
+        if (choose_parts<pair>(call, tuning, expected) > 1)
+            return launch<pair_part>(call, tuning, workspace, expected, stream);
+        return launch<pair>(call, tuning, workspace, expected, stream);
+    }
+    if (choose_parts<single>(call, tuning, expected) > 1)
+        return launch<single_part>(call, tuning, workspace, expected, stream);
+    return launch<single>(call, tuning, workspace, expected, stream);
+}
+
 /*
  * Two groups have 168 registers a thread, one has 255, and takes less shared memory: wide heads have one, and no tall
  * blocks. Simple calls have a query row a sequence, so they come here only with more than 16 heads a group, which one
@@ -1468,12 +1629,8 @@ cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tun
                          cudaStream_t stream) {
     constexpr uint32_t GROUPS = DIM > 128 ? 1 : 2;
     if constexpr (GROUPS == 2) {
-        bool is_tall = rows > GROUP_ROWS && call.softcap == 0;
-        using clustered = shape<KV, DIM, DIM_V, GROUPS, false, true, false, TALL_CLUSTER>;
-        if (is_tall && are_whole_clusters<clustered>(call, tuning, expected))
-            return launch<clustered>(call, tuning, workspace, expected, stream);
-        if (is_tall)
-            return launch<shape<KV, DIM, DIM_V, GROUPS, false, true>>(call, tuning, workspace, expected, stream);
+        if (rows > GROUP_ROWS && call.softcap == 0)
+            return launch_tall<KV, DIM, DIM_V>(call, tuning, workspace, expected, stream);
     }
     if constexpr (DIM == 128) {
         if (line::is_simple(call) && !line::leaves_results(call))
