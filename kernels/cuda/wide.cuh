@@ -1165,18 +1165,16 @@ __device__ __noinline__ void merge_rows(const block_place<S> &block, const found
     }
 }
 
-/* A row that is to be merged, on its way: its first partials, and what it has apart. */
+/* A row that is to be merged, on its way: its first partials. */
 template <typename S> struct coming_row {
     static constexpr uint32_t EARLY = 8;
-    rows::row<S::DIM_V> partials[EARLY], apart;
+    rows::row<S::DIM_V> partials[EARLY];
     float2 state; /* of partial `lane` */
-    float apart_lse;
-    results::destination to;
 };
 
 template <typename S>
-__device__ inline void load_coming(coming_row<S> &row, const unit_partials<S::ROWS> &of, const block_place<S> &block,
-                                   const found_run &found, uint32_t index, bool is_apart, uint32_t lane) {
+__device__ inline void load_coming(coming_row<S> &row, const unit_partials<S::ROWS> &of, uint32_t index,
+                                   uint32_t lane) {
 #pragma unroll
     for (uint32_t i = 0; i < row.EARLY; i++) {
         rows::clear_row(row.partials[i]); /* as in rows::merge_partials */
@@ -1185,19 +1183,11 @@ __device__ inline void load_coming(coming_row<S> &row, const unit_partials<S::RO
     }
     row.state = make_float2(-INFINITY, 0.0f);
     if (lane < of.count) row.state = __ldcg(of.states + of.place(lane) + index);
-    rows::place at = {found.unit, block.with.cut, rows_before<S>() + index};
-    row.to = rows::final_destination_of<typename S::rules>(block.call, at);
-    rows::clear_row(row.apart);
-    row.apart_lse = -INFINITY;
-    if (!is_apart) return;
-    row.apart = rows::load_row_of_others<S::DIM_V>(block.call.shared_out + row.to.row * S::DIM_V, lane);
-    row.apart_lse = __ldcg(&block.call.shared_lse[row.to.row]);
 }
 
-/* Merges and writes it. */
 template <typename S>
-__device__ inline void finish_coming(const coming_row<S> &row, const unit_partials<S::ROWS> &of,
-                                     const block_place<S> &block, uint32_t index, bool is_apart, uint32_t lane) {
+__device__ inline rows::row_state<S::DIM_V> merge_coming(const coming_row<S> &row, const unit_partials<S::ROWS> &of,
+                                                         uint32_t index, uint32_t lane) {
     rows::row_state<S::DIM_V> merged = rows::empty_state<S::DIM_V>();
     merged.maximum = row.state.x;
     for (uint32_t step = 16; step > 0; step /= 2)
@@ -1215,32 +1205,92 @@ __device__ inline void finish_coming(const coming_row<S> &row, const unit_partia
         rows::row<S::DIM_V> partial = rows::load_row_of_others<S::DIM_V>(from, lane);
         rows::add_row(merged.out, 1.0f, partial, __shfl_sync(ALL_LANES, factor, i));
     }
-    if (is_apart) rows::merge_state(merged, row.apart, row.apart_lse * LOG2_E, 1.0f);
-    rows::write_row_to<typename S::rules, typename S::IO>(block.call, row.to, merged, 1.0f, lane);
+    return merged;
+}
+
+/* Where merged rows wait for what they have apart: where the queries were, which nobody needs any more. */
+template <typename S> struct kept_rows {
+    block_memory<S> &memory;
+
+    static_assert(sizeof(memory.queries) >= S::ROWS * S::DIM_V * sizeof(float) && S::GROUPS > 1, "");
+
+    __device__ float *out(uint32_t index) const { return (float *)memory.queries + index * S::DIM_V; }
+    __device__ float2 &state(uint32_t index) const { return (float2 &)memory.visible[0][index]; }
+};
+
+/* Adds what rows have apart, and writes them: rows index, index + step, .. By the warp that has kept them. */
+template <typename S>
+__device__ inline void finish_kept(const block_place<S> &block, const found_run &found, uint32_t index, uint32_t step,
+                                   uint32_t lane) {
+    constexpr uint32_t COUNT = 4; /* at once */
+    kept_rows<S> kept = {block.memory};
+    __syncwarp();
+#pragma unroll 1
+    for (; index < found.rows; index += COUNT * step) {
+        results::destination to[COUNT];
+        rows::row<S::DIM_V> apart[COUNT];
+        float lses[COUNT];
+#pragma unroll
+        for (uint32_t r = 0; r < COUNT; r++) {
+            uint32_t row = min(index + r * step, found.rows - 1);
+            rows::place at = {found.unit, block.with.cut, rows_before<S>() + row};
+            to[r] = rows::final_destination_of<typename S::rules>(block.call, at);
+        }
+        ptx::wait_for_previous_launch(); /* where they come from */
+#pragma unroll
+        for (uint32_t r = 0; r < COUNT; r++) {
+            apart[r] = rows::load_row_of_others<S::DIM_V>(block.call.shared_out + to[r].row * S::DIM_V, lane);
+            lses[r] = __ldcg(&block.call.shared_lse[to[r].row]);
+        }
+#pragma unroll
+        for (uint32_t r = 0; r < COUNT; r++) {
+            uint32_t row = index + r * step;
+            if (row >= found.rows) break;
+            float2 state = kept.state(row);
+            rows::row_state<S::DIM_V> merged = {rows::load_row<S::DIM_V>(kept.out(row), lane), state.x, state.y};
+            rows::merge_state(merged, apart[r], lses[r] * LOG2_E, 1.0f);
+            rows::write_row_to<typename S::rules, typename S::IO>(block.call, to[r], merged, 1.0f, lane);
+        }
+    }
 }
 
 /*
- * The same as merge_rows, of a unit in parts, which are few: a row after the other, the next one on its way. It is the
- * code that is short: it is fetched while all wait for it.
+ * The same as merge_rows, of a unit in parts, which are few: a row after the other, the next one on its way, in code
+ * that is short, since it is fetched while all wait for it. Rows that have something apart are merged before that is
+ * there.
  */
 template <typename S>
-__device__ __noinline__ void merge_rows_in_turn(const block_place<S> &block, const found_run &found, uint32_t index,
+__device__ __noinline__ void merge_rows_in_turn(const block_place<S> &block, const found_run &found, uint32_t first,
                                                 uint32_t step, uint32_t lane) {
     static_assert(S::KV::BYTES == 2 && joint::MAX_MEMBERS <= 32, "no scales, and a lane a partial");
     rows::workspace work = workspace_of<S>(block.with);
     size_t first_row = (size_t)2 * found.first_worker * S::ROWS;
     unit_partials<S::ROWS> of = {work.outs + first_row * S::DIM_V, work.states + first_row, found.workers};
     bool is_apart = rows::adds_shared<typename S::rules>(block.call, found.unit), has_now = false;
+    kept_rows<S> kept = {block.memory};
     coming_row<S> now, next;
+    if (!is_apart) ptx::wait_for_previous_launch();
 #pragma unroll 1
-    for (;; index += step) {
+    for (uint32_t index = first;; index += step) {
         bool has_next = index < found.rows;
-        if (has_next) load_coming(next, of, block, found, index, is_apart, lane);
-        if (has_now) finish_coming(now, of, block, index - step, is_apart, lane);
-        if (!has_next) return;
+        if (has_next) load_coming(next, of, index, lane);
+        if (has_now) {
+            uint32_t row = index - step;
+            rows::row_state<S::DIM_V> merged = merge_coming(now, of, row, lane);
+            if (is_apart) {
+                rows::store_row(kept.out(row), merged.out, lane);
+                if (lane == 0) kept.state(row) = make_float2(merged.maximum, merged.sum);
+            } else {
+                rows::place at = {found.unit, block.with.cut, rows_before<S>() + row};
+                rows::write_row_to<typename S::rules, typename S::IO>(
+                    block.call, rows::final_destination_of<typename S::rules>(block.call, at), merged, 1.0f, lane);
+            }
+        }
+        if (!has_next) break;
         now = next;
         has_now = true;
     }
+    if (is_apart) finish_kept(block, found, first, step, lane);
 }
 
 /* Merges rows index, index + step, .. of a unit, as few as others leave of it. By a warp. Not inlined, likewise. */
@@ -1280,7 +1330,7 @@ __device__ inline void merge_unit(const block_place<S> &block, const found_run &
     ptx::named_barrier<WARP_COUNT * 32>(barrier); /* for racecheck, which does not see that the first one orders */
     block_place<S> copy = block;                  /* what is passed by its address is in memory */
     uint32_t members = merged;
-    if (S::HAS_OWN_PARTIALS) ptx::wait_for_previous_launch(); /* end_run */
+    if (S::HAS_OWN_PARTIALS && !S::IN_PARTS) ptx::wait_for_previous_launch(); /* end_run */
     if constexpr (!S::IN_PARTS) {
         if (party.members <= 1 && members != 0) merge_rows<S, many_rows<S>>(copy, found, warp, WARP_COUNT, lane);
         if (party.members <= 1) return;
