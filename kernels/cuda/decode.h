@@ -25,6 +25,7 @@ extern "C" {
 
 enum { ATTN_CUDA_MAX_CLUSTER = 8 };     /* thread blocks */
 enum { ATTN_CUDA_PATIENCE_NS = 20000 }; /* a good patience_ns: longer than workers of one launch differ */
+enum { ATTN_CUDA_MAX_BESIDE_ROWS = 16 };
 
 /* How a launch is shaped. */
 typedef struct {
@@ -48,6 +49,17 @@ typedef struct {
      * and shared_lse, and what it appends must not be read there.
      */
     int overlap_launches;
+    /*
+     * Of two launches that are on the device together (side_by_side.h), the first: its blocks are launched as clusters
+     * of two, though they need none, so that what they leave of the multiprocessors are pairs, for the second's.
+     */
+    int leaves_pairs;
+    /*
+     * Of the second: workers of the first, which has at most ATTN_CUDA_MAX_BESIDE_ROWS rows a block. Nothing else is at
+     * work in the workspace, so that partial results need not wait for the first to end if they are not stored where
+     * its are. 0: they wait.
+     */
+    uint32_t beside;
     uint64_t *times; /* NULL, or device [blocks, 4]: multiprocessor, begin, share found, end; ns of the global timer */
 } attn_cuda_tuning;
 

@@ -83,6 +83,18 @@ __device__ inline void bulk_copy(uint32_t to, const void *from, uint32_t bytes, 
         : "memory");
 }
 
+/* The same to blocks of the cluster, a bit each: to the same places there, and the bytes count on each one's barrier.
+ */
+__device__ inline void bulk_copy_to_blocks(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier,
+                                           uint16_t blocks, uint64_t policy) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], %4, %5;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "h"(blocks), "l"(policy)
+                 : "memory");
+#endif
+}
+
 __device__ inline uint64_t evict_first_policy() {
     uint64_t policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -211,6 +223,13 @@ __device__ inline void cluster_arrive() {
 #endif
 }
 
+/* The same where all that the others look for are barriers, after barrier_init_fence, or nothing. */
+__device__ inline void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
 /* Waits until all threads of the cluster have arrived, or ended. */
 __device__ inline void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
@@ -225,6 +244,16 @@ __device__ inline uint32_t address_in_cluster(uint32_t address, uint32_t rank) {
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
 #endif
     return there;
+}
+
+/*
+ * Arrives at a barrier of a block of the cluster, given by address_in_cluster. It says that something has been read, no
+ * more: with .release.cluster it would wait for all that the thread has written to global memory, too.
+ */
+__device__ inline void barrier_arrive_in_cluster(uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+#endif
 }
 
 /* Stores to a block of the cluster; the bytes count on `barrier`, of that block. */

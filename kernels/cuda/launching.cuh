@@ -20,6 +20,8 @@ struct arguments {
     uint32_t patience_ns; /* attn_cuda_tuning */
     uint64_t *times;      /* attn_cuda_tuning */
     uint32_t chunk_slots; /* chunks that a block can keep (chunks.cuh) */
+    uint32_t beside;      /* bytes of the workspace's partials that are the launch before's; 0: all may be (wide.cuh) */
+    uint32_t unit_blocks; /* row blocks of a sequence, at most; of units in parts (wide.cuh) */
 };
 
 /* ------------------------------------------------------------------------------------------- */

@@ -462,6 +462,36 @@ template <typename L> __device__ inline part find_part(const attn_cuda_call &cal
     return found;
 }
 
+/*
+ * The same of calls that are not simple, whose sequences have `blocks` row blocks or fewer; what is not there has no
+ * tile. A unit of fewer tiles than parts has a tile in each of the first ones.
+ */
+template <typename L>
+__device__ inline part find_block_part(const attn_cuda_call &call, const cut &cut, uint32_t blocks, uint32_t worker) {
+    uint32_t unit = worker * cut.parts_inverse >> 16, which = worker - unit * cut.parts;
+    uint32_t a_sequence = blocks * call.layer.heads_kv;
+    part found;
+    found.unit.sequence = unit / a_sequence;
+    unit -= found.unit.sequence * a_sequence;
+    found.unit.head = unit / blocks;
+    found.unit.block = unit - found.unit.head * blocks;
+    found.unit.begin = 0;
+    found.unit.of = sequence_at<L>(call, found.unit.sequence);
+    load_unit<L>(found.unit, call, cut);
+    uint32_t tiles = found.unit.block < blocks_of(found.unit.of, cut) ? found.unit.sees.tiles : 0;
+    auto begin_of = [&](uint32_t p) {
+        if (tiles < cut.parts) return min(p, tiles);
+        return p == cut.parts ? tiles : (uint32_t)((uint64_t)p * tiles * cut.parts_inverse >> 16);
+    };
+    found.mine.is_part = true;
+    found.mine.begin = begin_of(which);
+    found.mine.end = begin_of(which + 1);
+    found.mine.turn = found.mine.end;
+    found.mine.tiles_a_worker = 0;
+    found.mine.at_begin = found.mine.at_turn = {found.unit.sequence, 0};
+    return found;
+}
+
 /* The i-th tile that the worker does, in the line. */
 __device__ inline uint32_t tile_in_turn(const share &mine, uint32_t i) {
     uint32_t last_run = mine.end - mine.turn;

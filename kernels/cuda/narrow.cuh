@@ -933,10 +933,16 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
                       stages,
                       tuning.patience_ns,
                       tuning.times,
-                      chunk_slots};
+                      chunk_slots,
+                      0,
+                      0};
     with.cut.weighs_ends = weighs_ends;
     launching::grid size = {workers, S::GROUPS * GROUP_THREADS + 32, in_cluster,
                             stages * S::stage::BYTES + besides + chunk_slots * a_chunk};
+    if (in_cluster == 1 && tuning.leaves_pairs && tuning.is_hopper && workers % 2 == 0) {
+        size.cluster = 2;
+        size.shared_bytes = tuning.shared_bytes; /* or both may be on one multiprocessor */
+    }
     return launching::launch_kernel(narrow_kernel<S>, size, tuning, call, with, stream);
 }
 

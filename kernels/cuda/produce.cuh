@@ -75,6 +75,29 @@ __device__ inline void enter_sequence(lane_walk &walk, const attn_cuda_call &cal
     walk.tiles = a_head * call.layer.heads_kv;
 }
 
+/* Fills in all but the head: tile `within` of a row block that sees `sees`. */
+template <uint32_t TOKENS>
+__device__ inline void find_source(tile_source<TOKENS> &source, const attn_cuda_call &call, const line::cut &cut,
+                                   const attn_cuda_sequence &sequence, const line::extent &sees, uint32_t within) {
+    uint32_t first = sees.first_token + within * TOKENS;
+    bool is_seen = first < sees.end && first + TOKENS > sees.begin;
+    source.tokens = is_seen ? min(TOKENS, sees.end - first) : 0;
+
+    const uint32_t *table = call.page_table + sequence.page_offset;
+    source.first_block = first >> cut.block_shift;
+#pragma unroll
+    for (uint32_t i = 0; i < tile_source<TOKENS>::MAX_BLOCKS; i++) {
+        source.pages[i] = 0;
+        if (i << cut.block_shift < source.tokens) {
+            source.pages[i] = __ldg(&table[(source.first_block + i) >> (cut.page_shift - cut.block_shift)]);
+        }
+    }
+    uint32_t old_rows = sequence.length - sequence.new_rows;
+    source.new_begin = min(max(first, old_rows) - first, source.tokens);
+    source.new_end = sequence.new_rows > 0 ? source.tokens : source.new_begin;
+    source.first_new = sequence.first_new + first + source.new_begin - old_rows;
+}
+
 template <typename L>
 __device__ inline tile_source<L::TOKENS> locate_tile(const attn_cuda_call &call, const line::cut &cut, lane_walk &walk,
                                                      uint32_t tile) {
@@ -96,23 +119,7 @@ __device__ inline tile_source<L::TOKENS> locate_tile(const attn_cuda_call &call,
         within -= sees.tiles;
         sees = line::extent_of_block<L>(call, sequence, cut, block);
     }
-    uint32_t first = sees.first_token + within * TOKENS;
-    bool is_seen = first < sees.end && first + TOKENS > sees.begin;
-    source.tokens = is_seen ? min(TOKENS, sees.end - first) : 0;
-
-    const uint32_t *table = call.page_table + sequence.page_offset;
-    source.first_block = first >> cut.block_shift;
-#pragma unroll
-    for (uint32_t i = 0; i < tile_source<TOKENS>::MAX_BLOCKS; i++) {
-        source.pages[i] = 0;
-        if (i << cut.block_shift < source.tokens) {
-            source.pages[i] = __ldg(&table[(source.first_block + i) >> (cut.page_shift - cut.block_shift)]);
-        }
-    }
-    uint32_t old_rows = sequence.length - sequence.new_rows;
-    source.new_begin = min(max(first, old_rows) - first, source.tokens);
-    source.new_end = sequence.new_rows > 0 ? source.tokens : source.new_begin;
-    source.first_new = sequence.first_new + first + source.new_begin - old_rows;
+    find_source(source, call, cut, sequence, sees, within);
     return source;
 }
 
@@ -208,12 +215,15 @@ enum class content { ALL, KEYS, VALUES };
 
 /*
  * The geometry of a stage. GATHERED: one block of TOKENS tokens, whatever a page holds; else blocks of as many tokens
- * as in the pool. What has only keys, or only values, is gathered.
+ * as in the pool. What has only keys, or only values, is gathered. SHARERS: blocks of a cluster that have the same
+ * tiles; each copies some columns of a tile to all of them.
  */
-template <typename KV_, uint32_t DIM, uint32_t DIM_V, uint32_t TOKENS_, bool GATHERED_, content HAS = content::ALL>
+template <typename KV_, uint32_t DIM, uint32_t DIM_V, uint32_t TOKENS_, bool GATHERED_, content HAS = content::ALL,
+          uint32_t SHARERS_ = 1>
 struct stage_shape {
     using KV = KV_;
-    static constexpr uint32_t TOKENS = TOKENS_;
+    static constexpr uint32_t TOKENS = TOKENS_, SHARERS = SHARERS_;
+    static_assert(SHARERS == 1 || HAS != content::ALL, "");
     static constexpr bool GATHERED = GATHERED_;
     static constexpr bool HAS_KEYS = HAS != content::VALUES, HAS_VALUES = HAS != content::KEYS;
     static_assert(GATHERED || (HAS_KEYS && HAS_VALUES), "");
@@ -240,10 +250,32 @@ template <typename S> __device__ inline block_place place_block(uint32_t stage, 
     return {keys, keys + block_tokens * S::KEY_BYTES, block_tokens * S::KEY_CHUNK, block_tokens * S::VALUE_CHUNK};
 }
 
-/* Starts bulk copies of the first `rows` rows of a block. By one thread. */
+/*
+ * Starts the bulk copies of some columns of a block's rows, to all sharers: those that are this one's to copy.
+ * `number`: of the block, in the tile.
+ */
+template <typename S, uint32_t CHUNKS>
+__device__ inline void copy_shared_columns(uint32_t to, uint32_t stride, const char *from, uint32_t from_stride,
+                                           uint32_t bytes, uint32_t number, uint32_t full, uint64_t policy) {
+#pragma unroll
+    for (uint32_t c = 0; c < CHUNKS; c++) {
+        if ((number * CHUNKS + c) % S::SHARERS != blockIdx.x % S::SHARERS) continue;
+        ptx::bulk_copy_to_blocks(to + c * stride, from + c * from_stride, bytes, full, (1u << S::SHARERS) - 1, policy);
+    }
+}
+
+/* Starts bulk copies of the first `rows` rows of a block, the tile's `number`-th. By one thread. */
 template <typename S>
 __device__ inline void copy_block(const block_place &to, const char *from, uint32_t block_tokens, uint32_t rows,
-                                  uint32_t full, uint64_t policy) {
+                                  uint32_t number, uint32_t full, uint64_t policy) {
+    if constexpr (S::SHARERS > 1) {
+        constexpr uint32_t CHUNK = S::HAS_KEYS ? S::KEY_CHUNK : S::VALUE_CHUNK;
+        uint32_t skipped = S::HAS_KEYS ? 0 : block_tokens * S::KEY_BYTES;
+        copy_shared_columns<S, S::ROW_BYTES / CHUNK>(S::HAS_KEYS ? to.keys : to.values,
+                                                     S::HAS_KEYS ? to.key_stride : to.value_stride, from + skipped,
+                                                     block_tokens * CHUNK, rows * CHUNK, number, full, policy);
+        return;
+    }
     constexpr bool HAS_ALL = S::HAS_KEYS && S::HAS_VALUES;
     if (HAS_ALL && rows == block_tokens && (!S::GATHERED || block_tokens == S::TOKENS)) {
         ptx::bulk_copy(to.keys, from, rows * (S::KEY_BYTES + S::VALUE_BYTES), full, policy);
@@ -279,7 +311,7 @@ __device__ inline void fill_stage(const attn_cuda_call &call, const line::cut &c
         if (row >= source.tokens) break;
         const char *from = find_block(call, cut, source.pages[i], source.head, source.first_block + i);
         copy_block<S>(place_block<S>(stage, row, block_tokens), from, block_tokens,
-                      min(block_tokens, source.tokens - row), full, policy);
+                      min(block_tokens, source.tokens - row), i, full, policy);
     }
 }
 
@@ -310,7 +342,7 @@ __device__ inline void fill_stage_by_lanes(const attn_cuda_call &call, const lin
     if (!is_live || tokens == 0) return;
     uint32_t block_tokens = 1u << cut.block_shift;
     copy_block<S>(place_block<S>(stage, row, block_tokens), find_block(call, cut, page, head, first_block + lane),
-                  block_tokens, min(block_tokens, tokens - row), full, policy);
+                  block_tokens, min(block_tokens, tokens - row), lane, full, policy);
 }
 
 /* The same in pieces of 16 bytes, by the whole warp, of the tile that lane `owner` has found. */
@@ -401,6 +433,37 @@ __device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cu
         }
         store_new_rows<typename S::KV, S::TOKENS>(call, cut, next, lane);
         source = next;
+    }
+}
+
+/* The same of a part of a unit, if that is all that the worker has (line::find_block_part). From sm_90 on. */
+template <typename S, typename L>
+__device__ inline void fill_ring_from_unit(const attn_cuda_call &call, const line::cut &cut, const line::part &part,
+                                           const ring &ring, uint32_t lane) {
+    uint32_t count = part.mine.end - part.mine.begin;
+    uint64_t policy = ptx::evict_first_policy();
+    ring_place place = {0, 1};
+#pragma unroll 1
+    for (uint32_t base = 0; base < count; base += 32) {
+        tile_source<S::TOKENS> source = {};
+        source.head = part.unit.head;
+        uint32_t tile = part.mine.begin + base + lane;
+        if (base + lane < count) find_source(source, call, cut, part.unit.of, part.unit.sees, tile);
+        store_new_rows<typename S::KV, S::TOKENS>(call, cut, source, lane);
+        uint32_t found = min(32u, count - base);
+#pragma unroll 1
+        for (uint32_t j = 0; j < found; j++) {
+            uint32_t stage = ring.memory + place.stage * ring.stage_bytes, full = ring.full + place.stage * 8;
+            if (cut.block_shift < 6) {
+                ptx::barrier_wait(ring.empty + place.stage * 8, place.parity);
+                fill_stage_by_lanes<S>(call, cut, source, j, stage, full, policy, lane);
+            } else if (lane == j) {
+                ptx::barrier_wait(ring.empty + place.stage * 8, place.parity);
+                fill_stage<S>(call, cut, source, stage, full, policy);
+            }
+            __syncwarp();
+            place.advance(ring);
+        }
     }
 }
 

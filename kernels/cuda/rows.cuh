@@ -237,17 +237,10 @@ __device__ inline void add_shared(const attn_cuda_call &call, size_t row, row_st
                 __ldcg(&call.shared_lse[row]) * LOG2_E, 1.0f);
 }
 
-/* Writes a finished row, adding what it has apart and the sink. */
+/* Writes a finished row, adding the sink; its outputs are to be multiplied by `scale`. */
 template <typename L, typename IO, uint32_t COLUMNS>
-__device__ inline void write_row(const attn_cuda_call &call, const place &at, row_state<COLUMNS> &state,
-                                 uint32_t lane) {
-    results::destination to = final_destination_of<L>(call, at);
-    float scale = value_scale(call, at.unit.head);
-    if (adds_shared<L>(call, at.unit)) {
-        scale_row(state.out, scale);
-        scale = 1.0f;
-        add_shared(call, to.row, state, lane);
-    }
+__device__ inline void write_row_to(const attn_cuda_call &call, const results::destination &to,
+                                    row_state<COLUMNS> &state, float scale, uint32_t lane) {
     if (to.sink != nullptr) {
         float sink = *to.sink * LOG2_E, most = fmaxf(state.maximum, sink);
         float keep = decay(state.maximum, most);
@@ -262,6 +255,20 @@ __device__ inline void write_row(const attn_cuda_call &call, const place &at, ro
         write_elements((IO *)call.out + to.row * COLUMNS, state.out, call.layer.dtype, lane);
     }
     if (lane == 0) results::write_lse(call, to, lse_of(state.maximum, state.sum));
+}
+
+/* Writes a finished row, adding what it has apart and the sink. */
+template <typename L, typename IO, uint32_t COLUMNS>
+__device__ inline void write_row(const attn_cuda_call &call, const place &at, row_state<COLUMNS> &state,
+                                 uint32_t lane) {
+    results::destination to = final_destination_of<L>(call, at);
+    float scale = value_scale(call, at.unit.head);
+    if (adds_shared<L>(call, at.unit)) {
+        scale_row(state.out, scale);
+        scale = 1.0f;
+        add_shared(call, to.row, state, lane);
+    }
+    write_row_to<L, IO>(call, to, state, scale, lane);
 }
 
 /* ------------------------------------------------------------------------------------------- */

@@ -9,20 +9,24 @@
 /* The rule */
 
 /*
- * What is measured, on 132 multiprocessors of an H200, bf16, 128 columns. Where both are at work the second launch ends
- * after the later of them: what it does then is counted to either.
+ * What is measured, on 132 multiprocessors of an H200. Where both are at work the second launch ends after the later of
+ * them: what it does then is counted to either.
  */
-enum { BLOCK_ROWS = 128, TILE_TOKENS = 128, MAX_PARTS = 16 }; /* of tall blocks */
-static const double PREFIX_ENDS_US = 18;                      /* before the first tile of a part, and after the last */
-static const double PREFIX_TILE_US = 1.6;                     /* where nothing else is at work.. */
-static const double PREFIX_TILE_BESIDE_US = 1.9;              /* ..and beside own tokens */
+enum { BLOCK_ROWS = 128, TILE_TOKENS = 128, LEAST_PARTS = 2, MAX_PARTS = 16 }; /* of tall blocks */
+static const double PREFIX_MERGE_US = 12; /* of a unit's rows, divided among its parts */
 
-/* Own tokens: a multiprocessor does a tile after the other, all together as fast as they are read. */
-enum { OWN_BLOCK_ROWS = 8, OWN_TILE_TOKENS = 64, LEAST_OWN_TILES = 2 };
-static const double OWN_ENDS_US = 24, OWN_TILE_US = 0.5, OWN_BYTES_US = 4.2e6;
+/* Own tokens: a multiprocessor does a tile after the other, and ends a unit. */
+enum { OWN_BLOCK_ROWS = 8, OWN_TILE_TOKENS = 64 };
+static const double OWN_ENDS_US = 9.2, OWN_UNIT_US = 0.39, OWN_BYTES_US = 70.5e3;
 
-static const double AFTER_ENDS_US = 9; /* of own tokens that come after */
-static const double LEAST_GAIN_US = 6; /* less is not worth what the model may be wrong by */
+/* Both together are not faster than the memory. */
+static const double READ_ENDS_US = 11, READ_BYTES_US = 4.45e6;
+
+static const double AFTER_ENDS_US = 6.2; /* of own tokens that come after */
+static const double LEAST_GAIN_US = 2;   /* less is not worth what the model may be wrong by */
+
+/* Of parts that take as long otherwise, those are better that leave the most time to either side. */
+static const double BALANCE = 0.1;
 
 static uint32_t divide_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
@@ -51,11 +55,14 @@ static bool is_measured(const attn_cuda_forks *forks, const attn_cuda_tuning *tu
 
 uint32_t attn_cuda_own_tiles(uint32_t tokens) {
     uint32_t tiles = divide_up(tokens, OWN_TILE_TOKENS);
-    return tiles > LEAST_OWN_TILES ? tiles : LEAST_OWN_TILES;
+    return tiles > 0 ? tiles : 1;
 }
 
-static double prefix_us(uint32_t tiles, uint32_t parts, double tile_us) {
-    return PREFIX_ENDS_US + divide_up(tiles, parts) * tile_us;
+/* What a launch of prefixes takes, where each unit is cut into so many parts. */
+static double prefix_us(const attn_cuda_layer *layer, uint32_t tiles, uint32_t parts) {
+    bool has_two_terms = layer->kv_dtype == ATTN_FP16; /* of a weight */
+    double ends_us = has_two_terms ? 19 : 12.5, tile_us = has_two_terms ? 2.5 : layer->head_dim == 64 ? 1.28 : 1.62;
+    return ends_us + PREFIX_MERGE_US / parts + divide_up(tiles, parts) * tile_us;
 }
 
 uint32_t attn_cuda_choose_own_workers(const attn_cuda_forks *forks, const attn_cuda_tuning *tuning) {
@@ -65,22 +72,28 @@ uint32_t attn_cuda_choose_own_workers(const attn_cuda_forks *forks, const attn_c
     uint64_t units = (uint64_t)forks->prefixes.batch * layer->heads_kv * blocks;
     uint32_t tiles = divide_up(forks->prefixes_expected.longest, TILE_TOKENS), workers = tuning->workers;
     if (units >= workers) return 0;
-    double own_tiles = (double)forks->own_tiles * layer->heads_kv;
-    double bytes = own_tiles * OWN_TILE_TOKENS * (layer->head_dim + layer->head_dim_v) * layer->element_bytes;
-    double read_us = bytes / OWN_BYTES_US;
+    double token_bytes = (double)layer->heads_kv * (layer->head_dim + layer->head_dim_v) * layer->element_bytes;
+    double own_bytes = (double)forks->own_tiles * OWN_TILE_TOKENS * token_bytes;
+    double prefix_bytes = (double)forks->prefixes.batch * forks->prefixes_expected.longest * token_bytes;
+    double own_units_us = (double)forks->own.batch * layer->heads_kv * OWN_UNIT_US;
+    double read_us = READ_ENDS_US + (own_bytes + prefix_bytes) / READ_BYTES_US;
     uint32_t all = workers / (uint32_t)units, most = all < MAX_PARTS ? all : MAX_PARTS, chosen = 0;
     if (most > tiles) most = tiles;
-    double shortest = prefix_us(tiles, most, PREFIX_TILE_US) + AFTER_ENDS_US + read_us - LEAST_GAIN_US;
-    for (uint32_t parts = 1; parts <= most; parts++) {
+    if (most < LEAST_PARTS) return 0;
+    double in_turn_us = prefix_us(layer, tiles, most) + AFTER_ENDS_US + own_bytes / READ_BYTES_US;
+    double least_cost = 0, chosen_us = 0;
+    for (uint32_t parts = LEAST_PARTS; parts <= most; parts++) {
         uint32_t left = workers - parts * (uint32_t)units;
         if (left == 0) break;
-        double own_us = OWN_ENDS_US + max_of(own_tiles * OWN_TILE_US / left, read_us);
-        double us = max_of(own_us, prefix_us(tiles, parts, PREFIX_TILE_BESIDE_US));
-        if (us >= shortest) continue;
-        shortest = us;
+        double own_us = OWN_ENDS_US + (own_units_us + own_bytes / OWN_BYTES_US) / left;
+        double parts_us = prefix_us(layer, tiles, parts), us = max_of(max_of(own_us, parts_us), read_us);
+        double cost = us + BALANCE * (own_us + parts_us);
+        if (chosen != 0 && cost >= least_cost) continue;
+        least_cost = cost;
+        chosen_us = us;
         chosen = left;
     }
-    return chosen;
+    return chosen_us < in_turn_us - LEAST_GAIN_US ? chosen : 0;
 }
 
 /* ------------------------------------------------------------------------------------------- */
@@ -101,6 +114,13 @@ static int launch_in_turn(const attn_cuda_forks *forks, const attn_cuda_tuning *
     return attn_cuda_decode_launch(&own, &overlapping, workspace, &forks->own_expected, stream);
 }
 
+/* Workers of the first launch whose partials may be beside those of the second: 0 if that cannot be. */
+static uint32_t count_beside(const attn_cuda_forks *forks, const attn_cuda_tuning *first) {
+    uint32_t rows = forks->own_expected.most_queries * group_of(&forks->own.layer);
+    bool is_alone = !first->overlap_launches; /* or the prefixes of the call before may be at work, too */
+    return is_alone && rows <= ATTN_CUDA_MAX_BESIDE_ROWS ? first->workers : 0;
+}
+
 static int launch_side_by_side(const attn_cuda_forks *forks, const attn_cuda_tuning *tuning, uint32_t own_workers,
                                const attn_cuda_workspace *workspace, void *stream) {
     attn_cuda_call prefixes = forks->prefixes, own = forks->own;
@@ -110,6 +130,7 @@ static int launch_side_by_side(const attn_cuda_forks *forks, const attn_cuda_tun
     own.partial_lse = forks->apart_lse;
     first.workers = own_workers;
     first.blocks_per_sm = 1; /* or it has them on twice as many multiprocessors */
+    first.leaves_pairs = 1;
     memset(first.clusters, 0, sizeof first.clusters);
     int error = attn_cuda_decode_launch(&own, &first, workspace, &forks->own_expected, stream);
     if (error != 0) return error;
@@ -118,6 +139,7 @@ static int launch_side_by_side(const attn_cuda_forks *forks, const attn_cuda_tun
     prefixes.shared_lse = forks->apart_lse;
     second.workers -= own_workers;
     second.overlap_launches = tuning->is_hopper;
+    second.beside = count_beside(forks, &first);
     if (second.times != NULL) second.times += 4 * (size_t)own_workers;
     return attn_cuda_decode_launch(&prefixes, &second, workspace, &forks->prefixes_expected, stream);
 }

@@ -378,6 +378,8 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
                       stages,
                       tuning.patience_ns,
                       tuning.times,
+                      0,
+                      0,
                       0};
     launching::grid size = {workers, BLOCK_THREADS, CLUSTERED ? parts : 1, stages * S::stage::BYTES + besides};
     return launching::launch_kernel(twins_kernel<S, CLUSTERED>, size, tuning, call, with, stream);

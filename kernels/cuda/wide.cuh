@@ -15,6 +15,11 @@
  * weight has one term a group has the next tile's scores computed beside this tile's product with the values. The
  * groups take turns at that: one computes powers while the tensor cores have the other's products.
  *
+ * Tall blocks of which a sequence has whole pairs are in clusters of two, and a cluster is a worker, whose units have
+ * 256 rows, half of them each block's. Each tile is loaded once for both: a block's producers copy half of its columns,
+ * to both, as soon as both are done with the stage. Else the blocks have nothing to do with each other: each leaves
+ * partials of its own rows, and merges them.
+ *
  * Where runs change the groups have no time to wait for a memory that is busy with tiles. So a warp of its own, the
  * scout, is ahead of them: it finds out what they have to know of a run, and loads its queries.
  *
@@ -38,22 +43,25 @@ using rows::LOG2_E;
 constexpr uint32_t GROUP_ROWS = 64, TALL_ROWS = 128;
 constexpr uint32_t STEP = 16; /* what a product sums over */
 
-/* A kernel's shape. TWINS: twins.cuh. */
+/* A kernel's shape. TWINS: twins.cuh. CLUSTER: blocks that are a worker together. IN_PARTS: of tall blocks. */
 template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t GROUPS_, bool SIMPLE, bool TALL_ = false,
-          bool TWINS_ = false>
+          bool TWINS_ = false, uint32_t CLUSTER_ = 1, bool IN_PARTS_ = false>
 struct shape {
     using KV = KV_;
     using IO = typename KV::IO;
-    static constexpr bool TALL = TALL_, TWINS = TWINS_;
-    static constexpr uint32_t DIM = DIM_, DIM_V = DIM_V_, GROUPS = GROUPS_;
+    static constexpr bool TALL = TALL_, TWINS = TWINS_, IN_PARTS = IN_PARTS_;
+    static constexpr bool HAS_OWN_PARTIALS = CLUSTER_ > 1 || IN_PARTS; /* workspace_of */
+    static constexpr uint32_t DIM = DIM_, DIM_V = DIM_V_, GROUPS = GROUPS_, CLUSTER = CLUSTER_;
     static constexpr uint32_t ROWS = TALL ? TALL_ROWS : GROUP_ROWS, TOKENS = TALL ? 128 : 64;
+    static constexpr uint32_t UNIT_ROWS = ROWS * CLUSTER;
     static constexpr bool BENDS = !SIMPLE && !TALL;      /* can softcap */
     static constexpr uint32_t TURNS = TALL ? 1 : GROUPS; /* of how many tiles a group consumes one */
     static constexpr uint32_t TERMS = TALL ? KV::TALL_TERMS : TWINS ? 1 : KV::TERMS; /* of a weight, in a row */
     static_assert(!TALL || GROUPS * GROUP_ROWS == TALL_ROWS, "");
+    static_assert(TALL || (CLUSTER == 1 && !IN_PARTS), "");
     using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true>;
-    using key_stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true, produce::content::KEYS>; /* tall ones' */
-    using value_stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true, produce::content::VALUES>;
+    using key_stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true, produce::content::KEYS, CLUSTER>; /* tall */
+    using value_stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true, produce::content::VALUES, CLUSTER>;
     using rules = line::rules<TOKENS, SIMPLE, false>;
     /* Columns of a product with V. */
     static constexpr uint32_t WIDTH = TALL && DIM_V == 128 ? DIM_V : stage::VALUE_CHUNK / KV::BYTES;
@@ -124,6 +132,15 @@ template <typename S> __device__ inline uint32_t row_of(const group_place &own, 
     return (S::TALL ? own.group * GROUP_ROWS : 0) + own.group_row(half);
 }
 
+/* The number of the block's worker, and how many workers there are. */
+template <typename S> __device__ inline uint32_t worker_number() { return blockIdx.x / S::CLUSTER; }
+template <typename S> __device__ inline uint32_t count_workers() { return gridDim.x / S::CLUSTER; }
+
+/* Rows of a unit that other blocks of the cluster have, before this one's. */
+template <typename S> __device__ inline uint32_t rows_before() {
+    return S::CLUSTER > 1 ? blockIdx.x % S::CLUSTER * S::ROWS : 0;
+}
+
 /* Does the group end this run? */
 template <typename S> __device__ inline bool is_ender(uint32_t run, uint32_t group) {
     return S::TURNS == 1 || run % S::GROUPS == group;
@@ -177,10 +194,12 @@ __device__ inline void find_next_run(scout &own, const attn_cuda_call &call, con
     own.runs++;
 }
 
-/* Rows of a unit's block. */
+/* Rows of a unit's block; in a cluster maybe none. */
 template <typename S> __device__ inline uint32_t count_rows(const line::cut &cut, const line::unit &unit) {
     if (S::rules::SIMPLE) return cut.group;
-    return min(cut.block_queries, unit.of.query_length - unit.block * cut.block_queries) * cut.group;
+    uint32_t count = min(cut.block_queries, unit.of.query_length - unit.block * cut.block_queries) * cut.group;
+    if (S::CLUSTER == 1) return count;
+    return count > rows_before<S>() ? min(count - rows_before<S>(), S::ROWS) : 0;
 }
 
 /*
@@ -197,11 +216,11 @@ __device__ inline void copy_queries(const attn_cuda_call &call, const line::cut 
     const char *from = (const char *)call.queries + first * KEY_BYTES;
 #pragma unroll 4
     for (uint32_t i = first_row * PIECES + thread; i < end_row * PIECES; i += THREADS) {
-        uint32_t row = i / PIECES, piece = i % PIECES, skipped = 0;
-        if (!S::rules::SIMPLE) skipped = line::query_of(cut, row) * between_queries;
+        uint32_t row = i / PIECES, piece = i % PIECES, of_unit = rows_before<S>() + row, skipped = 0;
+        if (!S::rules::SIMPLE) skipped = line::query_of(cut, of_unit) * between_queries;
         uint32_t to = queries + layout::piece_offset(KEY_BYTES, S::ROWS, row, piece);
         if (row < count) {
-            ptx::copy_16_bytes(to, from + (size_t)(row + skipped) * KEY_BYTES + piece * layout::PIECE_BYTES);
+            ptx::copy_16_bytes(to, from + (size_t)(of_unit + skipped) * KEY_BYTES + piece * layout::PIECE_BYTES);
         } else {
             ptx::store_zeros(to);
         }
@@ -215,19 +234,20 @@ __device__ inline void write_visible(const attn_cuda_call &call, const line::cut
                                      uint2 *visible, uint32_t lane) {
     uint32_t count = count_rows<S>(cut, unit);
     for (uint32_t row = lane; row < S::ROWS; row += 32) {
-        uint32_t query = unit.block * cut.block_queries + line::query_of(cut, row);
+        uint32_t query = unit.block * cut.block_queries + line::query_of(cut, rows_before<S>() + row);
         visible[row] = row < count ? results::row_visible(unit.of, call.window, query) : make_uint2(0, unit.sees.end);
     }
     __syncwarp();
 }
 
 /* Which workers leave partials of a run's unit. */
+template <typename S>
 __device__ inline void find_workers(found_run &found, const line::share &mine, const line::cut &cut) {
     const line::unit &unit = found.unit;
     if (mine.is_part) {
         found.by.tiles_a_worker = 0;
-        found.first_worker = blockIdx.x - line::part_of(cut, blockIdx.x);
-        found.workers = cut.parts;
+        found.first_worker = worker_number<S>() - line::part_of(cut, worker_number<S>());
+        found.workers = S::IN_PARTS ? min(cut.parts, unit.sees.tiles) : cut.parts;
     } else {
         found.first_worker = unit.begin / mine.tiles_a_worker;
         found.workers = (unit.begin + unit.sees.tiles - 1) / mine.tiles_a_worker + 1 - found.first_worker;
@@ -243,8 +263,8 @@ __device__ inline found_run describe_run(scout &own, const attn_cuda_call &call,
     uint32_t number = own.runs - 1, tiles = own.run.end - own.run.begin;
     found.unit = own.unit;
     found.run = own.run;
-    found.by = {blockIdx.x, own.mine.tiles_a_worker, line::chunk_shift<L>(call)};
-    if (S::TALL) find_workers(found, own.mine, cut);
+    found.by = {worker_number<S>(), own.mine.tiles_a_worker, line::chunk_shift<L>(call)};
+    if (S::TALL) find_workers<S>(found, own.mine, cut);
     found.rows = count_rows<S>(cut, own.unit);
     found.tiles_before = own.tiles_done;
     found.given = NO_TILE;
@@ -258,9 +278,25 @@ __device__ inline found_run describe_run(scout &own, const attn_cuda_call &call,
     found.is_cut = rows::is_cut<L>(call, own.unit, own.run);
     found.is_last = is_last(own);
     found.all = make_uint2(0, own.unit.sees.end);
-    if (!L::SIMPLE) found.all = make_uint2(visible[found.rows - 1].x, visible[0].y);
+    if (!L::SIMPLE && (S::CLUSTER == 1 || found.rows > 0))
+        found.all = make_uint2(visible[found.rows - 1].x, visible[0].y);
     found.soft = narrow::softness_of<S>(call, own.unit.head);
     return found;
+}
+
+/* The same if the worker has nothing but a part of a unit, whose queries the groups load. */
+template <typename S>
+__device__ inline void find_only_run(const block_place<S> &block, const line::part &part, uint32_t lane) {
+    scout own = {part.mine};
+    own.part_end = part.mine.end;
+    own.unit = part.unit;
+    own.run = {part.mine.begin, part.mine.end};
+    own.runs = 1;
+    uint2 *visible = block.memory.visible[0];
+    if (!S::rules::SIMPLE) write_visible<S>(block.call, block.with.cut, own.unit, visible, lane);
+    found_run found = describe_run<S>(own, block.call, block.with.cut, visible);
+    if (lane == 0) block.memory.runs[0] = found;
+    ptx::barrier_arrive(ptx::shared_address(&block.memory.found[0]));
 }
 
 /* Do the groups load the queries of this run? All wait for the first ones, and 256 threads are faster than 32. */
@@ -326,11 +362,19 @@ template <typename S> __device__ inline void hold_out(warp_state<S> &state) {
 /* The group's scores of a tile: of token 8 * i + lane % 4 * 2 + e, row group_row(half), is [4 * i + 2 * half + e]. */
 template <typename S> using tile_scores = float[S::TOKENS / 2];
 
+/*
+ * Of a shared-memory address, what a product's descriptor has room for: in a cluster the bits above say which block's
+ * it is, which is always this one.
+ */
+template <typename S> __device__ inline uint32_t address_in_block(uint32_t address) {
+    return S::CLUSTER > 1 ? address & 0x3ffff : address;
+}
+
 /* Starts scores = Q K^T. `queries`: the group's first row. */
 template <typename S> __device__ inline void multiply_keys(tile_scores<S> &scores, uint32_t queries, uint32_t stage) {
     using T = typename S::stage;
     constexpr uint32_t STEP_BYTES = STEP * S::KV::BYTES;
-    ptx::matrix<T::KEY_CHUNK> a(queries, 16), b(stage, 16);
+    ptx::matrix<T::KEY_CHUNK> a(address_in_block<S>(queries), 16), b(address_in_block<S>(stage), 16);
 #pragma unroll
     for (uint32_t byte = 0; byte < T::KEY_BYTES; byte += STEP_BYTES) {
         uint32_t column = byte / T::KEY_CHUNK * T::KEY_CHUNK, within = byte % T::KEY_CHUNK;
@@ -346,7 +390,7 @@ template <typename S>
 __device__ inline void multiply_values(warp_state<S> &state, const tile_weights<S> &weights, uint32_t values) {
     using T = typename S::stage;
     constexpr uint32_t COLUMN_BYTES = S::TOKENS * T::VALUE_CHUNK;
-    ptx::matrix<T::VALUE_CHUNK> b(values, COLUMN_BYTES);
+    ptx::matrix<T::VALUE_CHUNK> b(address_in_block<S>(values), COLUMN_BYTES);
 #pragma unroll
     for (uint32_t k = 0; k < S::TOKENS / STEP; k++) {
 #pragma unroll
@@ -591,13 +635,16 @@ __device__ inline void consume_tiles(warp_state<S> &state, uint32_t queries, con
 /* ------------------------------------------------------------------------------------------- */
 /* A run's tiles, in a tall block */
 
-/* Where a group is in a ring, as who consumes it. */
-struct tall_ring {
+/* Where a group is in a ring, as who consumes it. CLUSTER: blocks that wait for it to be done with a stage. */
+template <uint32_t CLUSTER> struct tall_ring {
     const produce::ring &of;
     produce::ring_place at;
+    uint32_t empty; /* the barriers, of the block that this lane tells */
 
-    __device__ tall_ring(const produce::ring &of, uint32_t number)
-        : of(of), at{number % of.stages, number / of.stages % 2} {}
+    __device__ tall_ring(const produce::ring &of, uint32_t number, uint32_t lane)
+        : of(of), at{number % of.stages, number / of.stages % 2}, empty(of.empty) {
+        if (CLUSTER > 1) empty = ptx::address_in_cluster(of.empty, lane % CLUSTER);
+    }
 
     /* Waits for the next stage to be filled, and returns where it is. */
     __device__ uint32_t wait() const {
@@ -608,10 +655,16 @@ struct tall_ring {
 
     /* The group is done with it. By all warps. */
     __device__ void pass(uint32_t lane) {
-        if (lane == 0) ptx::barrier_arrive(of.empty + at.stage * 8);
+        if (CLUSTER == 1) {
+            if (lane == 0) ptx::barrier_arrive(of.empty + at.stage * 8);
+        } else if (lane < CLUSTER) {
+            ptx::barrier_arrive_in_cluster(empty + at.stage * 8);
+        }
         at.advance(of);
     }
 };
+
+template <typename S> using tall_ring_of = tall_ring<S::CLUSTER>;
 
 /* Where the groups take turns: the barrier at which a group waits for its own. */
 template <typename S> __device__ inline uint32_t turn_barrier(uint32_t group) { return S::GROUPS + 1 + group; }
@@ -626,7 +679,7 @@ template <typename S> __device__ inline void pass_turn(const group_place &own) {
 
 /* Waits for a tile's values, of which those that nobody sees become zeros. */
 template <typename S>
-__device__ inline uint32_t wait_for_values(const group_place &own, const tall_ring &values, const tile_run &run) {
+__device__ inline uint32_t wait_for_values(const group_place &own, const tall_ring_of<S> &values, const tile_run &run) {
     uint32_t at = values.wait();
     if (is_partly_unseen<S>(run)) clear_unseen<S>(own, run, at);
     return at;
@@ -639,8 +692,9 @@ __device__ inline uint32_t wait_for_values(const group_place &own, const tall_ri
  * nobody waits for the other's: so each run begins alike.
  */
 template <typename S>
-__device__ inline void consume_overlapped(warp_state<S> &state, uint32_t queries, tall_ring keys, tall_ring values,
-                                          const uint2 *visible, const group_place &own, tile_run run) {
+__device__ inline void consume_overlapped(warp_state<S> &state, uint32_t queries, tall_ring_of<S> keys,
+                                          tall_ring_of<S> values, const uint2 *visible, const group_place &own,
+                                          tile_run run) {
     tile_scores<S> scores;
     tile_weights<S> weights;
     float factors[2];
@@ -692,8 +746,9 @@ __device__ inline void consume_overlapped(warp_state<S> &state, uint32_t queries
 
 /* The same one thing after the other: weights in two terms leave no registers for a second tile's scores. */
 template <typename S>
-__device__ inline void consume_in_order(warp_state<S> &state, uint32_t queries, tall_ring keys, tall_ring values,
-                                        const uint2 *visible, const group_place &own, tile_run run) {
+__device__ inline void consume_in_order(warp_state<S> &state, uint32_t queries, tall_ring_of<S> keys,
+                                        tall_ring_of<S> values, const uint2 *visible, const group_place &own,
+                                        tile_run run) {
 #pragma unroll 1
     for (; run.tiles > 0; run.tiles--, run.first += S::TOKENS) {
         tile_scores<S> scores;
@@ -719,11 +774,11 @@ __device__ inline void consume_in_order(warp_state<S> &state, uint32_t queries, 
     }
 }
 
-/* Loads the group's queries of a block's first run. By the group. */
-template <typename S> __device__ inline void load_first_queries(const block_place<S> &block, const group_place &own) {
-    copy_queries<S, GROUP_THREADS>(block.call, block.with.cut, block.memory.runs[0].unit,
-                                   ptx::shared_address(block.memory.queries[0]), own.group * GROUP_ROWS,
-                                   (own.group + 1) * GROUP_ROWS, own.thread());
+/* Loads the group's queries of a block's first run, of `unit`. By the group. */
+template <typename S>
+__device__ inline void load_first_queries(const block_place<S> &block, const group_place &own, const line::unit &unit) {
+    copy_queries<S, GROUP_THREADS>(block.call, block.with.cut, unit, ptx::shared_address(block.memory.queries[0]),
+                                   own.group * GROUP_ROWS, (own.group + 1) * GROUP_ROWS, own.thread());
     ptx::copies_wait<0>();
     ptx::shared_proxy_fence();
     ptx::named_barrier<GROUP_THREADS>(own.group);
@@ -735,10 +790,10 @@ __device__ inline void consume_tall(warp_state<S> &state, const block_place<S> &
                                     const rings &from, const group_place &own) {
     uint32_t slot = number % S::GROUPS;
     tile_run run = tiles_of_group<S>(block.memory.runs[slot], own.group);
-    if (are_loaded_by_groups<S>(number)) load_first_queries(block, own);
+    if (!S::IN_PARTS && are_loaded_by_groups<S>(number)) load_first_queries(block, own, block.memory.runs[0].unit);
     clear_state(state);
     uint32_t queries = ptx::shared_address(block.memory.queries[slot]) + own.group * GROUP_ROWS * S::stage::KEY_CHUNK;
-    tall_ring keys(from.keys, run.first_number), values(from.values, run.first_number);
+    tall_ring_of<S> keys(from.keys, run.first_number, own.lane), values(from.values, run.first_number, own.lane);
     const uint2 *visible = block.memory.visible[slot];
     if constexpr (S::TERMS == 1)
         consume_overlapped<S>(state, queries, keys, values, visible, own, run);
@@ -858,11 +913,29 @@ __device__ inline void write_outputs(const warp_state<S> &state, uint32_t half, 
     }
 }
 
+/*
+ * The workspace, of a cluster's block: as if its rows, and those of the other clusters' blocks in its place, were all
+ * that there are. Its tickets are others than those of a launch without clusters, which may be at work beside it, and
+ * its partials lie behind that one's.
+ */
+template <typename S> __device__ inline rows::workspace workspace_of(const arguments &with) {
+    rows::workspace work = rows::view_workspace(with.workspace);
+    if constexpr (S::HAS_OWN_PARTIALS) {
+        uint32_t workers = count_workers<S>(), first = blockIdx.x % S::CLUSTER * workers;
+        size_t skipped = (size_t)2 * first * S::ROWS;
+        work.tickets += work.slots / 2 + first;
+        work.joint_tickets += work.slots / 4 + first;
+        work.states = (float2 *)((char *)work.states + with.beside) + skipped;
+        work.outs = (float *)((char *)work.outs + with.beside) + skipped * S::DIM_V;
+    }
+    return work;
+}
+
 /* Stores a warp's state as partials. */
 template <typename S>
 __device__ inline void store_partial(const block_place<S> &block, const group_place &own, const found_run &found,
                                      const warp_state<S> &state) {
-    rows::workspace work = rows::view_workspace(block.with.workspace);
+    rows::workspace work = workspace_of<S>(block.with);
     uint32_t slot = rows::slot_of<typename S::rules>(block.call, found.unit, found.run, found.by), count = found.rows;
     if ((slot + 1) * S::ROWS > work.slots * GROUP_ROWS)
         count = 0; /* never, if the host has counted as the device does */
@@ -902,13 +975,14 @@ template <typename S>
 __device__ inline void write_unit(const block_place<S> &block, const group_place &own, const found_run &found,
                                   warp_state<S> &state) {
     static_assert(S::KV::BYTES == 2, "no scales");
+    if (S::CLUSTER > 1 && found.rows == 0) return;
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
         uint32_t row = row_of<S>(own, half);
         bool is_row = row < found.rows;
         float sum = ptx::quad_sum(state.sum[half]), maximum = state.maximum[half], factor = 1.0f;
         results::destination to = rows::final_destination_of<typename S::rules>(
-            block.call, {found.unit, block.with.cut, min(row, found.rows - 1)});
+            block.call, {found.unit, block.with.cut, rows_before<S>() + min(row, found.rows - 1)});
         if (rows::adds_shared<typename S::rules>(block.call, found.unit))
             add_shared<S>(block.call, to.row, state, half, maximum, sum, own.lane);
         if (to.sink != nullptr) {
@@ -1062,7 +1136,7 @@ template <typename S, typename M>
 __device__ __noinline__ void merge_rows(const block_place<S> &block, const found_run &found, uint32_t index,
                                         uint32_t step, uint32_t lane) {
     using L = typename S::rules;
-    rows::workspace work = rows::view_workspace(block.with.workspace);
+    rows::workspace work = workspace_of<S>(block.with);
     uint32_t first = found.first_worker, end = first + found.workers, count = found.rows;
     if (!S::TALL) {
         first = found.unit.begin / found.by.tiles_a_worker;
@@ -1085,10 +1159,138 @@ __device__ __noinline__ void merge_rows(const block_place<S> &block, const found
         add_partials(own, of, lane);
 #pragma unroll
         for (uint32_t r = 0; r < own.COUNT; r++) {
-            rows::place at = {found.unit, block.with.cut, own.indices[r]};
+            rows::place at = {found.unit, block.with.cut, rows_before<S>() + own.indices[r]};
             if (index + r * step < count) rows::write_row<L, typename S::IO>(block.call, at, own.rows[r], lane);
         }
     }
+}
+
+/* A row that is to be merged, on its way: its first partials. */
+template <typename S> struct coming_row {
+    static constexpr uint32_t EARLY = 8;
+    rows::row<S::DIM_V> partials[EARLY];
+    float2 state; /* of partial `lane` */
+};
+
+template <typename S>
+__device__ inline void load_coming(coming_row<S> &row, const unit_partials<S::ROWS> &of, uint32_t index,
+                                   uint32_t lane) {
+#pragma unroll
+    for (uint32_t i = 0; i < row.EARLY; i++) {
+        rows::clear_row(row.partials[i]); /* as in rows::merge_partials */
+        const float *from = of.outs + (size_t)(of.place(i) + index) * S::DIM_V;
+        if (i < of.count) row.partials[i] = rows::load_row_of_others<S::DIM_V>(from, lane);
+    }
+    row.state = make_float2(-INFINITY, 0.0f);
+    if (lane < of.count) row.state = __ldcg(of.states + of.place(lane) + index);
+}
+
+template <typename S>
+__device__ inline rows::row_state<S::DIM_V> merge_coming(const coming_row<S> &row, const unit_partials<S::ROWS> &of,
+                                                         uint32_t index, uint32_t lane) {
+    rows::row_state<S::DIM_V> merged = rows::empty_state<S::DIM_V>();
+    merged.maximum = row.state.x;
+    for (uint32_t step = 16; step > 0; step /= 2)
+        merged.maximum = fmaxf(merged.maximum, __shfl_xor_sync(ALL_LANES, merged.maximum, step));
+    float factor = rows::decay(row.state.x, merged.maximum);
+    merged.sum = row.state.y * factor;
+    for (uint32_t step = 16; step > 0; step /= 2)
+        merged.sum += __shfl_xor_sync(ALL_LANES, merged.sum, step);
+#pragma unroll
+    for (uint32_t i = 0; i < row.EARLY; i++)
+        rows::add_row(merged.out, 1.0f, row.partials[i], __shfl_sync(ALL_LANES, factor, i));
+#pragma unroll 1
+    for (uint32_t i = row.EARLY; i < of.count; i++) {
+        const float *from = of.outs + (size_t)(of.place(i) + index) * S::DIM_V;
+        rows::row<S::DIM_V> partial = rows::load_row_of_others<S::DIM_V>(from, lane);
+        rows::add_row(merged.out, 1.0f, partial, __shfl_sync(ALL_LANES, factor, i));
+    }
+    return merged;
+}
+
+/* Where merged rows wait for what they have apart: where the queries were, which nobody needs any more. */
+template <typename S> struct kept_rows {
+    block_memory<S> &memory;
+
+    static_assert(sizeof(memory.queries) >= S::ROWS * S::DIM_V * sizeof(float) && S::GROUPS > 1, "");
+
+    __device__ float *out(uint32_t index) const { return (float *)memory.queries + index * S::DIM_V; }
+    __device__ float2 &state(uint32_t index) const { return (float2 &)memory.visible[0][index]; }
+};
+
+/* Adds what rows have apart, and writes them: rows index, index + step, .. By the warp that has kept them. */
+template <typename S>
+__device__ inline void finish_kept(const block_place<S> &block, const found_run &found, uint32_t index, uint32_t step,
+                                   uint32_t lane) {
+    constexpr uint32_t COUNT = 4; /* at once */
+    kept_rows<S> kept = {block.memory};
+    __syncwarp();
+#pragma unroll 1
+    for (; index < found.rows; index += COUNT * step) {
+        results::destination to[COUNT];
+        rows::row<S::DIM_V> apart[COUNT];
+        float lses[COUNT];
+#pragma unroll
+        for (uint32_t r = 0; r < COUNT; r++) {
+            uint32_t row = min(index + r * step, found.rows - 1);
+            rows::place at = {found.unit, block.with.cut, rows_before<S>() + row};
+            to[r] = rows::final_destination_of<typename S::rules>(block.call, at);
+        }
+        ptx::wait_for_previous_launch(); /* where they come from */
+#pragma unroll
+        for (uint32_t r = 0; r < COUNT; r++) {
+            apart[r] = rows::load_row_of_others<S::DIM_V>(block.call.shared_out + to[r].row * S::DIM_V, lane);
+            lses[r] = __ldcg(&block.call.shared_lse[to[r].row]);
+        }
+#pragma unroll
+        for (uint32_t r = 0; r < COUNT; r++) {
+            uint32_t row = index + r * step;
+            if (row >= found.rows) break;
+            float2 state = kept.state(row);
+            rows::row_state<S::DIM_V> merged = {rows::load_row<S::DIM_V>(kept.out(row), lane), state.x, state.y};
+            rows::merge_state(merged, apart[r], lses[r] * LOG2_E, 1.0f);
+            rows::write_row_to<typename S::rules, typename S::IO>(block.call, to[r], merged, 1.0f, lane);
+        }
+    }
+}
+
+/*
+ * The same as merge_rows, of a unit in parts, which are few: a row after the other, the next one on its way, in code
+ * that is short, since it is fetched while all wait for it. Rows that have something apart are merged before that is
+ * there.
+ */
+template <typename S>
+__device__ __noinline__ void merge_rows_in_turn(const block_place<S> &block, const found_run &found, uint32_t first,
+                                                uint32_t step, uint32_t lane) {
+    static_assert(S::KV::BYTES == 2 && joint::MAX_MEMBERS <= 32, "no scales, and a lane a partial");
+    rows::workspace work = workspace_of<S>(block.with);
+    size_t first_row = (size_t)2 * found.first_worker * S::ROWS;
+    unit_partials<S::ROWS> of = {work.outs + first_row * S::DIM_V, work.states + first_row, found.workers};
+    bool is_apart = rows::adds_shared<typename S::rules>(block.call, found.unit), has_now = false;
+    kept_rows<S> kept = {block.memory};
+    coming_row<S> now, next;
+    if (!is_apart) ptx::wait_for_previous_launch();
+#pragma unroll 1
+    for (uint32_t index = first;; index += step) {
+        bool has_next = index < found.rows;
+        if (has_next) load_coming(next, of, index, lane);
+        if (has_now) {
+            uint32_t row = index - step;
+            rows::row_state<S::DIM_V> merged = merge_coming(now, of, row, lane);
+            if (is_apart) {
+                rows::store_row(kept.out(row), merged.out, lane);
+                if (lane == 0) kept.state(row) = make_float2(merged.maximum, merged.sum);
+            } else {
+                rows::place at = {found.unit, block.with.cut, rows_before<S>() + row};
+                rows::write_row_to<typename S::rules, typename S::IO>(
+                    block.call, rows::final_destination_of<typename S::rules>(block.call, at), merged, 1.0f, lane);
+            }
+        }
+        if (!has_next) break;
+        now = next;
+        has_now = true;
+    }
+    if (is_apart) finish_kept(block, found, first, step, lane);
 }
 
 /* Merges rows index, index + step, .. of a unit, as few as others leave of it. By a warp. Not inlined, likewise. */
@@ -1113,12 +1315,12 @@ __device__ __noinline__ void merge_few_rows(const block_place<S> &block, const f
 template <typename S, uint32_t WARP_COUNT>
 __device__ inline void merge_unit(const block_place<S> &block, const found_run &found, uint32_t barrier, uint32_t warp,
                                   uint32_t lane) {
-    rows::workspace work = rows::view_workspace(block.with.workspace);
+    rows::workspace work = workspace_of<S>(block.with);
     joint::party party = party_of<S>(work, found);
     uint32_t &merged = block.memory.merged[barrier % S::GROUPS];
     ptx::named_barrier<WARP_COUNT * 32>(barrier); /* the partials are written */
     if (warp == 0 && lane == 0) {
-        if (party.members > 1)
+        if (S::IN_PARTS || party.members > 1)
             merged = joint::arrive(party, found.run.end - found.run.begin, block.with.patience_ns);
         else
             merged = rows::arrive<typename S::rules>(block.call, work, found.unit, found.run, found.by);
@@ -1128,11 +1330,16 @@ __device__ inline void merge_unit(const block_place<S> &block, const found_run &
     ptx::named_barrier<WARP_COUNT * 32>(barrier); /* for racecheck, which does not see that the first one orders */
     block_place<S> copy = block;                  /* what is passed by its address is in memory */
     uint32_t members = merged;
-    if (party.members <= 1 && members != 0) merge_rows<S, many_rows<S>>(copy, found, warp, WARP_COUNT, lane);
-    if (party.members <= 1) return;
+    if (S::HAS_OWN_PARTIALS && !S::IN_PARTS) ptx::wait_for_previous_launch(); /* end_run */
+    if constexpr (!S::IN_PARTS) {
+        if (party.members <= 1 && members != 0) merge_rows<S, many_rows<S>>(copy, found, warp, WARP_COUNT, lane);
+        if (party.members <= 1) return;
+    }
     for (; members != 0; members &= members - 1) {
         uint32_t first = __ffs(members) - 1 + party.members * warp, step = party.members * WARP_COUNT;
-        if constexpr (S::TALL)
+        if constexpr (S::IN_PARTS)
+            merge_rows_in_turn(copy, found, first, step, lane);
+        else if constexpr (S::TALL)
             merge_rows<S, two_rows>(copy, found, first, step, lane);
         else
             merge_few_rows<S>(copy, found, first, step, lane);
@@ -1146,7 +1353,9 @@ __device__ inline void merge_unit(const block_place<S> &block, const found_run &
 template <typename S>
 __device__ inline void end_run(const block_place<S> &block, const group_place &own, const found_run &found,
                                warp_state<S> &state) {
-    ptx::wait_for_previous_launch(); /* which may still read what is written from here on */
+    bool is_apart =
+        S::HAS_OWN_PARTIALS && found.is_cut && block.with.beside != 0; /* and nobody reads it but this launch */
+    if (!is_apart) ptx::wait_for_previous_launch(); /* which may still read what is written from here on */
     if (!found.is_cut) {
         write_unit(block, own, found, state);
     } else {
@@ -1186,6 +1395,16 @@ __device__ inline void do_run(const block_place<S> &block, const group_place &ow
     }
     if (is_given) take_state(own, block.memory, slot, given, ring.empty + stage * 8, state);
     end_run(block, own, found, state);
+}
+
+/* Does the only run of a block that has a part of a unit. */
+template <typename S>
+__device__ inline void consume_part(const block_place<S> &block, const group_place &own, const line::part &part,
+                                    const rings &from) {
+    load_first_queries(block, own, part.unit);
+    ptx::barrier_wait(ptx::shared_address(&block.memory.found[0]), 0);
+    __syncwarp();
+    do_run(block, own, 0, from, nullptr);
 }
 
 /* RING: a produce::ring, or a tall block's rings. */
@@ -1243,6 +1462,17 @@ __device__ inline rings view_rings(const char *shared, const block_memory<S> &me
 
 /* What the producers do. `warp`: of those that are in no group. */
 template <typename S>
+__device__ inline void fill_rings(const block_place<S> &block, const line::part &part, const char *shared,
+                                  uint32_t warp, uint32_t lane) {
+    using L = typename S::rules;
+    rings of = view_rings(shared, block.memory, block.with.stages);
+    if (warp == 0)
+        produce::fill_ring_from_unit<typename S::key_stage, L>(block.call, block.with.cut, part, of.keys, lane);
+    else
+        produce::fill_ring_from_unit<typename S::value_stage, L>(block.call, block.with.cut, part, of.values, lane);
+}
+
+template <typename S>
 __device__ inline void fill_rings(const block_place<S> &block, const line::share &mine, const char *shared,
                                   const produce::ring &ring, uint32_t warp, uint32_t lane) {
     using L = typename S::rules;
@@ -1271,7 +1501,7 @@ __global__ void __launch_bounds__(block_threads<S>(), 1)
         launching::prefetch_page_table(call);
         for (uint32_t stage = 0; stage < ring_barriers<S>(with.stages); stage++) {
             ptx::barrier_init(ring.full + stage * 8, produce::full_arrivals());
-            ptx::barrier_init(ring.empty + stage * 8, S::GROUPS / S::TURNS * WARPS);
+            ptx::barrier_init(ring.empty + stage * 8, S::GROUPS / S::TURNS * WARPS * S::CLUSTER);
         }
         for (uint32_t slot = 0; slot < S::GROUPS; slot++) {
             ptx::barrier_init(ptx::shared_address(&memory.found[slot]), 32);
@@ -1285,29 +1515,55 @@ __global__ void __launch_bounds__(block_threads<S>(), 1)
         with.times[blockIdx.x * 4 + 1] = ptx::global_time_ns();
     }
     ptx::launch_dependents();
+    if (S::CLUSTER > 1) ptx::cluster_arrive_relaxed(); /* the barriers are there */
+    line::part part;
+    if constexpr (S::IN_PARTS)
+        part = line::find_block_part<typename S::rules>(call, with.cut, with.unit_blocks, worker_number<S>());
     __syncthreads();
+    if constexpr (S::IN_PARTS) {
+        if (part.mine.begin == part.mine.end) return;
+    }
     block_place<S> block = {call, with, memory};
     if (warp >= S::GROUPS * WARPS) {
         if (S::GROUPS == 2) ptx::give_registers<LESS_REGISTERS>();
         if (warp > S::GROUPS * WARPS + (S::TALL ? 2 : 1))
             return; /* nor do those look for the share that need not: it takes long */
-        line::share mine = line::find_share<typename S::rules, S::TALL>(call, with.cut, gridDim.x, blockIdx.x, lane);
-        if (warp != S::GROUPS * WARPS + 1) {
-            if (mine.begin == mine.end) return;
-            fill_rings(block, mine, shared, ring, warp - S::GROUPS * WARPS, lane);
+        if constexpr (S::IN_PARTS) {
+            if (warp != S::GROUPS * WARPS + 1) {
+                if (S::CLUSTER > 1) ptx::cluster_wait();
+                fill_rings(block, part, shared, warp - S::GROUPS * WARPS, lane);
+            } else {
+                if (with.times != nullptr && lane == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();
+                find_only_run<S>(block, part, lane);
+            }
         } else {
-            if (with.times != nullptr && lane == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();
-            find_runs<S>(block, mine, lane);
+            line::share mine = line::find_share<typename S::rules, S::TALL>(call, with.cut, count_workers<S>(),
+                                                                            worker_number<S>(), lane);
+            if (warp != S::GROUPS * WARPS + 1) {
+                if (mine.begin == mine.end) return;
+                if (S::CLUSTER > 1) ptx::cluster_wait();
+                fill_rings(block, mine, shared, ring, warp - S::GROUPS * WARPS, lane);
+            } else {
+                if (with.times != nullptr && lane == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();
+                find_runs<S>(block, mine, lane);
+            }
         }
     } else {
         if (S::GROUPS == 2) ptx::take_registers<MORE_REGISTERS>();
         group_place own = {warp / WARPS, warp % WARPS, lane};
-        if constexpr (S::TALL)
+        if (S::CLUSTER > 1) ptx::cluster_wait();
+        if constexpr (S::IN_PARTS)
+            consume_part(block, own, part, view_rings(shared, memory, with.stages));
+        else if constexpr (S::TALL)
             consume(block, own, view_rings(shared, memory, with.stages), shared);
         else
             consume(block, own, ring, shared);
         if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
             atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
+        if (S::CLUSTER > 1) { /* the others may still arrive at this one's barriers */
+            ptx::cluster_arrive_relaxed();
+            ptx::cluster_wait();
+        }
     }
 #endif
 }
@@ -1315,18 +1571,42 @@ __global__ void __launch_bounds__(block_threads<S>(), 1)
 /* ------------------------------------------------------------------------------------------- */
 /* Launching */
 
+/* Workers of a launch, each a cluster or a block. */
+template <typename S> uint32_t count_launched(const attn_cuda_tuning &tuning) {
+    return S::CLUSTER == 1 ? tuning.workers : min(tuning.workers / S::CLUSTER, tuning.clusters[S::CLUSTER]);
+}
+
+/* Row blocks of a sequence, at most. */
+template <typename S> uint32_t count_blocks(const attn_cuda_call &call, const attn_cuda_expected &expected) {
+    uint32_t block_queries = S::UNIT_ROWS / (call.layer.heads_q / call.layer.heads_kv);
+    return (expected.most_queries + block_queries - 1) / block_queries;
+}
+
 /*
  * The workers of each unit, where all are alike: then all that there are have equal parts. Else a share that is no part
  * of a unit has workers wait for others that are at another unit. 1: shares are cut as they come.
  */
 template <typename S>
 uint32_t choose_parts(const attn_cuda_call &call, const attn_cuda_tuning &tuning, const attn_cuda_expected &expected) {
-    uint32_t block_queries = S::ROWS / (call.layer.heads_q / call.layer.heads_kv);
-    uint32_t blocks = (expected.most_queries + block_queries - 1) / block_queries;
-    uint64_t units = (uint64_t)call.batch * call.layer.heads_kv * blocks;
-    uint64_t tiles = (expected.longest + S::TOKENS - 1) / S::TOKENS, parts = tuning.workers / units;
+    uint64_t units = (uint64_t)call.batch * call.layer.heads_kv * count_blocks<S>(call, expected);
+    uint64_t tiles = (expected.longest + S::TOKENS - 1) / S::TOKENS, parts = count_launched<S>(tuning) / units;
     if (!S::TALL || expected.shortest != expected.longest || parts > joint::MAX_MEMBERS || parts > tiles) return 1;
     return max((uint32_t)parts, 1u);
+}
+
+/*
+ * Bytes of the workspace's partials that the launch before may be at work in, if the others are enough for this one.
+ * Else 0: then it waits for that one before it stores any.
+ */
+inline uint32_t bytes_beside(const attn_cuda_workspace &workspace, const attn_cuda_tuning &tuning, uint32_t columns) {
+    constexpr size_t MAX_BESIDE_ROWS = ATTN_CUDA_MAX_BESIDE_ROWS;
+    if (tuning.beside == 0) return 0;
+    size_t column_bytes = columns * sizeof(float), state_bytes = workspace.slots * MAX_BESIDE_ROWS * sizeof(float2);
+    size_t taken = state_bytes + 2 * tuning.beside * MAX_BESIDE_ROWS * column_bytes;
+    size_t needed = (size_t)workspace.slots * GROUP_ROWS * sizeof(float2) + /* before the first output */
+                    2 * tuning.workers * TALL_ROWS * column_bytes;
+    size_t all = (size_t)workspace.slots * GROUP_ROWS * (sizeof(float2) + column_bytes);
+    return taken + needed <= all ? (uint32_t)rows::round_up(taken) : 0;
 }
 
 template <typename S>
@@ -1344,16 +1624,47 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     stages = min(min(stages, most), S::TALL ? MAX_TALL_STAGES : MAX_STAGES) / least * least;
     attn_cuda_workspace slots = workspace;
     slots.rows = GROUP_ROWS;
-    arguments with = {
-        line::make_cut(call.layer, tuning, S::ROWS, tuning.workers, choose_parts<S>(call, tuning, expected)),
-        slots,
-        stages,
-        tuning.patience_ns,
-        tuning.times,
-        0};
+    uint32_t workers = count_launched<S>(tuning), parts = choose_parts<S>(call, tuning, expected);
+    if (S::IN_PARTS) workers = parts * call.batch * call.layer.heads_kv * count_blocks<S>(call, expected);
+    arguments with = {line::make_cut(call.layer, tuning, S::UNIT_ROWS, workers, parts),
+                      slots,
+                      stages,
+                      tuning.patience_ns,
+                      tuning.times,
+                      0,
+                      S::HAS_OWN_PARTIALS ? bytes_beside(workspace, tuning, call.layer.head_dim_v) : 0,
+                      count_blocks<S>(call, expected)};
     with.cut.align_tiles = max(tuning.align_tiles, ALIGN_TOKENS / S::TOKENS);
-    launching::grid size = {tuning.workers, block_threads<S>(), 1, besides + stages * S::stage::BYTES};
+    launching::grid size = {workers * S::CLUSTER, block_threads<S>(), S::CLUSTER, besides + stages * S::stage::BYTES};
     return launching::launch_kernel(wide_kernel<S>, size, tuning, call, with, stream);
+}
+
+constexpr uint32_t TALL_CLUSTER = 2; /* blocks */
+
+/* Do the rows of a sequence fill the blocks of clusters, which the device has? */
+template <typename S>
+bool are_whole_clusters(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
+                        const attn_cuda_expected &expected) {
+    uint32_t rows = expected.most_queries * (call.layer.heads_q / call.layer.heads_kv);
+    return count_launched<S>(tuning) > 0 && (rows + S::ROWS - 1) / S::ROWS % S::CLUSTER == 0;
+}
+
+/* Blocks in clusters if they are in pairs, and in parts if all units are expected to be alike. */
+template <typename KV, uint32_t DIM, uint32_t DIM_V>
+cudaError_t launch_tall(const attn_cuda_call &call, const attn_cuda_tuning &tuning,
+                        const attn_cuda_workspace &workspace, const attn_cuda_expected &expected, cudaStream_t stream) {
+    using single = shape<KV, DIM, DIM_V, 2, false, true>;
+    using single_part = shape<KV, DIM, DIM_V, 2, false, true, false, 1, true>;
+    using pair = shape<KV, DIM, DIM_V, 2, false, true, false, TALL_CLUSTER>;
+    using pair_part = shape<KV, DIM, DIM_V, 2, false, true, false, TALL_CLUSTER, true>;
+    if (are_whole_clusters<pair>(call, tuning, expected)) {
+        if (choose_parts<pair>(call, tuning, expected) > 1)
+            return launch<pair_part>(call, tuning, workspace, expected, stream);
+        return launch<pair>(call, tuning, workspace, expected, stream);
+    }
+    if (choose_parts<single>(call, tuning, expected) > 1)
+        return launch<single_part>(call, tuning, workspace, expected, stream);
+    return launch<single>(call, tuning, workspace, expected, stream);
 }
 
 /*
@@ -1368,7 +1679,7 @@ cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tun
     constexpr uint32_t GROUPS = DIM > 128 ? 1 : 2;
     if constexpr (GROUPS == 2) {
         if (rows > GROUP_ROWS && call.softcap == 0)
-            return launch<shape<KV, DIM, DIM_V, GROUPS, false, true>>(call, tuning, workspace, expected, stream);
+            return launch_tall<KV, DIM, DIM_V>(call, tuning, workspace, expected, stream);
     }
     if constexpr (DIM == 128) {
         if (line::is_simple(call) && !line::leaves_results(call))
