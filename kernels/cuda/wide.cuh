@@ -20,6 +20,10 @@
  * to both, as soon as both are done with the stage. Else the blocks have nothing to do with each other: each leaves
  * partials of its own rows, and merges them.
  *
+ * Where all units are expected to be alike, and few, tall blocks or clusters have a part of a unit each, and nothing
+ * else: a kernel of its own, whose warps find the part without a look at the rest of the batch (line::find_block_part),
+ * and which merges rows with as little code, since that is fetched while all wait for it.
+ *
  * Where runs change the groups have no time to wait for a memory that is busy with tiles. So a warp of its own, the
  * scout, is ahead of them: it finds out what they have to know of a run, and loads its queries.
  *
