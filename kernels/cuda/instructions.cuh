@@ -204,10 +204,13 @@ __device__ inline uint32_t multiprocessor() {
 /* ------------------------------------------------------------------------------------------- */
 /* Clusters: blocks that can write to each other's shared memory. From sm_90 on */
 
-/* Says that this thread has got its block's shared memory ready for the others. */
+/*
+ * Says that this thread has got its block's shared memory ready for the others. Who has made barriers there has them
+ * seen by barrier_init_fence; nothing else is, so that nobody has to wait for what a release would.
+ */
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
 
