@@ -17,9 +17,10 @@ struct arguments {
     line::cut cut;
     attn_cuda_workspace workspace;
     uint32_t stages;
-    uint32_t patience_ns; /* attn_cuda_tuning */
-    uint64_t *times;      /* attn_cuda_tuning */
-    uint32_t chunk_slots; /* chunks that a block can keep (chunks.cuh) */
+    uint32_t patience_ns;     /* attn_cuda_tuning */
+    uint64_t *times;          /* attn_cuda_tuning */
+    uint32_t chunk_slots;     /* chunks that a block can keep (chunks.cuh) */
+    uint32_t *mail = nullptr; /* the workspace's room for it (mail.cuh) */
 };
 
 /* ------------------------------------------------------------------------------------------- */

@@ -68,6 +68,27 @@ __device__ inline uint32_t arrive_jointly(const rows::workspace &work, const pla
     return joint::arrive({work.joint_tickets + of.first, of.count, rows, of.own}, 1, patience_ns);
 }
 
+/* Adds AHEAD partials of a row, of which lane i has the state of partial i % AHEAD. By a warp. */
+template <uint32_t COLUMNS>
+__device__ inline void add_partials(rows::row_state<COLUMNS> &merged, const rows::row<COLUMNS> (&coming)[AHEAD],
+                                    float2 state) {
+    float most = state.x;
+#pragma unroll
+    for (uint32_t step = AHEAD / 2; step > 0; step /= 2)
+        most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, step));
+    most = fmaxf(most, merged.maximum);
+    float keep = rows::decay(merged.maximum, most), factor = rows::decay(state.x, most), sum = state.y * factor;
+#pragma unroll
+    for (uint32_t step = AHEAD / 2; step > 0; step /= 2)
+        sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    merged.sum = fmaf(merged.sum, keep, sum);
+    merged.maximum = most;
+    rows::scale_row(merged.out, keep);
+#pragma unroll
+    for (uint32_t i = 0; i < AHEAD; i++)
+        rows::add_row(merged.out, 1.0f, coming[i], __shfl_sync(ALL_LANES, factor, i));
+}
+
 /* Merges slice `slice` of `slices` of a row's partials, AHEAD at a time. By a warp. */
 template <uint32_t COLUMNS, uint32_t ROWS>
 __device__ inline rows::row_state<COLUMNS> merge_slice(const rows::workspace &work, const place &of, uint32_t index,
@@ -89,21 +110,7 @@ __device__ inline rows::row_state<COLUMNS> merge_slice(const rows::workspace &wo
         }
         float2 state = make_float2(-INFINITY, 0.0f);
         if (base + lane % AHEAD < end) state = __ldcg(states + (size_t)(base + lane % AHEAD) * ROWS);
-        float most = state.x;
-#pragma unroll
-        for (uint32_t step = AHEAD / 2; step > 0; step /= 2)
-            most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, step));
-        most = fmaxf(most, merged.maximum);
-        float keep = rows::decay(merged.maximum, most), factor = rows::decay(state.x, most), sum = state.y * factor;
-#pragma unroll
-        for (uint32_t step = AHEAD / 2; step > 0; step /= 2)
-            sum += __shfl_xor_sync(ALL_LANES, sum, step);
-        merged.sum = fmaf(merged.sum, keep, sum);
-        merged.maximum = most;
-        rows::scale_row(merged.out, keep);
-#pragma unroll
-        for (uint32_t i = 0; i < AHEAD; i++)
-            rows::add_row(merged.out, 1.0f, coming[i], __shfl_sync(ALL_LANES, factor, i));
+        add_partials(merged, coming, state);
     }
     return merged;
 }

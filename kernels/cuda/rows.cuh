@@ -28,6 +28,13 @@ struct workspace {
 
 __host__ __device__ inline size_t round_up(size_t bytes) { return (bytes + 127) / 128 * 128; }
 
+/* Of all that a workspace is viewed as. */
+__host__ inline size_t workspace_bytes(uint32_t slots, uint32_t rows, uint32_t columns) {
+    size_t all = (size_t)slots * rows;
+    return round_up(slots * sizeof(uint32_t)) + round_up(slots / 2 * sizeof(uint64_t)) +
+           round_up(all * sizeof(float2)) + all * columns * sizeof(float);
+}
+
 __host__ __device__ inline workspace view_workspace(const attn_cuda_workspace &from) {
     char *memory = (char *)from.memory;
     workspace view;

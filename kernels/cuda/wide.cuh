@@ -509,24 +509,21 @@ __device__ inline void raise_scores(tile_scores<S> &scores, warp_state<S> &state
     }
 }
 
-/* Of twins the upper rows have the second terms. */
-template <typename S>
-__device__ inline void pack_weights(const group_place &own, const tile_scores<S> &scores, tile_weights<S> &weights) {
+template <typename S> __device__ inline void pack_weights(const tile_scores<S> &scores, tile_weights<S> &weights) {
     constexpr uint32_t LAST = S::TERMS - 1;
 #pragma unroll
     for (uint32_t i = 0; i < S::TOKENS / 4; i++) {
         uint32_t packed = S::KV::pack(scores[2 * i], scores[2 * i + 1]);
-        if (S::TWINS && own.warp >= WARPS / 2) packed = S::KV::pack_rest(scores[2 * i], scores[2 * i + 1], packed);
         weights[0][i / 4][i % 4] = packed;
         if (LAST == 1) weights[LAST][i / 4][i % 4] = S::KV::pack_rest(scores[2 * i], scores[2 * i + 1], packed);
     }
 }
 
 template <typename S>
-__device__ inline void soften(const group_place &own, tile_scores<S> &scores, warp_state<S> &state,
-                              tile_weights<S> &weights, float scale_log2) {
+__device__ inline void soften(tile_scores<S> &scores, warp_state<S> &state, tile_weights<S> &weights,
+                              float scale_log2) {
     raise_scores<S>(scores, state, scale_log2);
-    pack_weights<S>(own, scores, weights);
+    pack_weights<S>(scores, weights);
 }
 
 /* Bends and hides scores of the tile that begins at run.first, and moves the maxima for them. */
@@ -570,7 +567,7 @@ __device__ inline void consume_tiles(warp_state<S> &state, uint32_t queries, con
         weigh<S>(own, scores, state, factors, run, visible);
         if (have_moved(factors)) rescale(state, factors);
         tile_weights<S> weights;
-        soften<S>(own, scores, state, weights, run.soft.scale_log2);
+        soften<S>(scores, state, weights, run.soft.scale_log2);
         uint32_t values = at + S::stage::VALUES_AT;
         if (is_partly_unseen<S>(run)) clear_unseen<S>(own, run, values);
         ptx::warpgroup_fence();
@@ -656,7 +653,7 @@ __device__ inline void consume_overlapped(warp_state<S> &state, uint32_t queries
     keys.pass(own.lane);
     weigh<S>(own, scores, state, factors, run, visible);
     raise_scores<S>(scores, state, run.soft.scale_log2);
-    pack_weights<S>(own, scores, weights);
+    pack_weights<S>(scores, weights);
 #pragma unroll 1
     for (; run.tiles > 1; run.tiles--) {
         current = wait_for_values<S>(own, values, run);
@@ -679,7 +676,7 @@ __device__ inline void consume_overlapped(warp_state<S> &state, uint32_t queries
         hold_out(state);
         values.pass(own.lane);
         if (have_moved(factors)) rescale_out(state, factors);
-        pack_weights<S>(own, scores, weights);
+        pack_weights<S>(scores, weights);
     }
     current = wait_for_values<S>(own, values, run);
     ptx::warpgroup_fence();
@@ -708,7 +705,7 @@ __device__ inline void consume_in_order(warp_state<S> &state, uint32_t queries, 
         keys.pass(own.lane);
         weigh<S>(own, scores, state, factors, run, visible);
         if (have_moved(factors)) rescale(state, factors);
-        soften<S>(own, scores, state, weights, run.soft.scale_log2);
+        soften<S>(scores, state, weights, run.soft.scale_log2);
         at = wait_for_values<S>(own, values, run);
         ptx::warpgroup_fence();
         multiply_values<S>(state, weights, at);
