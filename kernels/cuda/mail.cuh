@@ -116,7 +116,7 @@ __device__ inline void open_agreement(agreement &own) {
 }
 
 /* The block's part has been counted. By one thread. */
-__device__ inline void note_arrival(agreement &own) { ((volatile agreement &)own).has_arrived = 1; }
+__device__ inline void note_arrival(agreement &own) { atomicExch(&own.has_arrived, 1u); }
 
 /* How often a warp reads words that have not come, if not for as long as it takes, and what it asks then. */
 struct patience {
@@ -133,21 +133,22 @@ __device__ inline uint32_t tries_in(uint32_t ns) { return ns / 512; }
 /* A warp is out of patience. True: the block's rows are not its own any more. False: all of them are on their way. */
 __device__ inline bool gives_up(const patience &with, uint32_t lane) {
     uint32_t state = agreement::WAITING;
-    volatile agreement &own = with.own;
+    agreement &own = with.own;
     if (lane == 0) {
-        state = atomicCAS(&with.own.state, (uint32_t)agreement::WAITING, (uint32_t)agreement::ASKING);
+        state = atomicCAS(&own.state, (uint32_t)agreement::WAITING, (uint32_t)agreement::ASKING);
         if (state == agreement::WAITING) {
-            while (own.has_arrived == 0) {
+            while (atomicOr(&own.has_arrived, 0u) == 0) {
             }
             state = give_up(with.of, with.member) ? agreement::GIVEN_UP : agreement::ALL_THERE;
-            own.state = state;
+            atomicExch(&own.state, state);
         }
         while (state == agreement::ASKING)
-            state = own.state;
+            state = atomicOr(&own.state, 0u);
     }
     return __shfl_sync(ALL_LANES, state, 0) == agreement::GIVEN_UP;
 }
 
+/* After all warps have met. */
 __device__ inline bool has_given_up(const agreement &own) {
     return ((const volatile agreement &)own).state == agreement::GIVEN_UP;
 }

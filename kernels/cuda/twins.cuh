@@ -39,9 +39,9 @@ template <typename KV, uint32_t DIM> using shape = wide::shape<KV, DIM, DIM, GRO
 /* What a block keeps in shared memory, behind the ring and before the inbox. */
 template <typename S> struct block_memory {
     alignas(1024) char queries[BOTH * S::stage::KEY_BYTES];
-    float2 given[MAX_ROWS];   /* maxima and sums that one group gives to the other */
-    float2 slices[ALL_WARPS]; /* the same of what a warp has merged */
-    uint64_t full[MAX_STAGES];
+    float2 given[MAX_ROWS];        /* maxima and sums that one group gives to the other */
+    float2 slices[ALL_WARPS];      /* the same of what a warp has merged */
+    uint64_t full[2 * MAX_STAGES]; /* of keys, and of values */
     uint64_t empty[MAX_STAGES];
     uint64_t received;         /* in a cluster: the rows that the block merges are there */
     mail::agreement agreement; /* long parts: whether they are still the block's */
@@ -155,7 +155,7 @@ __device__ inline void soften(wide::tile_scores<S> &scores, lane_state<S> &state
     state.sum[OWN] += wide::reduce_row(scores, OWN, [](float x, float y) { return x + y; });
 }
 
-/* Consumes the group's tiles, as wide::consume_tiles does. */
+/* Consumes the group's tiles, as wide::consume_tiles does; but a tile's values are waited for when they are needed. */
 template <typename S>
 __device__ inline void consume_tiles(lane_state<S> &state, const context<S> &block, const produce::ring &ring) {
     const group_place &own = block.own;
@@ -178,6 +178,8 @@ __device__ inline void consume_tiles(lane_state<S> &state, const context<S> &blo
         wide::tile_weights<S> weights;
         soften<S>(scores, state, weights, run.soft.scale_log2);
         uint32_t values = at + S::stage::VALUES_AT;
+        ptx::barrier_wait(ring.full + stage * 8 + S::stage::APART, parity);
+        __syncwarp();
         if (wide::is_partly_unseen<S>(run)) wide::clear_unseen<S>(own, run, values);
         ptx::warpgroup_fence();
         wide::multiply_values<S>(state, weights, values);
@@ -231,7 +233,7 @@ template <typename S> __device__ inline void give_rows(const context<S> &block, 
     for (uint32_t i = 0; i < S::DIM_V / 8; i += 2)
         to[i / 2 * GROUP_THREADS] = make_float4(row.pairs[i].x, row.pairs[i].y, row.pairs[i + 1].x, row.pairs[i + 1].y);
     if (block.own.lane % 4 == 0) block.memory.given[block.row()] = make_float2(row.maximum, row.sum);
-    ptx::named_barrier_arrive<THREADS>(ROWS_GIVEN);
+    ptx::named_barrier<THREADS>(ROWS_GIVEN);
 }
 
 /* Adds the rows that the other group has given. */
@@ -404,6 +406,7 @@ __device__ inline void merge_own(const context<S> &block, const party &with, con
     }
     __syncwarp(); /* the barrier counts whole warps */
     ptx::named_barrier<THREADS>(ALL_GROUPS);
+    ptx::named_barrier<THREADS>(ALL_GROUPS); /* for racecheck, which does not see that the first one orders */
     if (slice >= slices || mail::has_given_up(patience.own)) return;
     if (slices > 1 && slice == 0) {
 #pragma unroll
@@ -507,6 +510,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         launching::prefetch_page_table(call);
         for (uint32_t stage = 0; stage < with.stages; stage++) {
             ptx::barrier_init(ring.full + stage * 8, produce::full_arrivals());
+            ptx::barrier_init(ring.full + stage * 8 + S::stage::APART, produce::full_arrivals());
             ptx::barrier_init(ring.empty + stage * 8, WARPS);
         }
         if (CLUSTERED) {
@@ -564,6 +568,7 @@ attn_cuda_cutting choose_cutting(const attn_cuda_call &call, const attn_cuda_tun
     of.warps = ALL_WARPS;
     of.partials_ahead = parts::AHEAD;
     of.joint_from = parts::first_merged_jointly(of.rows, of.warps);
+    of.most_parts = 2 * mail::AHEAD * ALL_WARPS / of.rows; /* a member reads all of them: in two rounds */
     of.chain_ns = of.long_chain_ns = 520;
     of.end_ns = 400;
     of.long_end_ns = 200;

@@ -38,7 +38,9 @@ using rows::LOG2_E;
 constexpr uint32_t GROUP_ROWS = 64, TALL_ROWS = 128;
 constexpr uint32_t STEP = 16; /* what a product sums over */
 
-/* A kernel's shape. TWINS: twins.cuh. */
+constexpr uint32_t MAX_STAGES = 12;
+
+/* A kernel's shape. TWINS: twins.cuh, where values have barriers of their own, behind those of keys. */
 template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t GROUPS_, bool SIMPLE, bool TALL_ = false,
           bool TWINS_ = false>
 struct shape {
@@ -51,7 +53,8 @@ struct shape {
     static constexpr uint32_t TURNS = TALL ? 1 : GROUPS; /* of how many tiles a group consumes one */
     static constexpr uint32_t TERMS = TALL ? KV::TALL_TERMS : TWINS ? 1 : KV::TERMS; /* of a weight, in a row */
     static_assert(!TALL || GROUPS * GROUP_ROWS == TALL_ROWS, "");
-    using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true>;
+    using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true, produce::content::ALL,
+                                       TWINS ? MAX_STAGES * sizeof(uint64_t) : 0>;
     using key_stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true, produce::content::KEYS>; /* tall ones' */
     using value_stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true, produce::content::VALUES>;
     using rules = line::rules<TOKENS, SIMPLE, false>;
@@ -59,8 +62,6 @@ struct shape {
     static constexpr uint32_t WIDTH = TALL && DIM_V == 128 ? DIM_V : stage::VALUE_CHUNK / KV::BYTES;
     static_assert(KV::BYTES == 2 && DIM <= 2 * DIM_V, "");
 };
-
-constexpr uint32_t MAX_STAGES = 12;
 
 /* Of values, in a tall block, which has one stage more of keys. */
 constexpr uint32_t MAX_TALL_STAGES = (MAX_STAGES - 1) / 2;
