@@ -247,16 +247,17 @@ template <typename S>
 __device__ inline void copy_block(const block_place &to, const char *from, uint32_t block_tokens, uint32_t rows,
                                   uint32_t full, uint64_t policy) {
     constexpr bool HAS_ALL = S::HAS_KEYS && S::HAS_VALUES;
-    const char *values = from + block_tokens * S::KEY_BYTES;
     if (HAS_ALL && rows == block_tokens && (!S::GATHERED || block_tokens == S::TOKENS)) {
         if constexpr (S::APART != 0) {
             ptx::bulk_copy(to.keys, from, rows * S::KEY_BYTES, full, policy);
-            ptx::bulk_copy(to.values, values, rows * S::VALUE_BYTES, full + S::APART, policy);
+            ptx::bulk_copy(to.values, from + block_tokens * S::KEY_BYTES, rows * S::VALUE_BYTES, full + S::APART,
+                           policy);
         } else {
             ptx::bulk_copy(to.keys, from, rows * (S::KEY_BYTES + S::VALUE_BYTES), full, policy);
         }
         return;
     }
+    const char *values = from + block_tokens * S::KEY_BYTES;
 #pragma unroll
     for (uint32_t c = 0; S::HAS_KEYS && c < S::KEY_BYTES / S::KEY_CHUNK; c++) {
         ptx::bulk_copy(to.keys + c * to.key_stride, from + c * block_tokens * S::KEY_CHUNK, rows * S::KEY_CHUNK, full,
