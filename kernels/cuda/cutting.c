@@ -91,7 +91,7 @@ static void choose_clusters(attn_cuda_cutting *best, const attn_cuda_units *of, 
 
 /* All multiprocessors, fewer, or as many parts as are merged in one round or two. */
 static void choose_long_parts(attn_cuda_cutting *best, const attn_cuda_units *of) {
-    uint64_t most = of->workers / of->units, a_round = partials_a_round(of);
+    uint64_t most = least_of(of->workers / of->units, of->most_parts), a_round = partials_a_round(of);
     const uint64_t candidates[] = {most, most / 2, most / 4, a_round, 2 * a_round};
     for (uint32_t i = 0; i < sizeof candidates / sizeof *candidates; i++) {
         uint64_t parts = candidates[i];

@@ -30,6 +30,7 @@ typedef struct {
     /* Merges of long parts. Warps of a block, by a row; partials that a warp has on their way. */
     uint32_t rows, warps, partials_ahead;
     uint32_t joint_from;              /* parts: with so many, and more, several blocks merge a unit */
+    uint32_t most_parts;              /* of a unit, if they are long: more would take longer to merge than they save */
     uint64_t chain_ns, long_chain_ns; /* the least that a block takes for a tile, of a cluster's part and a long one */
     uint64_t end_ns;                  /* that a begin and an end take longer than narrow bf16's.. */
     uint64_t long_end_ns;             /* ..and those of long parts besides */

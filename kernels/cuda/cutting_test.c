@@ -25,7 +25,8 @@ static attn_cuda_units units_of(uint64_t units, uint64_t least_tokens, uint64_t 
                              .rows = 4,
                              .warps = 8,
                              .partials_ahead = 8,
-                             .joint_from = 33};
+                             .joint_from = 33,
+                             .most_parts = MULTIPROCESSORS};
 }
 
 static attn_cuda_cutting choose(uint64_t units, uint64_t tokens) {
@@ -54,6 +55,13 @@ static void a_short_unit_is_a_cluster_s(void **state) {
     attn_cuda_cutting chosen = choose(8, 1024);
     assert_true(chosen.is_clustered);
     assert_true(chosen.parts > 1);
+}
+
+static void a_unit_has_no_more_long_parts_than_are_good(void **state) {
+    (void)state;
+    attn_cuda_units of = units_of(1, 131072, 131072);
+    of.most_parts = 64;
+    assert_long_parts(attn_cuda_choose_cutting(&of, &h200), 64);
 }
 
 static void as_many_units_as_multiprocessors_are_not_cut(void **state) {
@@ -123,6 +131,7 @@ int main(void) {
         cmocka_unit_test(one_long_unit_has_all_multiprocessors),
         cmocka_unit_test(a_few_long_units_have_equal_parts_of_them),
         cmocka_unit_test(a_short_unit_is_a_cluster_s),
+        cmocka_unit_test(a_unit_has_no_more_long_parts_than_are_good),
         cmocka_unit_test(as_many_units_as_multiprocessors_are_not_cut),
         cmocka_unit_test(clusters_are_for_units_that_are_alike),
         cmocka_unit_test(one_long_unit_among_short_ones_is_for_shares),

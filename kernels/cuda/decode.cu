@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include "kernels/attention.h"
+#include "kernels/cuda/mail.cuh"
 #include "kernels/cuda/narrow.h"
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/wide.h"
@@ -46,9 +47,8 @@ extern "C" int attn_cuda_decode_fits(const attn_cuda_layer *layer) {
 }
 
 extern "C" size_t attn_cuda_workspace_bytes(uint32_t slots, uint32_t rows, uint32_t head_dim_v) {
-    size_t all = (size_t)slots * rows;
-    return rows::round_up(slots * sizeof(uint32_t)) + rows::round_up(slots / 2 * sizeof(uint64_t)) +
-           rows::round_up(all * sizeof(float2)) + all * head_dim_v * sizeof(float);
+    size_t bytes = rows::workspace_bytes(slots, rows, head_dim_v);
+    return rows < mail::ROWS ? bytes : bytes + mail::room_bytes(slots, head_dim_v);
 }
 
 extern "C" int attn_cuda_decode_launch(const attn_cuda_call *call, const attn_cuda_tuning *tuning,

@@ -89,6 +89,7 @@ int attn_cuda_find_clusters(attn_cuda_tuning *tuning);
 /* Is the layer's geometry built? On any device of sm_80 or later. */
 int attn_cuda_decode_fits(const attn_cuda_layer *layer);
 
+/* Of a workspace for calls with so many columns a value. */
 size_t attn_cuda_workspace_bytes(uint32_t slots, uint32_t rows, uint32_t head_dim_v);
 
 /*

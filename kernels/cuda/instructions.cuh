@@ -188,6 +188,32 @@ __device__ inline uint64_t load_acquire(const uint64_t *word) {
     return value;
 }
 
+/* Stores and loads of words that others read and write at the same time: each word is either there or not. */
+__device__ inline void store_relaxed(uint32_t *to, uint4 words) {
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y),
+                 "r"(words.z), "r"(words.w)
+                 : "memory");
+}
+
+__device__ inline void store_relaxed(uint32_t *to, uint2 words) {
+    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(words.x), "r"(words.y) : "memory");
+}
+
+__device__ inline uint4 load_relaxed_4(const uint32_t *from) {
+    uint4 words;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "l"(from)
+                 : "memory");
+    return words;
+}
+
+__device__ inline uint2 load_relaxed_2(const uint32_t *from) {
+    uint2 words;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(from) : "memory");
+    return words;
+}
+
 /* Writes `to` if the word is `from`. Returns what it was. */
 __device__ inline uint64_t compare_and_swap(uint64_t *word, uint64_t from, uint64_t to) {
     uint64_t before;
@@ -216,10 +242,13 @@ __device__ inline uint32_t multiprocessor() {
 /* ------------------------------------------------------------------------------------------- */
 /* Clusters: blocks that can write to each other's shared memory. From sm_90 on */
 
-/* Says that this thread has got its block's shared memory ready for the others. */
+/*
+ * Says that this thread has got its block's shared memory ready for the others. Who has made barriers there has them
+ * seen by barrier_init_fence; nothing else is, so that nobody has to wait for what a release would.
+ */
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
 

@@ -22,6 +22,7 @@ struct arguments {
     uint32_t chunk_slots; /* chunks that a block can keep (chunks.cuh) */
     uint32_t beside;      /* bytes of the workspace's partials that are the launch before's; 0: all may be (wide.cuh) */
     uint32_t unit_blocks; /* row blocks of a sequence, at most; of units in parts (wide.cuh) */
+    uint32_t *mail = nullptr; /* the workspace's room for it (mail.cuh) */
 };
 
 /* ------------------------------------------------------------------------------------------- */

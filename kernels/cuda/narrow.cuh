@@ -994,6 +994,7 @@ attn_cuda_units expected_units(const attn_cuda_call &call, const attn_cuda_tunin
     of.warps = S::GROUPS * WARPS;
     of.partials_ahead = parts::AHEAD;
     of.joint_from = parts::first_merged_jointly(of.rows, of.warps);
+    of.most_parts = tuning.workers;
     of.chain_ns = IS_FP8 ? 585 * S::stage::BYTES / 32768 : 0;
     of.long_chain_ns = HAS_FINE_TILES ? 706 * S::stage::BYTES / 32768 : of.chain_ns; /* as two tiles */
     of.end_ns = IS_FP8 ? 300 : 0;

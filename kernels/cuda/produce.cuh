@@ -216,13 +216,14 @@ enum class content { ALL, KEYS, VALUES };
 /*
  * The geometry of a stage. GATHERED: one block of TOKENS tokens, whatever a page holds; else blocks of as many tokens
  * as in the pool. What has only keys, or only values, is gathered. SHARERS: blocks of a cluster that have the same
- * tiles; each copies some columns of a tile to all of them.
+ * tiles; each copies some columns of a tile to all of them. APART: values have a `full` barrier of their own, so many
+ * bytes behind that of keys; 0: they have one together.
  */
 template <typename KV_, uint32_t DIM, uint32_t DIM_V, uint32_t TOKENS_, bool GATHERED_, content HAS = content::ALL,
-          uint32_t SHARERS_ = 1>
+          uint32_t SHARERS_ = 1, uint32_t APART_ = 0>
 struct stage_shape {
     using KV = KV_;
-    static constexpr uint32_t TOKENS = TOKENS_, SHARERS = SHARERS_;
+    static constexpr uint32_t TOKENS = TOKENS_, SHARERS = SHARERS_, APART = APART_;
     static_assert(SHARERS == 1 || HAS != content::ALL, "");
     static constexpr bool GATHERED = GATHERED_;
     static constexpr bool HAS_KEYS = HAS != content::VALUES, HAS_VALUES = HAS != content::KEYS;
@@ -278,7 +279,13 @@ __device__ inline void copy_block(const block_place &to, const char *from, uint3
     }
     constexpr bool HAS_ALL = S::HAS_KEYS && S::HAS_VALUES;
     if (HAS_ALL && rows == block_tokens && (!S::GATHERED || block_tokens == S::TOKENS)) {
-        ptx::bulk_copy(to.keys, from, rows * (S::KEY_BYTES + S::VALUE_BYTES), full, policy);
+        if constexpr (S::APART != 0) {
+            ptx::bulk_copy(to.keys, from, rows * S::KEY_BYTES, full, policy);
+            ptx::bulk_copy(to.values, from + block_tokens * S::KEY_BYTES, rows * S::VALUE_BYTES, full + S::APART,
+                           policy);
+        } else {
+            ptx::bulk_copy(to.keys, from, rows * (S::KEY_BYTES + S::VALUE_BYTES), full, policy);
+        }
         return;
     }
     const char *values = from + block_tokens * S::KEY_BYTES;
@@ -290,8 +297,24 @@ __device__ inline void copy_block(const block_place &to, const char *from, uint3
 #pragma unroll
     for (uint32_t c = 0; S::HAS_VALUES && c < S::VALUE_BYTES / S::VALUE_CHUNK; c++) {
         ptx::bulk_copy(to.values + c * to.value_stride, values + c * block_tokens * S::VALUE_CHUNK,
-                       rows * S::VALUE_CHUNK, full, policy);
+                       rows * S::VALUE_CHUNK, full + S::APART, policy);
     }
+}
+
+/* Says how many tokens' bytes will arrive at a stage. By one thread. */
+template <typename S> __device__ inline void expect_tokens(uint32_t full, uint32_t tokens) {
+    if constexpr (S::APART != 0) {
+        ptx::barrier_arrive_expect(full, tokens * S::KEY_BYTES);
+        ptx::barrier_arrive_expect(full + S::APART, tokens * S::VALUE_BYTES);
+    } else {
+        ptx::barrier_arrive_expect(full, tokens * S::ROW_BYTES);
+    }
+}
+
+/* Nothing is copied. */
+template <typename S> __device__ inline void expect_nothing(uint32_t full) {
+    ptx::barrier_arrive(full);
+    if (S::APART != 0) ptx::barrier_arrive(full + S::APART);
 }
 
 /* Starts the bulk copies of a tile. By the lane that found it. */
@@ -300,10 +323,10 @@ __device__ inline void fill_stage(const attn_cuda_call &call, const line::cut &c
                                   const tile_source<S::TOKENS> &source, uint32_t stage, uint32_t full,
                                   uint64_t policy) {
     if (source.tokens == 0 || is_outside<S::TOKENS>(call, source)) {
-        ptx::barrier_arrive(full);
+        expect_nothing<S>(full);
         return;
     }
-    ptx::barrier_arrive_expect(full, source.tokens * S::ROW_BYTES);
+    expect_tokens<S>(full, source.tokens);
     uint32_t block_tokens = 1u << cut.block_shift;
 #pragma unroll
     for (uint32_t i = 0; i < tile_source<S::TOKENS>::MAX_BLOCKS; i++) {
@@ -336,8 +359,8 @@ __device__ inline void fill_stage_by_lanes(const attn_cuda_call &call, const lin
         *call.status = 1;
         tokens = 0;
     }
-    if (lane == 0 && tokens == 0) ptx::barrier_arrive(full);
-    if (lane == 0 && tokens > 0) ptx::barrier_arrive_expect(full, tokens * S::ROW_BYTES);
+    if (lane == 0 && tokens == 0) expect_nothing<S>(full);
+    if (lane == 0 && tokens > 0) expect_tokens<S>(full, tokens);
     __syncwarp();
     if (!is_live || tokens == 0) return;
     uint32_t block_tokens = 1u << cut.block_shift;

@@ -28,6 +28,13 @@ struct workspace {
 
 __host__ __device__ inline size_t round_up(size_t bytes) { return (bytes + 127) / 128 * 128; }
 
+/* Of all that a workspace is viewed as. */
+__host__ inline size_t workspace_bytes(uint32_t slots, uint32_t rows, uint32_t columns) {
+    size_t all = (size_t)slots * rows;
+    return round_up(slots * sizeof(uint32_t)) + round_up(slots / 2 * sizeof(uint64_t)) +
+           round_up(all * sizeof(float2)) + all * columns * sizeof(float);
+}
+
 __host__ __device__ inline workspace view_workspace(const attn_cuda_workspace &from) {
     char *memory = (char *)from.memory;
     workspace view;
@@ -277,6 +284,28 @@ __device__ inline void write_row(const attn_cuda_call &call, const place &at, ro
 /* Partials of a row that a warp has on their way. */
 template <uint32_t COLUMNS> constexpr uint32_t AHEAD = COLUMNS <= 128 ? 8 : 4;
 
+/* Adds AHEAD partials of a row, of which lane i has the state of partial i % AHEAD. By a warp. */
+template <uint32_t COLUMNS>
+__device__ inline void add_partials(row_state<COLUMNS> &merged, const row<COLUMNS> (&coming)[AHEAD<COLUMNS>],
+                                    float2 state) {
+    constexpr uint32_t COUNT = AHEAD<COLUMNS>;
+    float most = state.x;
+#pragma unroll
+    for (uint32_t step = COUNT / 2; step > 0; step /= 2)
+        most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, step));
+    most = fmaxf(most, merged.maximum);
+    float keep = decay(merged.maximum, most), factor = decay(state.x, most), sum = state.y * factor;
+#pragma unroll
+    for (uint32_t step = COUNT / 2; step > 0; step /= 2)
+        sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    merged.sum = fmaf(merged.sum, keep, sum);
+    merged.maximum = most;
+    scale_row(merged.out, keep);
+#pragma unroll
+    for (uint32_t i = 0; i < COUNT; i++)
+        add_row(merged.out, 1.0f, coming[i], __shfl_sync(ALL_LANES, factor, i));
+}
+
 /*
  * Merges partials begin .. end - 1 of a row; row_of(i) is where among all rows of the workspace the i-th is. Their
  * states are loaded beside them, so that a round takes as long as one load.
@@ -298,21 +327,7 @@ __device__ inline row_state<COLUMNS> merge_stored_partials(const workspace &work
         }
         float2 state = make_float2(-INFINITY, 0.0f);
         if (base + lane % COUNT < end) state = __ldcg(work.states + row_of(base + lane % COUNT));
-        float most = state.x;
-#pragma unroll
-        for (uint32_t step = COUNT / 2; step > 0; step /= 2)
-            most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, step));
-        most = fmaxf(most, merged.maximum);
-        float keep = decay(merged.maximum, most), factor = decay(state.x, most), sum = state.y * factor;
-#pragma unroll
-        for (uint32_t step = COUNT / 2; step > 0; step /= 2)
-            sum += __shfl_xor_sync(ALL_LANES, sum, step);
-        merged.sum = fmaf(merged.sum, keep, sum);
-        merged.maximum = most;
-        scale_row(merged.out, keep);
-#pragma unroll
-        for (uint32_t i = 0; i < COUNT; i++)
-            add_row(merged.out, 1.0f, coming[i], __shfl_sync(ALL_LANES, factor, i));
+        add_partials(merged, coming, state);
     }
     return merged;
 }

@@ -47,7 +47,12 @@ using rows::LOG2_E;
 constexpr uint32_t GROUP_ROWS = 64, TALL_ROWS = 128;
 constexpr uint32_t STEP = 16; /* what a product sums over */
 
-/* A kernel's shape. TWINS: twins.cuh. CLUSTER: blocks that are a worker together. IN_PARTS: of tall blocks. */
+constexpr uint32_t MAX_STAGES = 12;
+
+/*
+ * A kernel's shape. TWINS: twins.cuh, where values have barriers of their own, behind those of keys. CLUSTER: blocks
+ * that are a worker together. IN_PARTS: of tall blocks.
+ */
 template <typename KV_, uint32_t DIM_, uint32_t DIM_V_, uint32_t GROUPS_, bool SIMPLE, bool TALL_ = false,
           bool TWINS_ = false, uint32_t CLUSTER_ = 1, bool IN_PARTS_ = false>
 struct shape {
@@ -63,7 +68,8 @@ struct shape {
     static constexpr uint32_t TERMS = TALL ? KV::TALL_TERMS : TWINS ? 1 : KV::TERMS; /* of a weight, in a row */
     static_assert(!TALL || GROUPS * GROUP_ROWS == TALL_ROWS, "");
     static_assert(TALL || (CLUSTER == 1 && !IN_PARTS), "");
-    using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true>;
+    using stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true, produce::content::ALL, 1,
+                                       TWINS ? MAX_STAGES * sizeof(uint64_t) : 0>;
     using key_stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true, produce::content::KEYS, CLUSTER>; /* tall */
     using value_stage = produce::stage_shape<KV, DIM, DIM_V, TOKENS, true, produce::content::VALUES, CLUSTER>;
     using rules = line::rules<TOKENS, SIMPLE, false>;
@@ -71,8 +77,6 @@ struct shape {
     static constexpr uint32_t WIDTH = TALL && DIM_V == 128 ? DIM_V : stage::VALUE_CHUNK / KV::BYTES;
     static_assert(KV::BYTES == 2 && DIM <= 2 * DIM_V, "");
 };
-
-constexpr uint32_t MAX_STAGES = 12;
 
 /* Of values, in a tall block, which has one stage more of keys. */
 constexpr uint32_t MAX_TALL_STAGES = (MAX_STAGES - 1) / 2;
@@ -557,24 +561,21 @@ __device__ inline void raise_scores(tile_scores<S> &scores, warp_state<S> &state
     }
 }
 
-/* Of twins the upper rows have the second terms. */
-template <typename S>
-__device__ inline void pack_weights(const group_place &own, const tile_scores<S> &scores, tile_weights<S> &weights) {
+template <typename S> __device__ inline void pack_weights(const tile_scores<S> &scores, tile_weights<S> &weights) {
     constexpr uint32_t LAST = S::TERMS - 1;
 #pragma unroll
     for (uint32_t i = 0; i < S::TOKENS / 4; i++) {
         uint32_t packed = S::KV::pack(scores[2 * i], scores[2 * i + 1]);
-        if (S::TWINS && own.warp >= WARPS / 2) packed = S::KV::pack_rest(scores[2 * i], scores[2 * i + 1], packed);
         weights[0][i / 4][i % 4] = packed;
         if (LAST == 1) weights[LAST][i / 4][i % 4] = S::KV::pack_rest(scores[2 * i], scores[2 * i + 1], packed);
     }
 }
 
 template <typename S>
-__device__ inline void soften(const group_place &own, tile_scores<S> &scores, warp_state<S> &state,
-                              tile_weights<S> &weights, float scale_log2) {
+__device__ inline void soften(tile_scores<S> &scores, warp_state<S> &state, tile_weights<S> &weights,
+                              float scale_log2) {
     raise_scores<S>(scores, state, scale_log2);
-    pack_weights<S>(own, scores, weights);
+    pack_weights<S>(scores, weights);
 }
 
 /* Bends and hides scores of the tile that begins at run.first, and moves the maxima for them. */
@@ -618,7 +619,7 @@ __device__ inline void consume_tiles(warp_state<S> &state, uint32_t queries, con
         weigh<S>(own, scores, state, factors, run, visible);
         if (have_moved(factors)) rescale(state, factors);
         tile_weights<S> weights;
-        soften<S>(own, scores, state, weights, run.soft.scale_log2);
+        soften<S>(scores, state, weights, run.soft.scale_log2);
         uint32_t values = at + S::stage::VALUES_AT;
         if (is_partly_unseen<S>(run)) clear_unseen<S>(own, run, values);
         ptx::warpgroup_fence();
@@ -714,7 +715,7 @@ __device__ inline void consume_overlapped(warp_state<S> &state, uint32_t queries
     keys.pass(own.lane);
     weigh<S>(own, scores, state, factors, run, visible);
     raise_scores<S>(scores, state, run.soft.scale_log2);
-    pack_weights<S>(own, scores, weights);
+    pack_weights<S>(scores, weights);
 #pragma unroll 1
     for (; run.tiles > 1; run.tiles--) {
         current = wait_for_values<S>(own, values, run);
@@ -737,7 +738,7 @@ __device__ inline void consume_overlapped(warp_state<S> &state, uint32_t queries
         hold_out(state);
         values.pass(own.lane);
         if (have_moved(factors)) rescale_out(state, factors);
-        pack_weights<S>(own, scores, weights);
+        pack_weights<S>(scores, weights);
     }
     current = wait_for_values<S>(own, values, run);
     ptx::warpgroup_fence();
@@ -767,7 +768,7 @@ __device__ inline void consume_in_order(warp_state<S> &state, uint32_t queries, 
         keys.pass(own.lane);
         weigh<S>(own, scores, state, factors, run, visible);
         if (have_moved(factors)) rescale(state, factors);
-        soften<S>(own, scores, state, weights, run.soft.scale_log2);
+        soften<S>(scores, state, weights, run.soft.scale_log2);
         at = wait_for_values<S>(own, values, run);
         ptx::warpgroup_fence();
         multiply_values<S>(state, weights, at);
@@ -1181,7 +1182,7 @@ __device__ inline void load_coming(coming_row<S> &row, const unit_partials<S::RO
                                    uint32_t lane) {
 #pragma unroll
     for (uint32_t i = 0; i < row.EARLY; i++) {
-        rows::clear_row(row.partials[i]); /* as in rows::merge_partials */
+        rows::clear_row(row.partials[i]); /* as in rows::merge_stored_partials */
         const float *from = of.outs + (size_t)(of.place(i) + index) * S::DIM_V;
         if (i < of.count) row.partials[i] = rows::load_row_of_others<S::DIM_V>(from, lane);
     }
