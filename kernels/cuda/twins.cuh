@@ -225,7 +225,7 @@ template <typename S> __device__ inline float4 *find_given(const context<S> &blo
     return (float4 *)(block.ring + stage * S::stage::BYTES) + block.own.thread();
 }
 
-/* Gives the group's rows to the other one, each thread to the one in its place. */
+/* Gives the group's rows to the other one, each thread to the one in its place; both meet at a barrier then. */
 template <typename S> __device__ inline void give_rows(const context<S> &block, const lane_row<S> &row) {
     ptx::named_barrier<GROUP_THREADS>(block.own.group); /* all have consumed the stage */
     float4 *to = find_given(block);
@@ -233,12 +233,10 @@ template <typename S> __device__ inline void give_rows(const context<S> &block, 
     for (uint32_t i = 0; i < S::DIM_V / 8; i += 2)
         to[i / 2 * GROUP_THREADS] = make_float4(row.pairs[i].x, row.pairs[i].y, row.pairs[i + 1].x, row.pairs[i + 1].y);
     if (block.own.lane % 4 == 0) block.memory.given[block.row()] = make_float2(row.maximum, row.sum);
-    ptx::named_barrier<THREADS>(ROWS_GIVEN);
 }
 
 /* Adds the rows that the other group has given. */
 template <typename S> __device__ inline void take_rows(const context<S> &block, lane_row<S> &row) {
-    ptx::named_barrier<THREADS>(ROWS_GIVEN);
     const float4 *from = find_given(block);
     float2 given = block.memory.given[block.row()];
     float most = fmaxf(row.maximum, given.x);
@@ -480,11 +478,9 @@ __device__ inline void do_part(const context<S> &block, const produce::ring &rin
     lane_state<S> state;
     consume_tiles(state, block, ring);
     lane_row<S> row = join_twins<S>(state);
-    if (block.has_last_tile()) {
-        take_rows(block, row);
-    } else {
-        give_rows(block, row);
-    }
+    if (!block.has_last_tile()) give_rows(block, row);
+    ptx::named_barrier<THREADS>(ROWS_GIVEN); /* one for both, or synccheck takes them for divergent */
+    if (block.has_last_tile()) take_rows(block, row);
     ptx::wait_for_previous_launch(); /* which may still read what is written from here on */
     if constexpr (CLUSTERED) {
         finish_in_cluster(block, row);
