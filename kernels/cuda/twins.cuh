@@ -110,7 +110,8 @@ template <typename S> __device__ inline wide::tile_run tiles_of_group(const cont
     return run;
 }
 
-/* A lane's state is as in wide.cuh; its row is the first of its two, whose maximum and sum are the twin's, too. */
+/* A lane's state is as in wide_tiles.cuh; its row is the first of its two, whose maximum and sum are the twin's, too.
+ */
 template <typename S> using lane_state = wide::warp_state<S>;
 constexpr uint32_t OWN = 0;
 
