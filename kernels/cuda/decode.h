@@ -23,9 +23,9 @@
 extern "C" {
 #endif
 
-enum { ATTN_CUDA_MAX_CLUSTER = 8 };     /* thread blocks */
-enum { ATTN_CUDA_PATIENCE_NS = 20000 }; /* a good patience_ns: longer than workers of one launch differ */
-enum { ATTN_CUDA_MAX_BESIDE_ROWS = 16 };
+enum { ATTN_CUDA_MAX_CLUSTER = 8 };      /* thread blocks */
+enum { ATTN_CUDA_PATIENCE_NS = 20000 };  /* a good patience_ns: longer than workers of one launch differ */
+enum { ATTN_CUDA_MAX_BESIDE_ROWS = 16 }; /* attn_cuda_tuning.beside */
 
 /* How a launch is shaped. */
 typedef struct {

@@ -252,13 +252,6 @@ __device__ inline void cluster_arrive() {
 #endif
 }
 
-/* The same where all that the others look for are barriers, after barrier_init_fence, or nothing. */
-__device__ inline void cluster_arrive_relaxed() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-#endif
-}
-
 /* Waits until all threads of the cluster have arrived, or ended. */
 __device__ inline void cluster_wait() {
 #if __CUDA_ARCH__ >= 900

@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(block_threads<S>(), 1)
         with.times[blockIdx.x * 4 + 1] = ptx::global_time_ns();
     }
     ptx::launch_dependents();
-    if (S::CLUSTER > 1) ptx::cluster_arrive_relaxed(); /* the barriers are there */
+    if (S::CLUSTER > 1) ptx::cluster_arrive(); /* the barriers are there */
     line::part part;
     if constexpr (S::IN_PARTS)
         part = line::find_block_part<typename S::rules>(call, with.cut, with.unit_blocks, worker_number<S>());
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(block_threads<S>(), 1)
         if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
             atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
         if (S::CLUSTER > 1) { /* the others may still arrive at this one's barriers */
-            ptx::cluster_arrive_relaxed();
+            ptx::cluster_arrive();
             ptx::cluster_wait();
         }
     }
