@@ -53,7 +53,7 @@ typedef struct {
     bool ok;
 } call_tag;
 
-/* One RPC of the server: a constant table entry. Either `answer` or `start` and `run`. */
+/* One RPC of the server: a constant table entry. Either `answer`, or `start` and `run`. */
 typedef struct {
     const char *path; /* "/attnd.v1.Attention/Decode" */
     attn_method method;
@@ -67,7 +67,7 @@ typedef struct {
     bool aborted_may_retry;                    /* ABORTED says that a sequence is busy, and comes with a retry hint */
     uint32_t slots;                            /* calls kept armed on each queue */
     size_t state_bytes;                        /* of call.state */
-    /* Unary and immediate: answers with call_respond, or fails. */
+    /* Unary and immediate: answers with call_respond, or fails. `run`, if any, sees how the answer fared. */
     attn_status (*answer)(call *call, const wire_message *request);
     /* Everything else: `start` once, `run` for every set of events after it. They end with call_finish. */
     void (*start)(call *call);

@@ -3,8 +3,8 @@
  *
  * Between calls a step belongs to nobody: a call takes it by name, runs its layer, and puts it back
  * before the answer leaves, so that the next layer's call finds it. A step whose sequences are on their way
- * to another rank waits for them. A layer refused leaves the step
- * where it was; a layer that failed, or whose client has gone, ends it.
+ * to another rank waits for them. A layer refused leaves the step where it was; a layer that failed,
+ * or whose answer did not reach its client, ends it.
  */
 #include "base/clock.h"
 #include "service/layer.h"
@@ -16,7 +16,8 @@ typedef struct {
     layer_wait wait;
     wire_message message; /* lives as long as the call's payload */
     dp_step *step;
-    bool reads; /* the step is read-only and lives for this call only */
+    bool reads;         /* the step is read-only and lives for this call only */
+    uint64_t left_open; /* the step that the answer leaves open, by name; 0: none, or there is no answer yet */
 } decode_state;
 
 static dp_engine *engine_of(const call *call) { return server_get_parts(call->server)->engine; }
@@ -109,6 +110,7 @@ static void go_on(call *call, attn_status status) {
 static void decode_start(call *call) {
     decode_state *state = call->state;
     state->layer.in_flight = state->wait.in_flight = false;
+    state->left_open = 0;
     attn_status status = call_read(call, call->payload, &state->message);
     if (!attn_failed(status)) {
         const Attnd__V1__DecodeRequest *request = (const Attnd__V1__DecodeRequest *)state->message.message;
@@ -136,6 +138,7 @@ static void layer_succeeded(call *call) {
     if (state->reads || state->layer.engine.committed || call->cancelled) {
         dp_step_end(state->step);
     } else {
+        state->left_open = dp_step_id(state->step);
         dp_step_put(state->step);
     }
     attn_metrics_layer(server_get_parts(call->server)->metrics, call->rpc->method,
@@ -143,8 +146,26 @@ static void layer_succeeded(call *call) {
     call_finish(call, attn_ok(), slices, count);
 }
 
+/* The answer has not arrived: without it no further layer of the step can come, unless one has. */
+static void end_unanswered(call *call) {
+    decode_state *state = call->state;
+    uint64_t id = state->left_open;
+    state->left_open = 0;
+    dp_step *step;
+    if (id == 0 || attn_failed(dp_step_take(engine_of(call), call->tenant, id, &step))) return;
+    if (dp_step_next_layer(step) == state->layer.engine.layer + 1) {
+        dp_step_end(step);
+    } else {
+        dp_step_put(step);
+    }
+}
+
 static void decode_run(call *call, uint32_t events) {
     decode_state *state = call->state;
+    if (call->finished) {
+        if (call->cancelled) end_unanswered(call);
+        return;
+    }
     if (state->wait.in_flight) {
         run_waiting(call, events);
         return;

@@ -1,4 +1,8 @@
-/* OpenSequences, ForkSequence, TruncateSequence, CloseSequences, DescribeSequences. */
+/*
+ * OpenSequences, ForkSequence, TruncateSequence, CloseSequences, DescribeSequences.
+ *
+ * A sequence whose handle did not reach the client is nobody's: it is closed again.
+ */
 #include <stdlib.h>
 
 #include "proto/attnd.pb-c.h"
@@ -13,6 +17,40 @@ _Static_assert((int)ATTND__V1__PLACEMENT__PLACEMENT_ROUND_ROBIN == (int)DP_ROUND
 _Static_assert((int)ATTND__V1__PLACEMENT__PLACEMENT_EXPLICIT == (int)DP_EXPLICIT, "placement");
 _Static_assert((int)ATTND__V1__PLACEMENT__PLACEMENT_SPREAD == (int)DP_SPREAD, "placement");
 
+/* The sequences that an answer names, from when they are made until it has arrived or is lost. */
+typedef struct {
+    uint64_t *handles; /* count long */
+    uint32_t count;
+} made_sequences;
+
+static attn_status take_room(call *call, uint32_t count) {
+    made_sequences *made = call->state;
+    made->handles = calloc(count, sizeof *made->handles);
+    if (made->handles == NULL) return attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for %u handles", count);
+    made->count = count;
+    return attn_ok();
+}
+
+static void drop_room(call *call) {
+    made_sequences *made = call->state;
+    free(made->handles);
+    *made = (made_sequences){0};
+}
+
+/* One by one: some may have been closed for being idle. */
+static void close_made(call *call) {
+    const made_sequences *made = call->state;
+    for (uint32_t i = 0; i < made->count; i++) {
+        (void)dp_sequences_close(engine_of(call), call->tenant, &made->handles[i], 1);
+    }
+}
+
+static void run_answered(call *call, uint32_t events) {
+    if (!(events & CALL_FINISHED)) return;
+    if (call->cancelled) close_made(call);
+    drop_room(call);
+}
+
 static attn_status answer_open(call *call, const wire_message *message) {
     const Attnd__V1__OpenSequencesRequest *request = (const Attnd__V1__OpenSequencesRequest *)message->message;
     uint32_t limit = server_get_parts(call->server)->config->max_sequences;
@@ -22,33 +60,41 @@ static attn_status answer_open(call *call, const wire_message *message) {
     if ((int)request->placement < DP_LEAST_TOKENS || (int)request->placement > DP_SPREAD) {
         return attn_error(ATTN_INVALID_ARGUMENT, "placement: %d is unknown", (int)request->placement);
     }
-    Attnd__V1__OpenSequencesResponse response = ATTND__V1__OPEN_SEQUENCES_RESPONSE__INIT;
-    attn_status status;
-    response.sequences = calloc(request->count, sizeof *response.sequences);
-    response.dp_ranks = calloc(request->count, sizeof *response.dp_ranks);
-    if (response.sequences == NULL || response.dp_ranks == NULL) {
-        status = attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for %u handles", request->count);
-        goto cleanup;
+    made_sequences *made = call->state;
+    uint32_t *ranks = calloc(request->count, sizeof *ranks);
+    attn_status status = ranks != NULL ? take_room(call, request->count)
+                                       : attn_error(ATTN_RESOURCE_EXHAUSTED, "no memory for %u ranks", request->count);
+    if (!attn_failed(status)) {
+        status = dp_sequences_open(engine_of(call), call->tenant, request->count, (dp_placement)request->placement,
+                                   request->dp_rank, made->handles, ranks);
     }
-    ATTN_TRY_GOTO(status,
-                  dp_sequences_open(engine_of(call), call->tenant, request->count, (dp_placement)request->placement,
-                                    request->dp_rank, response.sequences, response.dp_ranks),
-                  cleanup);
-    response.n_sequences = response.n_dp_ranks = request->count;
-    call_respond(call, &response.base);
-cleanup:
-    free(response.sequences);
-    free(response.dp_ranks);
+    if (attn_failed(status)) {
+        drop_room(call);
+    } else {
+        Attnd__V1__OpenSequencesResponse response = ATTND__V1__OPEN_SEQUENCES_RESPONSE__INIT;
+        response.sequences = made->handles;
+        response.dp_ranks = ranks;
+        response.n_sequences = response.n_dp_ranks = request->count;
+        call_respond(call, &response.base);
+    }
+    free(ranks);
     return status;
 }
 
 static attn_status answer_fork(call *call, const wire_message *message) {
     const Attnd__V1__ForkSequenceRequest *request = (const Attnd__V1__ForkSequenceRequest *)message->message;
+    made_sequences *made = call->state;
     Attnd__V1__ForkSequenceResponse response = ATTND__V1__FORK_SEQUENCE_RESPONSE__INIT;
-    ATTN_TRY(dp_sequence_fork(engine_of(call), call->tenant, request->sequence, request->length, &response.sequence,
-                              &response.dp_rank));
+    ATTN_TRY(take_room(call, 1));
+    attn_status status = dp_sequence_fork(engine_of(call), call->tenant, request->sequence, request->length,
+                                          made->handles, &response.dp_rank);
+    if (attn_failed(status)) {
+        drop_room(call);
+        return status;
+    }
+    response.sequence = made->handles[0];
     call_respond(call, &response.base);
-    return attn_ok();
+    return status;
 }
 
 static attn_status answer_truncate(call *call, const wire_message *message) {
@@ -114,7 +160,9 @@ const rpc rpc_open_sequences = {
     .method = ATTN_METHOD_OPEN_SEQUENCES,
     .request = &attnd__v1__open_sequences_request__descriptor,
     .slots = 4,
+    .state_bytes = sizeof(made_sequences),
     .answer = answer_open,
+    .run = run_answered,
 };
 
 const rpc rpc_fork_sequence = {
@@ -122,7 +170,9 @@ const rpc rpc_fork_sequence = {
     .method = ATTN_METHOD_FORK_SEQUENCE,
     .request = &attnd__v1__fork_sequence_request__descriptor,
     .slots = 4,
+    .state_bytes = sizeof(made_sequences),
     .answer = answer_fork,
+    .run = run_answered,
 };
 
 const rpc rpc_truncate_sequence = {

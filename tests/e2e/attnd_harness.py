@@ -36,8 +36,10 @@ import h2.config
 import h2.connection
 import h2.events
 import h2.exceptions
+import h2.settings
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from grpc_tools import protoc
+from prometheus_client.parser import text_string_to_metric_families
 
 # The oracle's products are small, and the cores belong to the server. numpy reads this when it is first imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -258,6 +260,17 @@ class Server:
             return response.read().decode()
         finally:
             connection.close()
+
+    def metric(self, name, **labels):
+        """The sum of the samples of that name with these labels; at least one has to be there."""
+        found = [
+            sample.value
+            for family in text_string_to_metric_families(self.metrics_text())
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        ]
+        assert found, f"no sample {name} {labels}"
+        return sum(found)
 
     def signal(self, number):
         self.process.send_signal(number)
@@ -604,13 +617,19 @@ class Proxy:
 
 
 class RawCall:
-    """One HTTP/2 request written by hand: any bytes as gRPC frames, and no window updates unless asked for."""
+    """One HTTP/2 request written by hand: any bytes as gRPC frames, and no window updates unless asked for.
 
-    def __init__(self, server, method, headers=()):
+    `window`: bytes of the answer that the server may send; without any, its status does not get out either.
+    """
+
+    def __init__(self, server, method, headers=(), window=65535):
         host, port = server.address.rsplit(":", 1)
         self.socket = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
         self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
         self.ended = None  # (status, message), once the call has
+        self.h2.local_settings = h2.settings.Settings(
+            client=True, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window}
+        )
         self.h2.initiate_connection()
         self.stream = self.h2.get_next_available_stream_id()
         self.h2.send_headers(
@@ -645,6 +664,15 @@ class RawCall:
             self.h2.end_stream(self.stream)
         self.flush()
         return sent
+
+    def send_message(self, message):
+        """The one message of a unary call, whole."""
+        data = message.SerializeToString()
+        assert self.send(b"\0" + len(data).to_bytes(4, "big") + data, end=True) == len(data) + 5
+
+    def reset(self):
+        self.h2.reset_stream(self.stream)
+        self.flush()
 
     def receive(self, wait=True):
         """Reads what is there (or, waiting, at least something); `ended` is set once the call has ended."""

@@ -112,7 +112,7 @@ def test_a_client_that_vanishes_during_an_upload_changes_nothing(server, model):
 
 
 def test_random_cancels_of_unary_calls_and_streams_leave_every_sequence_whole(start_server):
-    # A unary step whose answer got lost on the way is nobody's, and idles out.
+    # A unary step whose answer was out, and got lost on the way, is nobody's, and idles out.
     model = Model(start_server(step_idle_ms=300).api())
     chance = random.Random(5)
     handles = model.open_filled([5, 30, 64])
@@ -198,6 +198,99 @@ def test_a_client_that_reads_late_gets_every_answer(shared_server):
         for _ in range(40):
             assert stream.receive().out == wanted
         stream.end()
+
+
+# Answers that do not arrive
+
+
+class Unread:
+    """Calls to a server whose answers stay there, since they have no room, until their client leaves."""
+
+    def __init__(self, server, leave):
+        self.server = server
+        self.leave = leave
+        self.calls = []
+
+    def call(self, method, message):
+        self.calls.append(RawCall(self.server, "/attnd.v1.Attention/" + method, window=0))
+        self.calls[-1].send_message(message)
+        return self.calls[-1]
+
+    def layer(self, model, request):
+        """A layer call that is done, on rank 0, but for its answer."""
+        before = model.api.info().ranks[0].calls
+        call = self.call("Decode", request)
+        eventually(lambda: model.api.info().ranks[0].calls > before, what="a layer that is done")
+        return call
+
+
+@pytest.fixture(params=[RawCall.reset, RawCall.close], ids=["reset", "closed"])
+def unread(shared_server, request):
+    unread = Unread(shared_server(ranks=2, layers=4, step_idle_ms=0), request.param)
+    yield unread
+    for call in unread.calls:
+        call.close()
+
+
+def test_a_unary_step_whose_first_answer_does_not_arrive_ends(unread):
+    model = Model(unread.server.api())
+    handles = model.open_filled([16, 3], pb.PLACEMENT_EXPLICIT, 0)
+    for _ in range(3):
+        call = unread.layer(model, model.decode_request(handles, None, model.layer(2)))
+        assert all(info.busy for info in model.api.describe(handles))
+        unread.leave(call)
+        expect_untouched(model, handles)
+
+
+def begin_unary(model):
+    """Two sequences in a unary step that has had its first layer: handles, step, a request for each layer after it."""
+    handles = model.open_filled([16, 3], pb.PLACEMENT_EXPLICIT, 0)
+    layers = model.layers(2)
+    step = model.api.call("Decode", model.decode_request(handles, None, layers[0])).step
+    rest = [pb.DecodeRequest(step=step, layer=i, **layers[i].fields()) for i in range(1, len(layers))]
+    return handles, step, rest
+
+
+def test_a_unary_step_whose_later_answer_does_not_arrive_ends(unread):
+    model = Model(unread.server.api())
+    handles, step, (second, *_) = begin_unary(model)
+    unread.leave(unread.layer(model, second))
+    expect_untouched(model, handles)
+    error = model.api.error("Decode", pb.DecodeRequest(step=step, abort=True))
+    assert error.code() == CODE.NOT_FOUND, error
+    model.api.open_steps.clear()
+
+
+def test_a_step_that_went_on_outlives_an_answer_that_does_not_arrive(unread):
+    model = Model(unread.server.api())
+    handles, step, (second, third, *_) = begin_unary(model)
+    call = unread.layer(model, second)
+    model.api.call("Decode", third)
+    unread.leave(call)
+    time.sleep(0.2)
+    assert all(info.busy for info in model.api.describe(handles))
+    model.api.abort(step)
+    expect_untouched(model, handles)
+
+
+@pytest.mark.parametrize("method", ["OpenSequences", "ForkSequence"])
+def test_sequences_whose_handles_do_not_arrive_are_closed(unread, method):
+    model = Model(unread.server.api())
+    (parent,) = model.open_filled([40], pb.PLACEMENT_EXPLICIT, 0)
+    request, made = {
+        "OpenSequences": (pb.OpenSequencesRequest(count=5), 5),
+        "ForkSequence": (pb.ForkSequenceRequest(sequence=parent, length=20), 1),
+    }[method]
+
+    def held():
+        return sum(rank.sequences for rank in model.api.info().ranks)
+
+    call = unread.call(method, request)
+    eventually(lambda: held() == 1 + made, what="sequences that are open")
+    unread.leave(call)
+    eventually(lambda: held() == 1, what="sequences that are closed")
+    assert model.api.describe([parent])[0].shared_pages == 0
+    model.step([parent])
 
 
 # Idle
@@ -322,11 +415,11 @@ def test_a_stream_cancelled_while_waiting_is_dropped(slow):
 def test_the_server_itself_ends_a_call_at_its_deadline(slow):
     model = slow
     handles = model.open_filled([16])
-    request = model.decode_request(handles, None, model.layer(1)).SerializeToString()
+    request = model.decode_request(handles, None, model.layer(1))
     blocker = occupy(model)
     for timeout in ("1n", "1m"):
         call = RawCall(model.server, "/attnd.v1.Attention/Decode", [("grpc-timeout", timeout)])
-        call.send(b"\0" + len(request).to_bytes(4, "big") + request, end=True)
+        call.send_message(request)
         status, message = call.status()
         assert status in (CODE.DEADLINE_EXCEEDED.value[0], "reset"), (status, message)
         call.close()

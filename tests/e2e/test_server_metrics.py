@@ -12,18 +12,6 @@ def families(server):
     return {family.name: family for family in text_string_to_metric_families(server.metrics_text())}
 
 
-def value(server, name, **labels):
-    """The sum of the samples of that name with these labels."""
-    found = [
-        sample.value
-        for family in families(server).values()
-        for sample in family.samples
-        if sample.name == name and labels.items() <= sample.labels.items()
-    ]
-    assert found, f"no sample {name} {labels}"
-    return sum(found)
-
-
 @pytest.fixture
 def ranked(start_server):
     server = start_server(ranks=2, test_faults="true", rank_restart_backoff_ms=0)
@@ -46,25 +34,25 @@ def test_tokens_and_pages_are_told_by_rank(ranked):
     model.open_filled([16, 17], pb.PLACEMENT_EXPLICIT, 1)
     info = model.api.info()
     for rank in (0, 1):
-        assert value(server, "attnd_rank_tokens", rank=str(rank)) == info.ranks[rank].tokens == (40, 33)[rank]
-        assert value(server, "attnd_rank_pages_free", rank=str(rank)) == info.ranks[rank].pages_free == 512 - 3
-        assert value(server, "attnd_rank_sequences", rank=str(rank)) == (1, 2)[rank]
+        assert server.metric("attnd_rank_tokens", rank=str(rank)) == info.ranks[rank].tokens == (40, 33)[rank]
+        assert server.metric("attnd_rank_pages_free", rank=str(rank)) == info.ranks[rank].pages_free == 512 - 3
+        assert server.metric("attnd_rank_sequences", rank=str(rank)) == (1, 2)[rank]
 
 
 def test_counters_move_with_calls_and_steps(ranked):
     server, model = ranked
     handles = model.open_filled([5], pb.PLACEMENT_EXPLICIT, 1)
-    calls = value(server, "attnd_rank_calls_total", rank="1")
-    idle = value(server, "attnd_rank_calls_total", rank="0")
-    steps = value(server, "attnd_steps_committed_total")
+    calls = server.metric("attnd_rank_calls_total", rank="1")
+    idle = server.metric("attnd_rank_calls_total", rank="0")
+    steps = server.metric("attnd_steps_committed_total")
     model.step(handles, via="unary")
     model.step(handles, via="stream")
-    assert value(server, "attnd_rank_calls_total", rank="1") == calls + 4
-    assert value(server, "attnd_rank_calls_total", rank="0") == idle
-    assert value(server, "attnd_steps_committed_total") == steps + 2
-    assert value(server, "attnd_calls_total", method="Decode", code="OK") == 2
-    assert value(server, "attnd_calls_total", method="DecodeStream", code="OK") == 1
-    assert value(server, "attnd_received_bytes_total", method="DecodeStream") > 2 * len(model.layer(1).fields()["q"])
+    assert server.metric("attnd_rank_calls_total", rank="1") == calls + 4
+    assert server.metric("attnd_rank_calls_total", rank="0") == idle
+    assert server.metric("attnd_steps_committed_total") == steps + 2
+    assert server.metric("attnd_calls_total", method="Decode", code="OK") == 2
+    assert server.metric("attnd_calls_total", method="DecodeStream", code="OK") == 1
+    assert server.metric("attnd_received_bytes_total", method="DecodeStream") > 2 * len(model.layer(1).fields()["q"])
 
 
 def test_failed_calls_are_counted_by_code(ranked):
@@ -73,7 +61,7 @@ def test_failed_calls_are_counted_by_code(ranked):
         model.api.error("DescribeSequences", pb.DescribeSequencesRequest(sequences=[9]))
 
     def counted():  # a moment after the client has its answer
-        return value(server, "attnd_calls_total", method="DescribeSequences", code="NOT_FOUND")
+        return server.metric("attnd_calls_total", method="DescribeSequences", code="NOT_FOUND")
 
     eventually(lambda: counted() == 3, what="three calls")
     assert counted() == 3
@@ -81,16 +69,16 @@ def test_failed_calls_are_counted_by_code(ranked):
 
 def test_a_lost_rank_shows(ranked):
     server, _ = ranked
-    assert value(server, "attnd_rank_up", rank="1") == 1
+    assert server.metric("attnd_rank_up", rank="1") == 1
     server.fail_rank(1)
-    eventually(lambda: value(server, "attnd_rank_up", rank="1") == 0, what="rank 1 down")
-    assert value(server, "attnd_rank_up", rank="0") == 1
-    assert value(server, "attnd_degraded") == 1
+    eventually(lambda: server.metric("attnd_rank_up", rank="1") == 0, what="rank 1 down")
+    assert server.metric("attnd_rank_up", rank="0") == 1
+    assert server.metric("attnd_degraded") == 1
     for rank, losses in (("0", 0), ("1", 1)):
-        assert value(server, "attnd_rank_state", rank=rank) == 1 + losses
-        assert value(server, "attnd_rank_lost_total", rank=rank) == losses
-        assert value(server, "attnd_rank_stalls_total", rank=rank) == 0
-        assert value(server, "attnd_rank_restarts_total", rank=rank) == 0
+        assert server.metric("attnd_rank_state", rank=rank) == 1 + losses
+        assert server.metric("attnd_rank_lost_total", rank=rank) == losses
+        assert server.metric("attnd_rank_stalls_total", rank=rank) == 0
+        assert server.metric("attnd_rank_restarts_total", rank=rank) == 0
 
 
 def test_liveness_readiness_and_unknown_pages(ranked):

@@ -9,7 +9,6 @@ import pytest
 from attention_oracle import Model, options
 from attnd_harness import CODE, TIMEOUT_S, build_kind, eventually, pb
 from test_server_export import check_export
-from test_server_metrics import value
 
 EXPLICIT, SPREAD = pb.PLACEMENT_EXPLICIT, pb.PLACEMENT_SPREAD
 HOLD_S = 0.4  # seconds for which a rank is held
@@ -108,7 +107,7 @@ def test_a_moved_sequence_has_the_same_bits_and_outputs(shared_server, dtype):
     ranks = model.api.info().ranks
     uses_gpus = model.api.info().backend == "cuda" and len({rank.device for rank in ranks}) > 1
     is_isolated = ranks[0].process != 0
-    assert (value(server, "attnd_moves_direct_total") > 0) == (uses_gpus and not is_isolated)
+    assert (server.metric("attnd_moves_direct_total") > 0) == (uses_gpus and not is_isolated)
 
 
 def test_a_moved_fp8_sequence_has_the_same_bits(fp8):
@@ -185,9 +184,9 @@ def test_a_rank_without_pages_refuses_with_a_retry_hint(start_server):
     model.close([other])
     assert move(model, big, 1).tokens == 100
     model.step([big])
-    assert value(server, "attnd_moves_total") == 1
-    assert value(server, "attnd_moved_tokens_total") == 100
-    assert value(server, "attnd_moved_bytes_total") == 100 * 2 * 2 * 96 * 4
+    assert server.metric("attnd_moves_total") == 1
+    assert server.metric("attnd_moved_tokens_total") == 100
+    assert server.metric("attnd_moved_bytes_total") == 100 * 2 * 2 * 96 * 4
     told = {"level": "info", "event": "sequence_moved", "why": "asked", "from": 0, "to": 1, "tokens": 100}
     assert moves_told(server) == [{**told, "bytes": 100 * 2 * 2 * 96 * 4, "path": "host"}]
 
@@ -280,15 +279,23 @@ def test_a_client_that_goes_while_its_step_waits_leaves_nothing(held_server, via
     held = HeldRank(held_server)
     moving = held.move_there(handle)
     layer = model.layer(1)
+
+    def wait_for_calls(count):
+        method = "DecodeStream" if via == "stream" else "Decode"
+        eventually(lambda: held_server.metric("attnd_calls_in_flight", method=method) == count, what=f"{count} calls")
+
     if via == "stream":
         with model.api.stream() as stream:
             stream.send(pb.DecodeStreamRequest(begin=model.step_begin([handle]), **layer.fields()))
+            wait_for_calls(1)
             time.sleep(0.02)
             stream.cancel()
     else:
         waiting = model.api.future("Decode", model.decode_request([handle], None, layer))
+        wait_for_calls(1)
         time.sleep(0.02)
         waiting.cancel()
+    wait_for_calls(0)
     assert not moving.done()
     held.release()
     moving.result()
@@ -381,11 +388,11 @@ def test_a_skewed_load_is_evened_out(start_server):
         return min(loads) > 0 and (max(loads) <= 1.5 * min(loads) or max(loads) - min(loads) <= 1024)
 
     eventually(is_even, timeout_s=20, what="an even load")
-    settled = value(server, "attnd_moves_total")
+    settled = server.metric("attnd_moves_total")
     assert settled >= 2
     time.sleep(2.5)  # two ticks and more
-    assert value(server, "attnd_moves_total") == settled
-    assert value(server, "attnd_moves_failed_total") == 0
+    assert server.metric("attnd_moves_total") == settled
+    assert server.metric("attnd_moves_failed_total") == 0
     told = moves_told(server)
     assert len(told) == settled
     assert {(one["event"], one["why"]) for one in told} == {("sequence_moved", "uneven")}

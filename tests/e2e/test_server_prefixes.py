@@ -3,19 +3,13 @@
 import pytest
 from attention_oracle import Model, options
 from attnd_harness import pb
-from prometheus_client.parser import text_string_to_metric_families
 
 CHUNK = 512  # prefixes are shared in whole chunks
 
 
 def tokens_shared(server):
     """Tokens that need not be read, counted for every layer, over all ranks and since the server's start."""
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(server.metrics_text())
-        for sample in family.samples
-        if sample.name == "attnd_rank_prefix_tokens_shared_total"
-    )
+    return server.metric("attnd_rank_prefix_tokens_shared_total")
 
 
 def family(model, length=1100):
