@@ -97,7 +97,7 @@ struct call {
     int64_t deadline_ns; /* in attn_now_ns(); INT64_MAX: none */
     attn_code code;      /* of the answer */
 
-    bool cancelled;   /* the client is gone: nothing that is sent will arrive */
+    bool cancelled;   /* the client went before our status was sent: nothing that is sent will arrive */
     bool closed;      /* CALL_CLOSED has come */
     bool sent_ok;     /* the last call_send succeeded */
     bool received_ok; /* the last call_receive did not fail; at the end it brings no message */

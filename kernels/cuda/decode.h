@@ -89,13 +89,13 @@ int attn_cuda_find_clusters(attn_cuda_tuning *tuning);
 /* Is the layer's geometry built? On any device of sm_80 or later. */
 int attn_cuda_decode_fits(const attn_cuda_layer *layer);
 
-/* Of a workspace for calls with so many columns a value. */
+/* Of a workspace with so many slots of so many rows, for calls with so many columns a value. */
 size_t attn_cuda_workspace_bytes(uint32_t slots, uint32_t rows, uint32_t head_dim_v);
 
 /*
- * Launches a call. 0, or a cudaError_t; cudaErrorInvalidValue
- * (1) if the geometry or the tuning is not built, or a block's rows are more than a slot's. `call->status` becomes 1
- * when a page index outside the pool is met: the page is not read and the outputs are unspecified.
+ * Launches a call. 0, or a cudaError_t; cudaErrorInvalidValue (1) if the geometry or the tuning is not built, or a
+ * block's rows are more than a slot's. `call->status` becomes 1 when a page index outside the pool is met: the page is
+ * not read and the outputs are unspecified.
  */
 int attn_cuda_decode_launch(const attn_cuda_call *call, const attn_cuda_tuning *tuning,
                             const attn_cuda_workspace *workspace, const attn_cuda_expected *expected, void *stream);

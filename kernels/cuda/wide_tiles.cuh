@@ -359,6 +359,19 @@ __device__ inline uint32_t wait_for_values(const group_place &own, const tall_ri
     return at;
 }
 
+/* Adds the products of a tile's weights and values, and waits for them. */
+template <typename S>
+__device__ inline void add_values(warp_state<S> &state, const tile_weights<S> &weights, tall_ring_of<S> &values,
+                                  const group_place &own, const tile_run &run) {
+    uint32_t at = wait_for_values<S>(own, values, run);
+    ptx::warpgroup_fence();
+    multiply_values<S>(state, weights, at);
+    ptx::warpgroup_commit();
+    ptx::warpgroup_wait<0>();
+    hold_out(state);
+    values.pass(own.lane);
+}
+
 /*
  * Consumes a run's tiles, the scores of each beside the product of the weights and values of the one before. Group 0
  * has the first turn. A turn is passed when the scores are there, and not when the products are started: else both
@@ -372,7 +385,7 @@ __device__ inline void consume_overlapped(warp_state<S> &state, uint32_t queries
     tile_scores<S> scores;
     tile_weights<S> weights;
     float factors[2];
-    uint32_t next = keys.wait(), current;
+    uint32_t next = keys.wait();
     if (own.group == 1) pass_turn<S>(own);
     take_turn<S>(own);
     ptx::warpgroup_fence();
@@ -387,7 +400,7 @@ __device__ inline void consume_overlapped(warp_state<S> &state, uint32_t queries
     pack_weights<S>(scores, weights);
 #pragma unroll 1
     for (; run.tiles > 1; run.tiles--) {
-        current = wait_for_values<S>(own, values, run);
+        uint32_t current = wait_for_values<S>(own, values, run);
         next = keys.wait();
         take_turn<S>(own);
         ptx::warpgroup_fence();
@@ -409,13 +422,7 @@ __device__ inline void consume_overlapped(warp_state<S> &state, uint32_t queries
         if (have_moved(factors)) rescale_out(state, factors);
         pack_weights<S>(scores, weights);
     }
-    current = wait_for_values<S>(own, values, run);
-    ptx::warpgroup_fence();
-    multiply_values<S>(state, weights, current);
-    ptx::warpgroup_commit();
-    ptx::warpgroup_wait<0>();
-    hold_out(state);
-    values.pass(own.lane);
+    add_values<S>(state, weights, values, own, run);
 }
 
 /* The same one thing after the other: weights in two terms leave no registers for a second tile's scores. */
@@ -438,13 +445,7 @@ __device__ inline void consume_in_order(warp_state<S> &state, uint32_t queries, 
         weigh<S>(own, scores, state, factors, run, visible);
         if (have_moved(factors)) rescale(state, factors);
         soften<S>(scores, state, weights, run.soft.scale_log2);
-        at = wait_for_values<S>(own, values, run);
-        ptx::warpgroup_fence();
-        multiply_values<S>(state, weights, at);
-        ptx::warpgroup_commit();
-        ptx::warpgroup_wait<0>();
-        hold_out(state);
-        values.pass(own.lane);
+        add_values<S>(state, weights, values, own, run);
     }
 }
 
