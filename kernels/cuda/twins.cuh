@@ -169,11 +169,7 @@ __device__ inline void consume_tiles(lane_state<S> &state, const context<S> &blo
         ptx::barrier_wait(ring.full + stage * 8, parity);
         __syncwarp();
         wide::tile_scores<S> scores;
-        ptx::warpgroup_fence();
-        wide::multiply_keys<S>(scores, queries, at);
-        ptx::warpgroup_commit();
-        ptx::warpgroup_wait<0>();
-        ptx::hold(scores);
+        wide::find_scores<S>(scores, queries, at);
         if (wide::is_partly_unseen<S>(run)) mask_scores<S>(scores, run, own.lane);
         move_maximum<S>(scores, state, run.soft.scale_log2);
         wide::tile_weights<S> weights;

@@ -59,6 +59,15 @@ template <typename S> __device__ inline void multiply_keys(tile_scores<S> &score
     }
 }
 
+/* The same, waited for. */
+template <typename S> __device__ inline void find_scores(tile_scores<S> &scores, uint32_t queries, uint32_t stage) {
+    ptx::warpgroup_fence();
+    multiply_keys<S>(scores, queries, stage);
+    ptx::warpgroup_commit();
+    ptx::warpgroup_wait<0>();
+    ptx::hold(scores);
+}
+
 /* Of STEP tokens each, as a product takes them. */
 template <typename S> using tile_weights = uint32_t[S::TERMS][S::TOKENS / STEP][4];
 
@@ -280,11 +289,7 @@ __device__ inline void consume_tiles(warp_state<S> &state, uint32_t queries, con
         __syncwarp();
         tile_scores<S> scores;
         float factors[2];
-        ptx::warpgroup_fence();
-        multiply_keys<S>(scores, queries, at);
-        ptx::warpgroup_commit();
-        ptx::warpgroup_wait<0>();
-        ptx::hold(scores);
+        find_scores<S>(scores, queries, at);
         weigh<S>(own, scores, state, factors, run, visible);
         if (have_moved(factors)) rescale(state, factors);
         tile_weights<S> weights;
@@ -388,11 +393,7 @@ __device__ inline void consume_overlapped(warp_state<S> &state, uint32_t queries
     uint32_t next = keys.wait();
     if (own.group == 1) pass_turn<S>(own);
     take_turn<S>(own);
-    ptx::warpgroup_fence();
-    multiply_keys<S>(scores, queries, next);
-    ptx::warpgroup_commit();
-    ptx::warpgroup_wait<0>();
-    ptx::hold(scores);
+    find_scores<S>(scores, queries, next);
     if (own.group == 0 || run.tiles > 1) pass_turn<S>(own);
     keys.pass(own.lane);
     weigh<S>(own, scores, state, factors, run, visible);
@@ -436,11 +437,7 @@ __device__ inline void consume_in_order(warp_state<S> &state, uint32_t queries, 
         tile_weights<S> weights;
         float factors[2];
         uint32_t at = keys.wait();
-        ptx::warpgroup_fence();
-        multiply_keys<S>(scores, queries, at);
-        ptx::warpgroup_commit();
-        ptx::warpgroup_wait<0>();
-        ptx::hold(scores);
+        find_scores<S>(scores, queries, at);
         keys.pass(own.lane);
         weigh<S>(own, scores, state, factors, run, visible);
         if (have_moved(factors)) rescale(state, factors);
