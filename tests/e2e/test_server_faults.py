@@ -293,6 +293,19 @@ def test_sequences_whose_handles_do_not_arrive_are_closed(unread, method):
     model.step([parent])
 
 
+def test_handles_that_arrived_outlive_the_connection_they_came_by(shared_server):
+    server = shared_server(ranks=2)
+    handles = []
+    for _ in range(50):
+        with server.api() as api:
+            handles += api.call("OpenSequences", pb.OpenSequencesRequest(count=3)).sequences
+            api.open_handles.clear()
+    time.sleep(0.2)  # whatever the server makes of the connections' ends
+    api = server.api()
+    assert [info.length for info in api.describe(handles)] == [0] * len(handles)
+    api.call("CloseSequences", pb.CloseSequencesRequest(sequences=handles))
+
+
 # Idle
 
 
