@@ -26,7 +26,7 @@ namespace mail {
 using line::ALL_LANES;
 
 constexpr uint32_t ROWS = 32;        /* that a part has at most */
-constexpr uint32_t MAX_MEMBERS = 16; /* of a unit */
+constexpr uint32_t MAX_MEMBERS = 32; /* of a unit: a bit each (count) */
 
 /* ------------------------------------------------------------------------------------------- */
 /* Memory */

@@ -561,7 +561,7 @@ attn_cuda_cutting choose_cutting(const attn_cuda_call &call, const attn_cuda_tun
     of.warps = ALL_WARPS;
     of.partials_ahead = parts::AHEAD;
     of.joint_from = parts::first_merged_jointly(of.rows, of.warps);
-    of.most_parts = 2 * mail::AHEAD * ALL_WARPS / of.rows; /* a member reads all of them: in two rounds */
+    of.most_parts = mail::AHEAD * ALL_WARPS / of.rows; /* a member reads all of them: in one round */
     of.chain_ns = of.long_chain_ns = 520;
     of.end_ns = 400;
     of.long_end_ns = 200;
