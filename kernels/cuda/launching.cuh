@@ -28,10 +28,13 @@ struct arguments {
 /* ------------------------------------------------------------------------------------------- */
 /* On the device: how a launch begins */
 
-/* Brings a small page table into the L2 cache while the lengths, which say where in it to look, are on their way. */
-__device__ inline void prefetch_page_table(const attn_cuda_call &call) {
+/*
+ * Brings a page table into the L2 cache while the lengths, which say where in it to look, are on their way: as much as
+ * there are blocks, or by `lane` lanes of each so many times as much.
+ */
+__device__ inline void prefetch_page_table(const attn_cuda_call &call, uint32_t lane = 0) {
     constexpr uint32_t LINE_ENTRIES = 32;
-    size_t entry = (size_t)blockIdx.x * LINE_ENTRIES;
+    size_t entry = (size_t)(lane * gridDim.x + blockIdx.x) * LINE_ENTRIES;
     if (entry < (size_t)call.batch * call.page_table_stride) ptx::prefetch_l2(call.page_table + entry);
 }
 

@@ -73,6 +73,17 @@ __host__ inline cut make_cut(const attn_cuda_layer &layer, const attn_cuda_tunin
 /* The query of row `row` of a block. */
 __device__ inline uint32_t query_of(const cut &cut, uint32_t row) { return row * cut.group_inverse >> 16; }
 
+/*
+ * n / d, if that is below 2^20: by a reciprocal, which is wrong by one at most. Half of what the compiler makes of a
+ * division by what it does not know; for what is on the way to a launch's first copies.
+ */
+__device__ inline uint32_t divide(uint32_t n, uint32_t d) {
+    uint32_t quotient = __float2uint_rz(__uint2float_rn(n) * ptx::reciprocal(__uint2float_rn(d)));
+    int32_t left = (int32_t)(n - quotient * d);
+    if (left < 0) return quotient - 1;
+    return left >= (int32_t)d ? quotient + 1 : quotient;
+}
+
 /* ------------------------------------------------------------------------------------------- */
 /* Sequences */
 
@@ -145,11 +156,18 @@ __device__ inline extent extent_of_tokens(const attn_cuda_call &call, uint32_t b
     return found;
 }
 
-/* Of the unit of a simple call. */
+/* Of the unit of a simple call: extent_of_tokens(0, length), and what units count besides. */
 template <typename L>
 __device__ inline extent extent_of_sequence(const attn_cuda_call &call, const cut &cut, uint32_t length) {
-    extent found = extent_of_tokens<L>(call, 0, length);
-    if (L::WEIGHS_ENDS && cut.weighs_ends) found.tiles = max(found.tiles + L::ENDS_TILES, L::LEAST_TILES);
+    uint32_t shift = chunk_shift<L>(call), token_shift = shift + (L::TOKENS == 64 ? 6 : 7);
+    bool weighs_ends = L::WEIGHS_ENDS && cut.weighs_ends;
+    uint32_t ends = weighs_ends ? L::ENDS_TILES : 0, least = weighs_ends ? L::LEAST_TILES : 1;
+    static_assert(L::ENDS_TILES < L::LEAST_TILES, "or one without tokens would count fewer");
+    extent found;
+    found.begin = 0;
+    found.end = length;
+    found.first_token = 0;
+    found.tiles = max(((length + (1u << token_shift) - 1) >> token_shift) + ends, least) << shift;
     return found;
 }
 
@@ -304,7 +322,7 @@ __device__ inline unit unit_at(const attn_cuda_call &call, const cut &cut, const
     found.block = 0;
     load_unit<L>(found, call, cut);
     uint32_t a_head = L::SIMPLE ? found.sees.tiles : tiles_a_head<L>(call, cut, place.sequence);
-    found.head = (tile - place.begin) / a_head;
+    found.head = L::SIMPLE ? divide(tile - place.begin, a_head) : (tile - place.begin) / a_head;
     found.begin = place.begin + found.head * a_head;
     if (!L::SIMPLE && are_blocks_alike(call, found.of)) {
         found.block = (tile - found.begin) / found.sees.tiles;
@@ -344,14 +362,16 @@ struct share {
 };
 
 /* An equal share, or where all units are alike maybe a larger one that cuts none, or all into equal parts. */
+template <typename L>
 __device__ inline uint32_t choose_share(uint32_t total, uint32_t workers, uint32_t least, uint32_t most,
                                         const cut &cut) {
     uint32_t equal = (uint32_t)((total + workers - 1) * cut.workers_inverse >> 40);
     if (least != most) return equal;
-    uint32_t unit = most, whole = equal <= unit ? unit : (equal + unit - 1) / unit * unit;
+    auto divided = [](uint32_t n, uint32_t d) { return L::SIMPLE ? divide(n, d) : n / d; };
+    uint32_t unit = most, whole = equal <= unit ? unit : divided(equal + unit - 1, unit) * unit;
     if (whole <= equal + cut.align_tiles) return whole;
     if (unit < 2 * equal) return equal;
-    uint32_t parts = unit / equal, aligned = (unit + parts - 1) / parts;
+    uint32_t parts = divided(unit, equal), aligned = divided(unit + parts - 1, parts);
     return aligned <= equal + cut.align_tiles ? aligned : equal;
 }
 
@@ -412,7 +432,7 @@ __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, u
     uint32_t least = 0, most = 1, most_blocks = 1;
 #endif
     share mine;
-    uint32_t tiles = choose_share(total, workers, least, most, cut);
+    uint32_t tiles = choose_share<L>(total, workers, least, most, cut);
     mine.tiles_a_worker = (tiles + chunk) & ~chunk;
     uint64_t begin = (uint64_t)worker * mine.tiles_a_worker;
     mine.begin = begin < total ? (uint32_t)begin : total;
@@ -428,6 +448,138 @@ __device__ inline share find_share(const attn_cuda_call &call, const cut &cut, u
     return mine;
 }
 
+/* ------------------------------------------------------------------------------------------- */
+/* Shares of simple calls */
+
+/*
+ * What find_share() does takes 1.5 us from a launch's begin on, before which no tile can be asked for. For simple calls
+ * it is done in half of that: a lane's lengths are loaded at once, before barriers are made; where all units are alike
+ * nothing is looked for; and both ends of the share are looked for at the same time, by other lanes.
+ */
+
+/* So many of a lane's lengths are loaded together: all, of 128 sequences. */
+constexpr uint32_t LENGTHS_AT_ONCE = 4;
+
+struct some_lengths {
+    uint32_t of[LENGTHS_AT_ONCE];
+};
+
+/* Those of sequences `first` .. `end` - 1, or as many of them; the last one again for those that there are not. */
+__device__ inline some_lengths load_lengths(const attn_cuda_call &call, uint32_t first, uint32_t end) {
+    some_lengths loaded;
+#pragma unroll
+    for (uint32_t i = 0; i < LENGTHS_AT_ONCE; i++)
+        loaded.of[i] = __ldg(&call.lengths[min(first + i, end - 1)]);
+    return loaded;
+}
+
+/* The first of a lane's: for find_simple_share(). */
+__device__ inline some_lengths load_first_lengths(const attn_cuda_call &call, uint32_t lane) {
+    uint32_t stretch = (call.batch + 31) / 32, first = min(lane * stretch, call.batch - 1);
+    return load_lengths(call, first, min(first + stretch, call.batch));
+}
+
+/* The same as scan_batch(), but for what is summed over lanes; least and most are of all sequences. */
+template <typename L>
+__device__ inline scan measure_batch(const attn_cuda_call &call, const cut &cut, some_lengths lengths, uint32_t lane) {
+    scan found;
+    found.stretch = (call.batch + 31) / 32;
+    found.own = found.through = 0;
+    found.most_blocks = 1;
+    uint32_t least = UINT32_MAX, most = 0;
+    uint32_t first = lane * found.stretch, end = min(first + found.stretch, call.batch);
+#pragma unroll 1
+    while (first < end) {
+#pragma unroll
+        for (uint32_t i = 0; i < LENGTHS_AT_ONCE; i++) {
+            uint32_t tiles = extent_of_sequence<L>(call, cut, lengths.of[i]).tiles;
+            least = min(least, tiles);
+            most = max(most, tiles);
+            if (first + i < end) found.own += tiles;
+        }
+        first += LENGTHS_AT_ONCE;
+        if (first < end) lengths = load_lengths(call, first, end);
+    }
+#if __CUDA_ARCH__ >= 800
+    least = __reduce_min_sync(ALL_LANES, least);
+    most = __reduce_max_sync(ALL_LANES, most);
+#endif
+    found.least = least;
+    found.most = most;
+    return found;
+}
+
+/* Where a tile is, and the tiles of its sequence's units. */
+struct tile_position {
+    position at;
+    uint32_t unit;
+};
+
+/* By a whole warp: even lanes look for `first`, odd ones for `last`, two tiles of the line. Units are not alike. */
+template <typename L>
+__device__ inline tile_position locate_ends(const attn_cuda_call &call, const cut &cut, const scan &scan,
+                                            uint32_t first, uint32_t last, uint32_t lane) {
+    uint32_t heads = call.layer.heads_kv;
+    uint32_t has_first = __ballot_sync(ALL_LANES, first < scan.through * heads);
+    uint32_t has_last = __ballot_sync(ALL_LANES, last < scan.through * heads);
+    uint32_t owner = __ffs(lane % 2 == 0 ? has_first : has_last) - 1, tile = lane % 2 == 0 ? first : last;
+    tile_position found;
+    found.at = {owner * scan.stretch, __shfl_sync(ALL_LANES, (scan.through - scan.own) * heads, owner)};
+#pragma unroll 1
+    for (;;) {
+        found.unit = tiles_a_head<L>(call, cut, found.at.sequence);
+        if (tile - found.at.begin < found.unit * heads) break;
+        found.at.begin += found.unit * heads;
+        found.at.sequence++;
+    }
+    __syncwarp();
+    return found;
+}
+
+/* find_share() for simple calls, with load_first_lengths(). */
+template <typename L>
+__device__ inline share find_simple_share(const attn_cuda_call &call, const cut &cut, const some_lengths &lengths,
+                                          uint32_t workers, uint32_t worker, uint32_t lane) {
+    static_assert(L::SIMPLE, "");
+    scan batch = measure_batch<L>(call, cut, lengths, lane);
+    bool are_alike = batch.least == batch.most;
+    uint32_t heads = call.layer.heads_kv, total = batch.most * call.batch * heads;
+    if (!are_alike) {
+        batch.through = scan_lanes(batch.own, lane);
+        total = __shfl_sync(ALL_LANES, batch.through, 31) * heads;
+    }
+    uint32_t chunk = (1u << chunk_shift<L>(call)) - 1;
+    share mine;
+    mine.tiles_a_worker = (choose_share<L>(total, workers, batch.least, batch.most, cut) + chunk) & ~chunk;
+    uint64_t begin = (uint64_t)worker * mine.tiles_a_worker;
+    mine.begin = begin < total ? (uint32_t)begin : total;
+    mine.end = min(total, mine.begin + mine.tiles_a_worker);
+    mine.turn = mine.end;
+    mine.is_part = false;
+    mine.at_begin = mine.at_turn = {0, 0};
+    if (mine.begin == mine.end) return mine;
+
+    uint32_t tile = lane % 2 == 0 ? mine.begin : mine.end - 1;
+    tile_position found;
+    if (are_alike) {
+        uint32_t a_sequence = batch.most * heads, sequence = divide(tile, a_sequence);
+        found = {{sequence, sequence * a_sequence}, batch.most};
+    } else {
+        found = locate_ends<L>(call, cut, batch, mine.begin, mine.end - 1, lane);
+    }
+    mine.at_begin = {__shfl_sync(ALL_LANES, found.at.sequence, 0), __shfl_sync(ALL_LANES, found.at.begin, 0)};
+    if (is_batch_invariant<L>(call) || mine.tiles_a_worker < TURN_TILES) return mine;
+    mine.at_turn = {__shfl_sync(ALL_LANES, found.at.sequence, 1), __shfl_sync(ALL_LANES, found.at.begin, 1)};
+    uint32_t head = divide(tile - found.at.begin, found.unit);
+    uint32_t last = __shfl_sync(ALL_LANES, found.at.begin + head * found.unit, 1);
+    uint32_t last_tiles = __shfl_sync(ALL_LANES, found.unit, 1);
+    if (last > mine.begin && last + last_tiles > mine.end) mine.turn = last;
+    return mine;
+}
+
+/* ------------------------------------------------------------------------------------------- */
+/* Parts */
+
 /*
  * A worker's equal part of a unit, where all units are cut into as many parts, whatever their lengths (cluster.cuh,
  * parts.cuh).
@@ -437,16 +589,23 @@ struct part {
     share mine; /* in the line of the unit's sequence alone; maybe no tile */
 };
 
+/* The length of the sequence that a worker has a part of: for find_part(). */
+__device__ inline uint32_t load_length_of_part(const attn_cuda_call &call, const cut &cut, uint32_t worker) {
+    return __ldg(&call.lengths[divide(worker * cut.parts_inverse >> 16, call.layer.heads_kv)]);
+}
+
 /* By any thread. Only for simple calls. */
-template <typename L> __device__ inline part find_part(const attn_cuda_call &call, const cut &cut, uint32_t worker) {
+template <typename L>
+__device__ inline part find_part(const attn_cuda_call &call, const cut &cut, uint32_t length, uint32_t worker) {
     static_assert(L::SIMPLE, "");
     uint32_t heads = call.layer.heads_kv, number = worker * cut.parts_inverse >> 16,
              which = worker - number * cut.parts;
     part found;
-    found.unit.sequence = number / heads;
+    found.unit.sequence = divide(number, heads);
     found.unit.head = number - found.unit.sequence * heads;
     found.unit.block = 0;
     found.unit.of = sequence_at<L>(call, found.unit.sequence);
+    found.unit.of.length = found.unit.of.total_length = length;
     load_unit<L>(found.unit, call, cut);
     uint32_t tiles = found.unit.sees.tiles;
     found.unit.begin = found.unit.head * tiles;

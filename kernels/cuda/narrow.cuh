@@ -35,9 +35,16 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
     produce::ring ring = {ptx::shared_address(shared), ptx::shared_address(memory.full),
                           ptx::shared_address(memory.empty), with.stages, S::stage::BYTES};
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    launching::fetch_constants(call, with, warp);
+    /* What the share follows from is asked for first: it is on its way while barriers are made. */
+    line::some_lengths lengths = {};
+    if constexpr (S::HAS_PART) {
+        lengths.of[0] = line::load_length_of_part(call, with.cut, blockIdx.x);
+    } else if constexpr (S::rules::SIMPLE) {
+        lengths = line::load_first_lengths(call, lane);
+    }
+    if (warp == 0) launching::prefetch_page_table(call, lane);
     if (threadIdx.x == S::GROUPS * GROUP_THREADS) {
-        launching::prefetch_page_table(call);
+#pragma unroll 1
         for (uint32_t stage = 0; stage < with.stages; stage++) {
             ptx::barrier_init(ring.full + stage * 8, produce::full_arrivals());
             ptx::barrier_init(ring.empty + stage * 8, WARPS);
@@ -61,12 +68,21 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
     line::share mine;
     line::part part;
     if constexpr (S::HAS_PART) {
-        part = line::find_part<typename S::rules>(call, with.cut, blockIdx.x);
+        part = line::find_part<typename S::rules>(call, with.cut, lengths.of[0], blockIdx.x);
         mine = part.mine;
+    } else if constexpr (S::rules::SIMPLE) {
+        mine = line::find_simple_share<typename S::rules>(call, with.cut, lengths, gridDim.x, blockIdx.x, lane);
     } else {
         mine = line::find_share<typename S::rules>(call, with.cut, gridDim.x, blockIdx.x, lane);
     }
-    __syncthreads();
+    /* The warp that made the barriers need not wait for those that wait at them. */
+    constexpr uint32_t THREADS = S::GROUPS * GROUP_THREADS + 32, ALL_BEGIN = S::GROUPS + 1;
+    __syncwarp();
+    if (warp == S::GROUPS * WARPS) {
+        ptx::named_barrier_arrive<THREADS>(ALL_BEGIN);
+    } else {
+        ptx::named_barrier<THREADS>(ALL_BEGIN);
+    }
     if (!S::HAS_PART && mine.begin == mine.end) return; /* of a part without tiles others wait for the end */
     if (warp == S::GROUPS * WARPS) {
         produce::fill_ring<typename S::stage, typename S::rules>(call, with.cut, mine, ring, lane);

@@ -174,9 +174,17 @@ __device__ inline void finish_run(const group_context<S> &own, const line::unit 
     __syncwarp(); /* the barrier counts whole warps */
     ptx::named_barrier<GROUP_THREADS>(own.group);
     if (!own.memory.last_arriver) return;
-    for (uint32_t index = own.warp; index < count; index += WARPS) {
-        rows::merge_row<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(own.call, own.work,
-                                                                              {unit, own.cut, index}, own.by, own.lane);
+    if (line::is_batch_invariant<typename S::rules>(own.call)) {
+        for (uint32_t index = own.warp; index < count; index += WARPS) {
+            rows::merge_chunks_of<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(
+                own.call, own.work, {unit, own.cut, index}, own.by, own.lane);
+        }
+        return;
+    }
+#pragma unroll 1
+    for (uint32_t index = own.warp; index < count; index += WARPS * rows::TOGETHER) {
+        rows::merge_cut_rows<typename S::rules, typename S::IO, S::DIM_V, S::ROWS, WARPS>(
+            own.call, own.work, {unit, own.cut, index}, count, own.by, own.lane);
     }
 }
 
@@ -195,8 +203,8 @@ template <typename S>
 __device__ inline void merge_stored(const group_context<S> &own, const line::unit &unit, uint32_t slot,
                                     uint32_t slots) {
     for (uint32_t index = slot; index < own.cut.group; index += slots) {
-        rows::merge_row<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(own.call, own.work,
-                                                                              {unit, own.cut, index}, own.by, own.lane);
+        rows::merge_chunks_of<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(
+            own.call, own.work, {unit, own.cut, index}, own.by, own.lane);
     }
 }
 
@@ -357,8 +365,9 @@ __device__ inline void consume(const group_context<S> &own, const line::share &m
     for (uint32_t part = 0; part < 2; part++) {
         uint32_t begin = part == 0 ? mine.turn : mine.begin, end = part == 0 ? mine.end : mine.turn;
         if (begin == end) continue;
-        line::unit unit =
-            line::unit_at<typename S::rules>(own.call, own.cut, part == 0 ? mine.at_turn : mine.at_begin, begin);
+        line::position at = mine.at_begin;
+        if (part == 0) at = mine.at_turn;
+        line::unit unit = line::unit_at<typename S::rules>(own.call, own.cut, at, begin);
         rows::run run;
 #pragma unroll 1
         for (run.begin = begin; run.begin < end; run.begin = run.end, number++) {

@@ -88,6 +88,7 @@ __device__ inline void find_source(tile_source<TOKENS> &source, const attn_cuda_
 #pragma unroll
     for (uint32_t i = 0; i < tile_source<TOKENS>::MAX_BLOCKS; i++) {
         source.pages[i] = 0;
+        if (i > 0 && i << cut.block_shift >= TOKENS) continue; /* known of the launch */
         if (i << cut.block_shift < source.tokens) {
             source.pages[i] = __ldg(&table[(source.first_block + i) >> (cut.page_shift - cut.block_shift)]);
         }
@@ -112,7 +113,7 @@ __device__ inline tile_source<L::TOKENS> locate_tile(const attn_cuda_call &call,
     uint32_t within = tile - walk.at.begin;
     line::extent sees = line::extent_of_block<L>(call, sequence, cut, 0);
     uint32_t a_head = L::SIMPLE ? sees.tiles : walk.tiles / call.layer.heads_kv;
-    source.head = within / a_head;
+    source.head = L::SIMPLE ? line::divide(within, a_head) : within / a_head;
     within -= source.head * a_head;
     if (!L::SIMPLE && line::are_blocks_alike(call, sequence)) within %= sees.tiles;
     for (uint32_t block = 1; !L::SIMPLE && within >= sees.tiles; block++) {
@@ -406,38 +407,53 @@ __device__ inline void fill_stage_in_pieces(const attn_cuda_call &call, const li
 /* ------------------------------------------------------------------------------------------- */
 /* The warp's work */
 
+/* The tiles of a share, as a lane finds some of them, one after the other. */
+struct share_walk {
+    lane_walk walk;
+    bool has_entered, in_last_run;
+};
+
+/* The i-th tile that the worker does, which comes after the lane's last one; nothing if there is none. */
+template <typename L>
+__device__ inline tile_source<L::TOKENS> find_tile(const attn_cuda_call &call, const line::cut &cut,
+                                                   const line::share &mine, share_walk &along, uint32_t i) {
+    if (i >= mine.end - mine.begin) return {};
+    bool is_of_last_run = i < mine.end - mine.turn;
+    if (!along.has_entered || (along.in_last_run && !is_of_last_run)) {
+        along.has_entered = true;
+        along.in_last_run = is_of_last_run;
+        along.walk.at = is_of_last_run ? mine.at_turn : mine.at_begin;
+        enter_sequence<L>(along.walk, call, cut);
+    }
+    return locate_tile<L>(call, cut, along.walk, line::tile_in_turn(mine, i));
+}
+
 /*
- * The lanes find 32 tiles at a time, the next 32 while these are being copied, so that page table entries are there
- * before they are needed.
+ * The lanes find 32 tiles at a time. The next 32 are found while these are being copied, so that page table entries are
+ * there before they are needed; but not before the ring has been filled, which is what a launch waits for at its begin.
  */
 template <typename S, typename L>
 __device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cut, const line::share &mine,
                                  const ring &ring, uint32_t lane) {
-    uint32_t count = mine.end - mine.begin, last_run = mine.end - mine.turn;
+    uint32_t count = mine.end - mine.begin;
 #if __CUDA_ARCH__ >= 900
     uint64_t policy = ptx::evict_first_policy();
 #endif
-    lane_walk walk;
-    bool has_entered = false, in_last_run = true;
-    tile_source<S::TOKENS> source = {};
+    share_walk along = {{}, false, true};
+    tile_source<S::TOKENS> source = {}, next = {};
     ring_place place = {0, 1};
+    uint32_t looks_at = min(ring.stages, 31u); /* the one of 32 tiles before which the next 32 are found */
 #pragma unroll 1
     for (uint32_t base = 0; base < count + 32; base += 32) {
-        tile_source<S::TOKENS> next = {};
-        uint32_t ahead = base + lane;
-        if (ahead < count) {
-            bool is_first = !has_entered || (in_last_run && ahead >= last_run);
-            if (is_first) {
-                has_entered = true;
-                in_last_run = ahead < last_run;
-                walk.at = in_last_run ? mine.at_turn : mine.at_begin;
-                enter_sequence<L>(walk, call, cut);
-            }
-            next = locate_tile<L>(call, cut, walk, line::tile_in_turn(mine, ahead));
-        }
-        uint32_t found = base == 0 ? 0 : min(32u, count + 32 - base);
+        bool is_first = base == 0; /* nothing is there to be copied */
+        uint32_t end = is_first ? 32 : min(32u, count + 32 - base);
 #pragma unroll 1
-        for (uint32_t j = 0; j < found; j++) {
+        for (uint32_t j = is_first ? looks_at : 0; j < end; j++) {
+            if (j == looks_at) {
+                next = find_tile<L>(call, cut, mine, along, base + lane);
+                store_new_rows<typename S::KV, S::TOKENS>(call, cut, next, lane);
+                if (is_first) break;
+            }
             uint32_t stage = ring.memory + place.stage * ring.stage_bytes;
 #if __CUDA_ARCH__ >= 900
             if (cut.block_shift < 6) {
@@ -454,7 +470,6 @@ __device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cu
 #endif
             place.advance(ring);
         }
-        store_new_rows<typename S::KV, S::TOKENS>(call, cut, next, lane);
         source = next;
     }
 }

@@ -498,7 +498,8 @@ __device__ inline uint32_t slot_of(const attn_cuda_call &call, const line::unit 
 /* The ticket that counts a unit's tiles: of its first chunk, or of the worker that begins it. */
 template <typename L>
 __device__ inline uint32_t ticket_of(const attn_cuda_call &call, const line::unit &unit, const worker &by) {
-    return line::is_batch_invariant<L>(call) ? unit.begin >> by.chunk_shift : unit.begin / by.tiles_a_worker;
+    return line::is_batch_invariant<L>(call) ? unit.begin >> by.chunk_shift
+                                             : line::divide(unit.begin, by.tiles_a_worker);
 }
 
 /* batch_invariant: has the unit no other chunk, so that nothing is to be merged? */
@@ -564,17 +565,70 @@ __device__ inline stored_row<COLUMNS, ROWS> find_stored(const workspace &work, c
     return {work.outs + first * COLUMNS, work.states + first};
 }
 
-/* The last to arrive merges the unit's row. */
+/* batch_invariant: the last to arrive merges the unit's row. */
 template <typename L, typename IO, uint32_t COLUMNS, uint32_t ROWS>
-__device__ inline void merge_row(const attn_cuda_call &call, const workspace &work, const place &at, const worker &by,
-                                 uint32_t lane) {
-    if (line::is_batch_invariant<L>(call)) {
-        merge_chunks<IO, COLUMNS>(call, find_stored<COLUMNS, ROWS>(work, at.unit, at.index, by),
-                                  destination_of<L>(call, at, 0), at.unit.sees.tiles >> by.chunk_shift, lane);
-    } else {
-        uint32_t first = at.unit.begin / by.tiles_a_worker;
-        uint32_t last = (at.unit.begin + at.unit.sees.tiles - 1) / by.tiles_a_worker;
-        merge_partials<L, IO, COLUMNS, ROWS>(call, work, at, first, last - first + 1, lane);
+__device__ inline void merge_chunks_of(const attn_cuda_call &call, const workspace &work, const place &at,
+                                       const worker &by, uint32_t lane) {
+    merge_chunks<IO, COLUMNS>(call, find_stored<COLUMNS, ROWS>(work, at.unit, at.index, by),
+                              destination_of<L>(call, at, 0), at.unit.sees.tiles >> by.chunk_shift, lane);
+}
+
+/* Rows of a unit that a warp merges at the same time, so that they take as long as one. */
+constexpr uint32_t TOGETHER = 2;
+
+/*
+ * Otherwise it merges row `at.index`, the STEP-th after it, .. (TOGETHER at most) of the unit's `count`. As
+ * merge_partials() does it, to the bit, and from the same slots, but a load's address is another's and a constant: this
+ * is code that a block may have to fetch at a launch's very end.
+ */
+template <typename L, typename IO, uint32_t COLUMNS, uint32_t ROWS, uint32_t STEP>
+__device__ inline void merge_cut_rows(const attn_cuda_call &call, const workspace &work, const place &at,
+                                      uint32_t count, const worker &by, uint32_t lane) {
+    constexpr uint32_t COUNT = AHEAD<COLUMNS>, A_SLOT = 2 * ROWS; /* rows from a worker's slot to the next one's */
+    uint32_t first = line::divide(at.unit.begin, by.tiles_a_worker), share = by.tiles_a_worker;
+    uint32_t before = at.unit.begin - first * share; /* tiles of the first worker's */
+    int32_t left = (int32_t)line::divide(before + at.unit.sees.tiles + share - 1, share);
+    size_t begin = (size_t)first * A_SLOT + at.index;
+    const float *outs = work.outs + begin * COLUMNS + lane * row<COLUMNS>::WIDTH;
+    const float2 *states = work.states + begin + lane % COUNT * A_SLOT;
+    uint32_t tail = ROWS; /* the first partial is in its worker's tail slot */
+    row_state<COLUMNS> merged[TOGETHER];
+#pragma unroll
+    for (uint32_t r = 0; r < TOGETHER; r++)
+        merged[r] = empty_state<COLUMNS>();
+#pragma unroll 1
+    for (; left > 0; left -= COUNT) {
+        asm volatile("" : "+l"(outs)); /* or the compiler keeps a pointer for each partial */
+        const float *head = outs + tail * COLUMNS;
+        row<COLUMNS> coming[TOGETHER][COUNT];
+        float2 state[TOGETHER];
+#pragma unroll
+        for (uint32_t r = 0; r < TOGETHER; r++) {
+            bool is_row = r == 0 || at.index + r * STEP < count;
+            state[r] = make_float2(-INFINITY, 0.0f);
+            if (is_row && (int32_t)(lane % COUNT) < left)
+                state[r] = __ldcg(states + r * STEP + (lane % COUNT == 0 ? tail : 0));
+#pragma unroll
+            for (uint32_t i = 0; i < COUNT; i++) {
+                clear_row(coming[r][i]); /* as in merge_stored_partials */
+                const float *from = i == 0 ? head : outs + i * A_SLOT * COLUMNS;
+                if (is_row && (int32_t)i < left)
+                    coming[r][i] = load_row_of_others<COLUMNS>(from + r * STEP * COLUMNS, 0);
+            }
+        }
+#pragma unroll
+        for (uint32_t r = 0; r < TOGETHER; r++)
+            add_partials(merged[r], coming[r], state[r]);
+        outs += COUNT * A_SLOT * COLUMNS;
+        states += COUNT * A_SLOT;
+        tail = 0;
+    }
+#pragma unroll 1
+    for (uint32_t r = 0; r < TOGETHER && at.index + r * STEP < count; r++) {
+        write_row<L, IO>(call, {at.unit, at.cut, at.index + r * STEP}, merged[0], lane);
+#pragma unroll
+        for (uint32_t next = 1; next < TOGETHER; next++)
+            merged[next - 1] = merged[next];
     }
 }
 

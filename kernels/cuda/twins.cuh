@@ -522,7 +522,8 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         with.times[blockIdx.x * 4 + 1] = ptx::global_time_ns();
     }
     ptx::launch_dependents();
-    line::part part = line::find_part<typename S::rules>(call, with.cut, blockIdx.x);
+    line::part part = line::find_part<typename S::rules>(
+        call, with.cut, line::load_length_of_part(call, with.cut, blockIdx.x), blockIdx.x);
     __syncthreads();
     context<S> block = {call, with, memory, shared, part, {warp / WARPS, warp % WARPS, lane}};
     if (warp == ALL_WARPS) {
