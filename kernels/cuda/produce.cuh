@@ -217,8 +217,8 @@ enum class content { ALL, KEYS, VALUES };
 /*
  * The geometry of a stage. GATHERED: one block of TOKENS tokens, whatever a page holds; else blocks of as many tokens
  * as in the pool. What has only keys, or only values, is gathered. SHARERS: blocks of a cluster that have the same
- * tiles; each copies some columns of a tile to all of them. APART: values have a `full` barrier of their own, so many
- * bytes behind that of keys; 0: they have one together.
+ * tiles; each copies some columns of a tile to all of them. APART: values have barriers of their own, so many bytes
+ * behind those of keys; 0: they have them together.
  */
 template <typename KV_, uint32_t DIM, uint32_t DIM_V, uint32_t TOKENS_, bool GATHERED_, content HAS = content::ALL,
           uint32_t SHARERS_ = 1, uint32_t APART_ = 0>
@@ -278,15 +278,9 @@ __device__ inline void copy_block(const block_place &to, const char *from, uint3
                                                      block_tokens * CHUNK, rows * CHUNK, number, full, policy);
         return;
     }
-    constexpr bool HAS_ALL = S::HAS_KEYS && S::HAS_VALUES;
+    constexpr bool HAS_ALL = S::HAS_KEYS && S::HAS_VALUES && S::APART == 0;
     if (HAS_ALL && rows == block_tokens && (!S::GATHERED || block_tokens == S::TOKENS)) {
-        if constexpr (S::APART != 0) {
-            ptx::bulk_copy(to.keys, from, rows * S::KEY_BYTES, full, policy);
-            ptx::bulk_copy(to.values, from + block_tokens * S::KEY_BYTES, rows * S::VALUE_BYTES, full + S::APART,
-                           policy);
-        } else {
-            ptx::bulk_copy(to.keys, from, rows * (S::KEY_BYTES + S::VALUE_BYTES), full, policy);
-        }
+        ptx::bulk_copy(to.keys, from, rows * (S::KEY_BYTES + S::VALUE_BYTES), full, policy);
         return;
     }
     const char *values = from + block_tokens * S::KEY_BYTES;
@@ -369,7 +363,48 @@ __device__ inline void fill_stage_by_lanes(const attn_cuda_call &call, const lin
                   block_tokens, min(block_tokens, tokens - row), lane, full, policy);
 }
 
-/* The same in pieces of 16 bytes, by the whole warp, of the tile that lane `owner` has found. */
+/* Starts the copies of a block's first `rows` rows, of its keys or of its values. By one thread. */
+template <uint32_t ROW_BYTES, uint32_t CHUNK>
+__device__ inline void copy_columns(uint32_t to, const char *from, uint32_t block_tokens, uint32_t rows, uint32_t full,
+                                    uint64_t policy) {
+    ptx::barrier_arrive_expect(full, rows * ROW_BYTES);
+    if (rows == block_tokens) {
+        ptx::bulk_copy(to, from, rows * ROW_BYTES, full, policy);
+        return;
+    }
+#pragma unroll
+    for (uint32_t c = 0; c < ROW_BYTES / CHUNK && rows > 0; c++) {
+        uint32_t at = c * block_tokens * CHUNK;
+        ptx::bulk_copy(to + at, from + at, rows * CHUNK, full, policy);
+    }
+}
+
+/*
+ * The same, once the stage is empty, where values have barriers of their own: a tile of one block has its keys asked
+ * for as soon as those before them have been consumed. By the whole warp.
+ */
+template <typename S>
+__device__ inline void
+fill_stage_apart(const attn_cuda_call &call, const line::cut &cut, const tile_source<S::TOKENS> &source, uint32_t owner,
+                 uint32_t stage, uint32_t full, uint32_t empty, uint32_t parity, uint64_t policy, uint32_t lane) {
+    if (cut.block_shift < 6) {
+        ptx::barrier_wait(empty, parity);
+        ptx::barrier_wait(empty + S::APART, parity);
+        fill_stage_by_lanes<S>(call, cut, source, owner, stage, full, policy, lane);
+        return;
+    }
+    if (lane != owner) return;
+    uint32_t tokens = is_outside<S::TOKENS>(call, source) ? 0 : source.tokens;
+    const char *keys = find_block(call, cut, source.pages[0], source.head, source.first_block);
+    const char *values = keys + S::TOKENS * S::KEY_BYTES;
+    ptx::barrier_wait(empty, parity);
+    copy_columns<S::KEY_BYTES, S::KEY_CHUNK>(stage, keys, S::TOKENS, tokens, full, policy);
+    ptx::barrier_wait(empty + S::APART, parity);
+    copy_columns<S::VALUE_BYTES, S::VALUE_CHUNK>(stage + S::VALUES_AT, values, S::TOKENS, tokens, full + S::APART,
+                                                 policy);
+}
+
+/* In pieces of 16 bytes, by the whole warp, of the tile that lane `owner` has found. */
 template <typename S>
 __device__ inline void fill_stage_in_pieces(const attn_cuda_call &call, const line::cut &cut,
                                             const tile_source<S::TOKENS> &source, uint32_t owner, uint32_t stage,
@@ -456,7 +491,10 @@ __device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cu
             }
             uint32_t stage = ring.memory + place.stage * ring.stage_bytes;
 #if __CUDA_ARCH__ >= 900
-            if (cut.block_shift < 6) {
+            if constexpr (S::APART != 0) {
+                fill_stage_apart<S>(call, cut, source, j, stage, ring.full + place.stage * 8,
+                                    ring.empty + place.stage * 8, place.parity, policy, lane);
+            } else if (cut.block_shift < 6) {
                 ptx::barrier_wait(ring.empty + place.stage * 8, place.parity);
                 fill_stage_by_lanes<S>(call, cut, source, j, stage, ring.full + place.stage * 8, policy, lane);
             } else if (lane == j) {

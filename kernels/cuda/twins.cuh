@@ -42,7 +42,7 @@ template <typename S> struct block_memory {
     float2 given[MAX_ROWS];        /* maxima and sums that one group gives to the other */
     float2 slices[ALL_WARPS];      /* the same of what a warp has merged */
     uint64_t full[2 * MAX_STAGES]; /* of keys, and of values */
-    uint64_t empty[MAX_STAGES];
+    uint64_t empty[2 * MAX_STAGES];
     uint64_t received;         /* in a cluster: the rows that the block merges are there */
     mail::agreement agreement; /* long parts: whether they are still the block's */
 };
@@ -156,7 +156,10 @@ __device__ inline void soften(wide::tile_scores<S> &scores, lane_state<S> &state
     state.sum[OWN] += wide::reduce_row(scores, OWN, [](float x, float y) { return x + y; });
 }
 
-/* Consumes the group's tiles, as wide::consume_tiles does; but a tile's values are waited for when they are needed. */
+/*
+ * Consumes the group's tiles, as wide::consume_tiles does; but a tile's values are waited for when they are needed, and
+ * its keys are given back when they are not needed any more.
+ */
 template <typename S>
 __device__ inline void consume_tiles(lane_state<S> &state, const context<S> &block, const produce::ring &ring) {
     const group_place &own = block.own;
@@ -170,6 +173,7 @@ __device__ inline void consume_tiles(lane_state<S> &state, const context<S> &blo
         __syncwarp();
         wide::tile_scores<S> scores;
         wide::find_scores<S>(scores, queries, at);
+        if (own.lane == 0) ptx::barrier_arrive(ring.empty + stage * 8);
         if (wide::is_partly_unseen<S>(run)) mask_scores<S>(scores, run, own.lane);
         move_maximum<S>(scores, state, run.soft.scale_log2);
         wide::tile_weights<S> weights;
@@ -183,7 +187,7 @@ __device__ inline void consume_tiles(lane_state<S> &state, const context<S> &blo
         ptx::warpgroup_commit();
         ptx::warpgroup_wait<0>();
         wide::hold_out(state);
-        if (own.lane == 0) ptx::barrier_arrive(ring.empty + stage * 8);
+        if (own.lane == 0) ptx::barrier_arrive(ring.empty + stage * 8 + S::stage::APART);
         run.first += GROUPS * S::TOKENS;
         stage += GROUPS;
         if (stage >= ring.stages) {
@@ -505,6 +509,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
             ptx::barrier_init(ring.full + stage * 8, produce::full_arrivals());
             ptx::barrier_init(ring.full + stage * 8 + S::stage::APART, produce::full_arrivals());
             ptx::barrier_init(ring.empty + stage * 8, WARPS);
+            ptx::barrier_init(ring.empty + stage * 8 + S::stage::APART, WARPS);
         }
         if (CLUSTERED) {
             uint32_t parts = with.cut.parts, each = rows_each(with.cut.group, parts);
