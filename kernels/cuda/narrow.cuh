@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(S::GROUPS *GROUP_THREADS + 32, S::BLOCKS_PER_S
     }
     if (!S::HAS_PART && mine.begin == mine.end) return; /* of a part without tiles others wait for the end */
     if (warp == S::GROUPS * WARPS) {
-        produce::fill_ring<typename S::stage, typename S::rules>(call, with.cut, mine, ring, lane);
+        constexpr bool FIRST_BY_LANES = S::rules::SIMPLE && !S::HAS_PART;
+        produce::fill_ring<typename S::stage, typename S::rules, FIRST_BY_LANES>(call, with.cut, mine, ring, lane);
     } else {
         rows::workspace work = rows::view_workspace(with.workspace);
         group_context<S> own = {call,

@@ -29,9 +29,13 @@ __device__ inline void store_state(group_memory<S> &memory, const warp_state<S> 
             }
 #pragma unroll
             for (uint32_t d = 0; d < S::DIM_V / 16; d++) {
-                uint32_t column = d * 16 + lane / 4 * FIRST_STEP;
-                memory.out[warp][row][column] = state.out[d][b][c];
-                memory.out[warp][row][column + SECOND] = state.out[d][b][c + 2];
+                float *to = &memory.out[warp][row][d * 16 + lane / 4 * FIRST_STEP];
+                if (SECOND == 1) {
+                    *(float2 *)to = make_float2(state.out[d][b][c], state.out[d][b][c + 2]);
+                } else {
+                    to[0] = state.out[d][b][c];
+                    to[SECOND] = state.out[d][b][c + 2];
+                }
             }
         }
     }
@@ -47,26 +51,23 @@ template <typename S> struct group_context {
     uint32_t group, warp, lane;
 };
 
-/* A row of a group's tiles: the warps' states merged. */
-template <typename S>
-__device__ inline rows::row_state<S::DIM_V> merge_warps(const group_memory<S> &memory, uint32_t index, uint32_t lane) {
+/* A row of some groups' tiles, from the first of them on: all their warps' states merged. */
+template <typename S, uint32_t GROUPS>
+__device__ inline rows::row_state<S::DIM_V> merge_groups(const group_memory<S> *groups, uint32_t index, uint32_t lane) {
+    constexpr uint32_t COUNT = GROUPS * WARPS;
     rows::row_state<S::DIM_V> merged = rows::empty_state<S::DIM_V>();
+    float maxima[COUNT];
 #pragma unroll
-    for (uint32_t w = 0; w < WARPS; w++) {
-        rows::merge_state(merged, rows::load_row<S::DIM_V>(memory.out[w][index], lane), memory.maximum[w][index],
-                          memory.sum[w][index]);
+    for (uint32_t i = 0; i < COUNT; i++) {
+        maxima[i] = groups[i / WARPS].maximum[i % WARPS][index];
+        merged.maximum = fmaxf(merged.maximum, maxima[i]);
     }
-    return merged;
-}
-
-/* A row of a block's part of a unit: all warps' states merged. */
-template <typename S>
-__device__ inline rows::row_state<S::DIM_V> merge_groups(const block_memory<S> &memory, uint32_t index, uint32_t lane) {
-    rows::row_state<S::DIM_V> merged = merge_warps<S>(memory.group[0], index, lane);
 #pragma unroll
-    for (uint32_t g = 1; g < S::GROUPS; g++) {
-        rows::row_state<S::DIM_V> added = merge_warps<S>(memory.group[g], index, lane);
-        rows::merge_state(merged, added.out, added.maximum, added.sum);
+    for (uint32_t i = 0; i < COUNT; i++) {
+        const group_memory<S> &group = groups[i / WARPS];
+        float factor = rows::decay(maxima[i], merged.maximum);
+        merged.sum = fmaf(group.sum[i % WARPS][index], factor, merged.sum);
+        rows::add_row(merged.out, 1.0f, rows::load_row<S::DIM_V>(group.out[i % WARPS][index], lane), factor);
     }
     return merged;
 }
@@ -78,7 +79,7 @@ __device__ inline void finish_part(const group_context<S> &own, const block_memo
     ptx::named_barrier<S::GROUPS * GROUP_THREADS>(S::GROUPS);
     ptx::cluster_wait(); /* the first block's inbox is open */
     for (uint32_t index = own.group * WARPS + own.warp; index < inbox.rows; index += S::GROUPS * WARPS) {
-        rows::row_state<S::DIM_V> merged = merge_groups<S>(memory, index, own.lane);
+        rows::row_state<S::DIM_V> merged = merge_groups<S, S::GROUPS>(memory.group, index, own.lane);
         if (inbox.part != 0) {
             cluster::send_row(inbox, index, merged, own.lane);
             continue;
@@ -134,7 +135,7 @@ __device__ inline void finish_long_part(const group_context<S> &own, block_memor
     bool is_joint = parts::are_merged_jointly(of, rows, ALL_WARPS);
     ptx::named_barrier<THREADS>(S::GROUPS);
     for (uint32_t index = own.group * WARPS + own.warp; index < rows; index += ALL_WARPS) {
-        rows::row_state<S::DIM_V> merged = merge_groups<S>(memory, index, own.lane);
+        rows::row_state<S::DIM_V> merged = merge_groups<S, S::GROUPS>(memory.group, index, own.lane);
         rows::store_partial<S::DIM_V, S::ROWS>(own.work, own.by.number, index, merged.out,
                                                make_float2(merged.maximum, merged.sum), own.lane);
     }
@@ -161,7 +162,7 @@ __device__ inline void finish_run(const group_context<S> &own, const line::unit 
     uint32_t count = queries * own.cut.group;
     ptx::named_barrier<GROUP_THREADS>(own.group);
     for (uint32_t index = own.warp; index < count; index += WARPS) {
-        rows::row_state<S::DIM_V> merged = merge_warps<S>(own.memory, index, own.lane);
+        rows::row_state<S::DIM_V> merged = merge_groups<S, 1>(&own.memory, index, own.lane);
         rows::place at = {unit, own.cut, index};
         rows::deliver_row<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(own.call, own.work, at, done, own.by,
                                                                                 merged, own.lane);
@@ -245,7 +246,7 @@ __device__ inline void finish_chunk(const group_context<S> &own, const chunk_con
         ptx::barrier_wait(ptx::shared_address(&other.posted), before / S::GROUPS % 2);
     }
     for (uint32_t index = own.warp; index < own.cut.group; index += WARPS) {
-        rows::row_state<S::DIM_V> merged = merge_warps<S>(own.memory, index, own.lane);
+        rows::row_state<S::DIM_V> merged = merge_groups<S, 1>(&own.memory, index, own.lane);
         chunks::deliver_row<typename S::rules, typename S::IO, S::DIM_V, S::ROWS>(
             own.call, own.work, with.keeps, plan, {unit, own.cut, index}, done, own.by, merged, own.lane);
     }

@@ -464,19 +464,93 @@ __device__ inline tile_source<L::TOKENS> find_tile(const attn_cuda_call &call, c
 }
 
 /*
- * The lanes find 32 tiles at a time. The next 32 are found while these are being copied, so that page table entries are
- * there before they are needed; but not before the ring has been filled, which is what a launch waits for at its begin.
+ * Starts the copies of a share's first tiles, as many as the ring has stages, and returns how many. A lane finds a
+ * block of one of them and copies it, so that no lane has more to do than one page's: until the first copies are
+ * started nothing else of a launch is under way. Of simple calls; tiles that new rows belong to, and those after, are
+ * left.
  */
 template <typename S, typename L>
+__device__ inline uint32_t fill_first_stages(const attn_cuda_call &call, const line::cut &cut, const line::share &mine,
+                                             const ring &ring, uint64_t policy, uint32_t lane) {
+    static_assert(L::SIMPLE, "");
+    constexpr uint32_t TOKEN_SHIFT = L::TOKENS == 64 ? 6 : 7;
+    bool turns = mine.turn != mine.end;
+    uint32_t begin = turns ? mine.turn : mine.begin, count = min(ring.stages, mine.end - begin);
+    uint32_t tile_shift = TOKEN_SHIFT - cut.block_shift, stage = lane >> tile_shift; /* log2 of a tile's blocks */
+    count = min(count, 32u >> tile_shift);
+    uint32_t tile = begin + min(stage, count - 1);
+    line::position at = mine.at_begin;
+    if (turns) at = mine.at_turn;
+    uint32_t length, unit;
+#pragma unroll 1
+    for (;;) {
+        length = __ldg(&call.lengths[at.sequence]);
+        unit = line::extent_of_sequence<L>(call, cut, length).tiles;
+        uint32_t tiles = unit * call.layer.heads_kv;
+        if (tile - at.begin < tiles) break;
+        at.begin += tiles;
+        at.sequence++;
+    }
+    __syncwarp();
+    uint32_t within = tile - at.begin, head = line::divide(within, unit);
+    uint32_t first = (within - head * unit) << TOKEN_SHIFT,
+             tokens = first < length ? min(L::TOKENS, length - first) : 0;
+    uint32_t has_new = __ballot_sync(ALL_LANES, call.keys != nullptr && tokens > 0 && first + tokens == length);
+    if (has_new != 0) count = min(count, (uint32_t)(__ffs(has_new) - 1) >> tile_shift);
+
+    uint32_t block = lane & ((1u << tile_shift) - 1), row = block << cut.block_shift, page = 0;
+    bool is_live = stage < count && row < tokens;
+    if (is_live) {
+        uint32_t offset = call.page_offsets != nullptr ? __ldg(&call.page_offsets[at.sequence])
+                                                       : at.sequence * call.page_table_stride;
+        page = __ldg(&call.page_table[offset + ((first + row) >> cut.page_shift)]);
+    }
+    uint32_t outside = __ballot_sync(ALL_LANES, page >= call.layer.pages), tile_lanes = (1u << (1u << tile_shift)) - 1;
+    if (outside != 0) {
+        *call.status = 1;
+        if (outside >> (lane - block) & tile_lanes) tokens = 0;
+    }
+    uint32_t full = ring.full + stage * 8;
+    if (block == 0 && stage < count) {
+        if (tokens == 0) {
+            expect_nothing<S>(full);
+        } else {
+            expect_tokens<S>(full, tokens);
+        }
+    }
+    __syncwarp();
+    if (is_live && tokens > 0) {
+        uint32_t block_tokens = 1u << cut.block_shift;
+        copy_block<S>(place_block<S>(ring.memory + stage * ring.stage_bytes, row, block_tokens),
+                      find_block(call, cut, page, head, (first + row) >> cut.block_shift), block_tokens,
+                      min(block_tokens, tokens - row), block, full, policy);
+    }
+    __syncwarp();
+    return count;
+}
+
+/*
+ * The lanes find 32 tiles at a time. The next 32 are found while these are being copied, so that page table entries are
+ * there before they are needed; but not before the ring has been filled, which is what a launch waits for at its begin.
+ * FIRST_BY_LANES: what it is filled with is found and copied by fill_first_stages(); the share is not empty.
+ */
+template <typename S, typename L, bool FIRST_BY_LANES = false>
 __device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cut, const line::share &mine,
                                  const ring &ring, uint32_t lane) {
-    uint32_t count = mine.end - mine.begin;
-#if __CUDA_ARCH__ >= 900
-    uint64_t policy = ptx::evict_first_policy();
-#endif
+    uint32_t count = mine.end - mine.begin, done = 0;
     share_walk along = {{}, false, true};
     tile_source<S::TOKENS> source = {}, next = {};
     ring_place place = {0, 1};
+#if __CUDA_ARCH__ >= 900
+    uint64_t policy = ptx::evict_first_policy();
+    if constexpr (FIRST_BY_LANES) {
+        done = fill_first_stages<S, L>(call, cut, mine, ring, policy, lane);
+        count -= done;
+        if (count == 0) return;
+        place = {done, 1};
+        if (done == ring.stages) place = {0, 0};
+    }
+#endif
     uint32_t looks_at = min(ring.stages, 31u); /* the one of 32 tiles before which the next 32 are found */
 #pragma unroll 1
     for (uint32_t base = 0; base < count + 32; base += 32) {
@@ -485,7 +559,7 @@ __device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cu
 #pragma unroll 1
         for (uint32_t j = is_first ? looks_at : 0; j < end; j++) {
             if (j == looks_at) {
-                next = find_tile<L>(call, cut, mine, along, base + lane);
+                next = find_tile<L>(call, cut, mine, along, done + base + lane);
                 store_new_rows<typename S::KV, S::TOKENS>(call, cut, next, lane);
                 if (is_first) break;
             }
