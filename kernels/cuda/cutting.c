@@ -89,14 +89,28 @@ static void choose_clusters(attn_cuda_cutting *best, const attn_cuda_units *of, 
     }
 }
 
-/* All multiprocessors, fewer, or as many parts as are merged in one round or two. */
+static void try_long_parts(attn_cuda_cutting *best, const attn_cuda_units *of, uint64_t parts) {
+    if (!is_cut_enough(of, parts)) return;
+    choose_if_faster(best, (attn_cuda_cutting){.parts = (uint32_t)parts, .ns = long_parts_ns(of, parts)});
+}
+
+/* The fewest parts none of which has more tiles than the longest of so many. */
+static uint64_t fewest_as_short(const attn_cuda_units *of, uint64_t parts) {
+    return divide_up(of->most_tiles, divide_up(of->most_tiles, parts));
+}
+
+/*
+ * All multiprocessors, fewer, or as many parts as are merged in one round or two; of each the fewest that are as short,
+ * too, which leave less to merge.
+ */
 static void choose_long_parts(attn_cuda_cutting *best, const attn_cuda_units *of) {
     uint64_t most = least_of(of->workers / of->units, of->most_parts), a_round = partials_a_round(of);
     const uint64_t candidates[] = {most, most / 2, most / 4, a_round, 2 * a_round};
     for (uint32_t i = 0; i < sizeof candidates / sizeof *candidates; i++) {
         uint64_t parts = candidates[i];
-        if (parts > most || !is_cut_enough(of, parts)) continue;
-        choose_if_faster(best, (attn_cuda_cutting){.parts = (uint32_t)parts, .ns = long_parts_ns(of, parts)});
+        if (parts == 0 || parts > most) continue;
+        try_long_parts(best, of, fewest_as_short(of, parts));
+        try_long_parts(best, of, parts);
     }
 }
 

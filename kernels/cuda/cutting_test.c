@@ -41,7 +41,12 @@ static void assert_long_parts(attn_cuda_cutting chosen, uint32_t parts) {
 
 static void one_long_unit_has_all_multiprocessors(void **state) {
     (void)state;
-    assert_long_parts(choose(1, 131072), 132);
+    assert_long_parts(choose(1, 132 * 32 * TILE_TOKENS), 132);
+}
+
+static void a_unit_has_no_parts_that_make_none_shorter(void **state) {
+    (void)state;
+    assert_long_parts(choose(1, 128 * 16 * TILE_TOKENS), 128); /* of 132 parts some have 16 tiles, too */
 }
 
 static void a_few_long_units_have_equal_parts_of_them(void **state) {
@@ -129,6 +134,7 @@ static void every_choice_can_be_launched(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(one_long_unit_has_all_multiprocessors),
+        cmocka_unit_test(a_unit_has_no_parts_that_make_none_shorter),
         cmocka_unit_test(a_few_long_units_have_equal_parts_of_them),
         cmocka_unit_test(a_short_unit_is_a_cluster_s),
         cmocka_unit_test(a_unit_has_no_more_long_parts_than_are_good),

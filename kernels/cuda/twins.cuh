@@ -43,11 +43,15 @@ template <typename S> struct block_memory {
     float2 slices[ALL_WARPS];      /* the same of what a warp has merged */
     uint64_t full[2 * MAX_STAGES]; /* of keys, and of values */
     uint64_t empty[2 * MAX_STAGES];
+    uint64_t rows_given;       /* one group has given its rows to the other */
     uint64_t received;         /* in a cluster: the rows that the block merges are there */
     mail::agreement agreement; /* long parts: whether they are still the block's */
 };
 
-/* What warps have merged of a row, in the ring, when it is not needed any more. */
+/*
+ * Long parts: what warps have merged of a row, behind the block's memory. Not in the ring: the group that has given its
+ * rows looks for others' before the ring is free.
+ */
 template <typename S> struct merged_slices { float rows[ALL_WARPS][S::DIM_V]; };
 
 /* Who a warp is, and where it works. */
@@ -68,7 +72,7 @@ template <typename S> struct context {
 };
 
 /* Barriers between groups, and with the producer's warp. */
-enum barrier : uint32_t { ALL_GROUPS = GROUPS, ROWS_GIVEN, ROWS_SENT };
+enum barrier : uint32_t { ALL_GROUPS = GROUPS, ROWS_SENT };
 
 /* ------------------------------------------------------------------------------------------- */
 /* A part's tiles */
@@ -226,7 +230,7 @@ template <typename S> __device__ inline float4 *find_given(const context<S> &blo
     return (float4 *)(block.ring + stage * S::stage::BYTES) + block.own.thread();
 }
 
-/* Gives the group's rows to the other one, each thread to the one in its place; both meet at a barrier then. */
+/* Gives the group's rows to the other one, each thread to the one in its place. */
 template <typename S> __device__ inline void give_rows(const context<S> &block, const lane_row<S> &row) {
     ptx::named_barrier<GROUP_THREADS>(block.own.group); /* all have consumed the stage */
     float4 *to = find_given(block);
@@ -234,10 +238,12 @@ template <typename S> __device__ inline void give_rows(const context<S> &block, 
     for (uint32_t i = 0; i < S::DIM_V / 8; i += 2)
         to[i / 2 * GROUP_THREADS] = make_float4(row.pairs[i].x, row.pairs[i].y, row.pairs[i + 1].x, row.pairs[i + 1].y);
     if (block.own.lane % 4 == 0) block.memory.given[block.row()] = make_float2(row.maximum, row.sum);
+    ptx::barrier_arrive(ptx::shared_address(&block.memory.rows_given));
 }
 
-/* Adds the rows that the other group has given. */
+/* Adds the rows that the other group has given, once they are there. */
 template <typename S> __device__ inline void take_rows(const context<S> &block, lane_row<S> &row) {
+    ptx::barrier_wait(ptx::shared_address(&block.memory.rows_given), 0);
     const float4 *from = find_given(block);
     float2 given = block.memory.given[block.row()];
     float most = fmaxf(row.maximum, given.x);
@@ -389,7 +395,7 @@ template <typename S>
 __device__ inline void merge_own(const context<S> &block, const party &with, const mail::patience &patience) {
     uint32_t first = with.of.own * with.each, count = count_own(block.rows(), with.each, with.of.own);
     if (count == 0) return;
-    merged_slices<S> &memory = *(merged_slices<S> *)block.ring;
+    merged_slices<S> &memory = *(merged_slices<S> *)(&block.memory + 1);
     mail::room room = view_room<S>(block.with);
     uint32_t warp = block.warp(), lane = block.own.lane, at_once = min(count, ALL_WARPS);
     uint32_t slices = count_slices(count), slice = warp / at_once;
@@ -449,7 +455,6 @@ template <typename S> __device__ inline void finish_long_part(const context<S> &
         send_by_mail(block, row);
         ptx::named_barrier_arrive<GROUP_THREADS + 32>(ROWS_SENT);
     }
-    ptx::named_barrier<THREADS>(ALL_GROUPS); /* the ring is free */
     uint32_t tries = mail::tries_in(block.with.patience_ns);
     if (with.of.own < with.members)
         merge_own(block, with, {block.memory.agreement, count_of(block.with, with.of), with.of.own, tries, false});
@@ -479,9 +484,11 @@ __device__ inline void do_part(const context<S> &block, const produce::ring &rin
     lane_state<S> state;
     consume_tiles(state, block, ring);
     lane_row<S> row = join_twins<S>(state);
-    if (!block.has_last_tile()) give_rows(block, row);
-    ptx::named_barrier<THREADS>(ROWS_GIVEN); /* one for both, or synccheck takes them for divergent */
-    if (block.has_last_tile()) take_rows(block, row);
+    if (block.has_last_tile()) {
+        take_rows(block, row);
+    } else {
+        give_rows(block, row);
+    }
     ptx::wait_for_previous_launch(); /* which may still read what is written from here on */
     if constexpr (CLUSTERED) {
         finish_in_cluster(block, row);
@@ -502,7 +509,6 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     produce::ring ring = {ptx::shared_address(shared), ptx::shared_address(memory.full),
                           ptx::shared_address(memory.empty), with.stages, S::stage::BYTES};
     uint32_t warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    launching::fetch_constants(call, with, warp);
     if (threadIdx.x == THREADS) {
         launching::prefetch_page_table(call);
         for (uint32_t stage = 0; stage < with.stages; stage++) {
@@ -511,6 +517,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
             ptx::barrier_init(ring.empty + stage * 8, WARPS);
             ptx::barrier_init(ring.empty + stage * 8 + S::stage::APART, WARPS);
         }
+        ptx::barrier_init(ptx::shared_address(&memory.rows_given), GROUP_THREADS);
         if (CLUSTERED) {
             uint32_t parts = with.cut.parts, each = rows_each(with.cut.group, parts);
             uint32_t count = count_own(with.cut.group, each, line::part_of(with.cut, blockIdx.x));
@@ -582,6 +589,7 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
     if (workspace.rows < mail::ROWS || workspace.slots < 2 * workers || tuning.blocks_per_sm == 2)
         return cudaErrorInvalidValue;
     uint32_t besides = (uint32_t)sizeof(block_memory<S>);
+    if (!CLUSTERED) besides += (uint32_t)sizeof(merged_slices<S>);
     if (CLUSTERED) besides += cluster::inbox_bytes(parts + 1, rows_each(group, parts), S::DIM_V);
     if (tuning.shared_bytes < besides) return cudaErrorInvalidValue;
     uint32_t most = tuning.stages != 0 ? tuning.stages : CLUSTERED ? 6 : 4;
