@@ -39,11 +39,11 @@ int launch_narrow(const attn_cuda_call *call, const attn_cuda_tuning *tuning, co
 } /* namespace */
 
 extern "C" int attn_cuda_decode_fits(const attn_cuda_layer *layer) {
-    uint32_t dim = layer->head_dim, dim_v = layer->head_dim_v;
+    uint32_t dim = layer->head_dim, dim_v = layer->head_dim_v, kv = layer->kv_dtype;
     bool is_built = dim == 64 || dim == 96 || dim == 128 || dim == 192 || dim == 256;
-    return is_built && (dim == dim_v || (dim == 192 && dim_v == 128)) &&
-           (layer->kv_dtype == ATTN_BF16 || layer->kv_dtype == ATTN_FP16 || layer->kv_dtype == ATTN_FP8_E4M3) &&
-           group_of(*layer) <= 64;
+    bool is_16_bits = kv == ATTN_BF16 || kv == ATTN_FP16;
+    return is_built && (dim == dim_v || (dim == 192 && dim_v == 128)) && (is_16_bits || kv == ATTN_FP8_E4M3) &&
+           group_of(*layer) <= (is_16_bits ? 64 : MAX_NARROW_ROWS);
 }
 
 extern "C" size_t attn_cuda_workspace_bytes(uint32_t slots, uint32_t rows, uint32_t head_dim_v) {

@@ -86,7 +86,7 @@ typedef struct {
 /* Fills in tuning->clusters for the current device, which is of sm_90. A cudaError_t. */
 int attn_cuda_find_clusters(attn_cuda_tuning *tuning);
 
-/* Is the layer's geometry built? On any device of sm_80 or later. */
+/* Is the layer's geometry built? From sm_80 on; groups of more than 16 heads on sm_90 alone, in caches of 16 bits. */
 int attn_cuda_decode_fits(const attn_cuda_layer *layer);
 
 /* Of a workspace with so many slots of so many rows, for calls with so many columns a value. */
