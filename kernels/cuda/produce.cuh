@@ -464,6 +464,33 @@ __device__ inline tile_source<L::TOKENS> find_tile(const attn_cuda_call &call, c
 }
 
 /*
+ * Of a simple call: moves from a place in the line to the sequence that a tile behind it belongs to. `length`,
+ * `head_tiles`: the sequence's, and how many tiles each of its heads has.
+ */
+template <typename L>
+__device__ inline void find_sequence(line::position &at, uint32_t &length, uint32_t &head_tiles,
+                                     const attn_cuda_call &call, const line::cut &cut, uint32_t tile) {
+#pragma unroll 1
+    for (;;) {
+        length = __ldg(&call.lengths[at.sequence]);
+        head_tiles = line::extent_of_sequence<L>(call, cut, length).tiles;
+        uint32_t tiles = head_tiles * call.layer.heads_kv;
+        if (tile - at.begin < tiles) break;
+        at.begin += tiles;
+        at.sequence++;
+    }
+    __syncwarp();
+}
+
+/* The page of a simple call's token. */
+__device__ inline uint32_t load_page(const attn_cuda_call &call, const line::cut &cut, uint32_t sequence,
+                                     uint32_t token) {
+    uint32_t offset =
+        call.page_offsets != nullptr ? __ldg(&call.page_offsets[sequence]) : sequence * call.page_table_stride;
+    return __ldg(&call.page_table[offset + (token >> cut.page_shift)]);
+}
+
+/*
  * Starts the copies of a share's first tiles, as many as the ring has stages, and returns how many. A lane finds a
  * block of one of them and copies it, so that no lane has more to do than one page's: until the first copies are
  * started nothing else of a launch is under way. Of simple calls; tiles that new rows belong to, and those after, are
@@ -472,7 +499,7 @@ __device__ inline tile_source<L::TOKENS> find_tile(const attn_cuda_call &call, c
 template <typename S, typename L>
 __device__ inline uint32_t fill_first_stages(const attn_cuda_call &call, const line::cut &cut, const line::share &mine,
                                              const ring &ring, uint64_t policy, uint32_t lane) {
-    static_assert(L::SIMPLE, "");
+    static_assert(L::SIMPLE && (L::TOKENS == 64 || L::TOKENS == 128), "");
     constexpr uint32_t TOKEN_SHIFT = L::TOKENS == 64 ? 6 : 7;
     bool turns = mine.turn != mine.end;
     uint32_t begin = turns ? mine.turn : mine.begin, count = min(ring.stages, mine.end - begin);
@@ -482,16 +509,7 @@ __device__ inline uint32_t fill_first_stages(const attn_cuda_call &call, const l
     line::position at = mine.at_begin;
     if (turns) at = mine.at_turn;
     uint32_t length, unit;
-#pragma unroll 1
-    for (;;) {
-        length = __ldg(&call.lengths[at.sequence]);
-        unit = line::extent_of_sequence<L>(call, cut, length).tiles;
-        uint32_t tiles = unit * call.layer.heads_kv;
-        if (tile - at.begin < tiles) break;
-        at.begin += tiles;
-        at.sequence++;
-    }
-    __syncwarp();
+    find_sequence<L>(at, length, unit, call, cut, tile);
     uint32_t within = tile - at.begin, head = line::divide(within, unit);
     uint32_t first = (within - head * unit) << TOKEN_SHIFT,
              tokens = first < length ? min(L::TOKENS, length - first) : 0;
@@ -500,11 +518,7 @@ __device__ inline uint32_t fill_first_stages(const attn_cuda_call &call, const l
 
     uint32_t block = lane & ((1u << tile_shift) - 1), row = block << cut.block_shift, page = 0;
     bool is_live = stage < count && row < tokens;
-    if (is_live) {
-        uint32_t offset = call.page_offsets != nullptr ? __ldg(&call.page_offsets[at.sequence])
-                                                       : at.sequence * call.page_table_stride;
-        page = __ldg(&call.page_table[offset + ((first + row) >> cut.page_shift)]);
-    }
+    if (is_live) page = load_page(call, cut, at.sequence, first + row);
     uint32_t outside = __ballot_sync(ALL_LANES, page >= call.layer.pages), tile_lanes = (1u << (1u << tile_shift)) - 1;
     if (outside != 0) {
         *call.status = 1;
