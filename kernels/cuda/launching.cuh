@@ -40,8 +40,9 @@ __device__ inline void prefetch_page_table(const attn_cuda_call &call, uint32_t 
 
 /*
  * The constant cache is cold when a launch begins, and what a launch is passed lies in several of its lines, which
- * would be fetched one after the other as they are needed. So each warp first asks for another one. (CUDA 13.0's
- * compiler makes no load of it; docs/kernel-notes.md, "Shares". Narrow ones and twins do without.)
+ * would be fetched one after the other as they are needed. So each warp first asks for another one. CUDA 13.0's
+ * compiler makes no load of it, but orders what follows otherwise: the wide kernels are slower without it, narrow ones
+ * and twins are not, and do without (docs/kernel-notes.md, "Shares" and "The ninth version").
  */
 __device__ inline void fetch_constants(const attn_cuda_call &call, const arguments &with, uint32_t warp) {
     uint32_t word = 0;

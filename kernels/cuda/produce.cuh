@@ -380,8 +380,9 @@ __device__ inline void copy_columns(uint32_t to, const char *from, uint32_t bloc
 }
 
 /*
- * The same, once the stage is empty, where values have barriers of their own: a tile of one block has its keys asked
- * for as soon as those before them have been consumed. By the whole warp.
+ * Fills a stage of which values have barriers of their own, with the tile that lane `owner` has found, as it is emptied
+ * (parity `parity`): keys of a tile that is one block are asked for as soon as those before them have been consumed. By
+ * the whole warp.
  */
 template <typename S>
 __device__ inline void
@@ -393,6 +394,7 @@ fill_stage_apart(const attn_cuda_call &call, const line::cut &cut, const tile_so
         fill_stage_by_lanes<S>(call, cut, source, owner, stage, full, policy, lane);
         return;
     }
+    static_assert(S::TOKENS == 64, "a block of 1 << 6 tokens, or more, is a tile");
     if (lane != owner) return;
     uint32_t tokens = is_outside<S::TOKENS>(call, source) ? 0 : source.tokens;
     const char *keys = find_block(call, cut, source.pages[0], source.head, source.first_block);
