@@ -242,9 +242,20 @@ static int find_own_workers(void) {
     return -1;
 }
 
+/* The first use of a device in a process makes a context there, for which memory has to be left. */
+static attn_status use_device(int device) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error != cudaErrorMemoryAllocation) return attn_cuda_status(error, "cudaSetDevice");
+    cudaGetLastError();
+    return attn_error(ATTN_RESOURCE_EXHAUSTED,
+                      "cuda: device %d has no memory left for a context: other processes hold it; nvidia-smi lists "
+                      "them, and CUDA_VISIBLE_DEVICES chooses another device",
+                      device);
+}
+
 static attn_status allocate(cuda_backend *self, const attn_backend_config *config,
                             const struct cudaDeviceProp *properties) {
-    CUDA_TRY(cudaSetDevice(self->device));
+    ATTN_TRY(use_device(self->device));
     CUDA_TRY(attn_cuda_prepare()); /* every time: a context that was reset knows nothing of it */
     ATTN_TRY(start_copiers(self, config));
     ATTN_TRY(allocate_pool(self, config));
