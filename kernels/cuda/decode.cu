@@ -51,6 +51,16 @@ extern "C" size_t attn_cuda_workspace_bytes(uint32_t slots, uint32_t rows, uint3
     return rows < mail::ROWS ? bytes : bytes + mail::room_bytes(slots, head_dim_v);
 }
 
+extern "C" float *attn_cuda_room_for_sent(const attn_cuda_workspace *workspace, size_t rows, uint32_t columns) {
+    bool is_there = workspace->rows >= mail::ROWS;
+    bool fits = rows * (columns + 1) * sizeof(float) <= mail::room_bytes(workspace->slots, columns);
+    return is_there && fits ? (float *)mail::find_room(*workspace, columns) : nullptr;
+}
+
+extern "C" int attn_cuda_clear_sent(float *room, size_t rows, uint32_t columns, void *stream) {
+    return cudaMemsetAsync(room, 0, rows * (columns + 1) * sizeof(float), (cudaStream_t)stream);
+}
+
 extern "C" int attn_cuda_decode_launch(const attn_cuda_call *call, const attn_cuda_tuning *tuning,
                                        const attn_cuda_workspace *workspace, const attn_cuda_expected *expected,
                                        void *stream) {

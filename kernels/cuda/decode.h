@@ -60,6 +60,7 @@ typedef struct {
      * its are. 0: they wait.
      */
     uint32_t beside;
+    int only_asks;   /* launches nothing, but returns what it would without it, if the device takes the launch */
     uint64_t *times; /* NULL, or device [blocks, 4]: multiprocessor, begin, share found, end; ns of the global timer */
 } attn_cuda_tuning;
 
@@ -91,6 +92,14 @@ int attn_cuda_decode_fits(const attn_cuda_layer *layer);
 
 /* Of a workspace with so many slots of so many rows, for calls with so many columns a value. */
 size_t attn_cuda_workspace_bytes(uint32_t slots, uint32_t rows, uint32_t head_dim_v);
+
+/*
+ * Memory of the workspace for the rows that a launch sends to the next (attn_cuda_call.sends_rows), [rows, columns] and
+ * [rows] floats: zeros. NULL if it has no room for as many. attn_cuda_clear_sent: makes it zeros again, on the stream,
+ * where the next was not launched; a cudaError_t.
+ */
+float *attn_cuda_room_for_sent(const attn_cuda_workspace *workspace, size_t rows, uint32_t columns);
+int attn_cuda_clear_sent(float *room, size_t rows, uint32_t columns, void *stream);
 
 /*
  * Launches a call. 0, or a cudaError_t; cudaErrorInvalidValue (1) if the geometry or the tuning is not built, or a

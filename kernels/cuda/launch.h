@@ -84,6 +84,12 @@ typedef struct {
      * is the first one: its results are left at partial_out and partial_lse. Not in batch_invariant mode.
      */
     uint32_t sharing;
+    /*
+     * Of both launches, where the second is beside the first (attn_cuda_tuning.beside): that one sends its results
+     * (rows.cuh), each row as soon as it has it, and the second does not wait for the first to end, but for its rows'
+     * words. Where they are there are zeros before and after. Not all calls can: cudaErrorInvalidValue.
+     */
+    uint32_t sends_rows;
     const float *shared_out, *shared_lse;
     uint32_t *status; /* set to 1 when a page outside the pool is met; it is not read */
     float scale, softcap;

@@ -96,8 +96,9 @@ template <uint32_t TOKENS_, bool SIMPLE_, bool INVARIANT_ = !SIMPLE_, bool LEAVE
 struct rules {
     static constexpr uint32_t TOKENS = TOKENS_; /* of a tile */
     static constexpr bool SIMPLE = SIMPLE_;
-    static constexpr bool INVARIANT = INVARIANT_; /* can batch_invariant mode; simple ones do nothing else */
-    static constexpr bool LEAVES = LEAVES_;       /* can leave results to be merged by a launch that comes after */
+    static constexpr bool INVARIANT = INVARIANT_;   /* can batch_invariant mode; simple ones do nothing else */
+    static constexpr bool LEAVES = LEAVES_;         /* can leave results to be merged by a launch that comes after.. */
+    static constexpr bool SENDS = LEAVES && SIMPLE; /* ..or is at work beside it (rows.cuh) */
     static constexpr uint32_t ENDS_TILES = ENDS_TILES_, LEAST_TILES = LEAST_TILES_;
     static constexpr bool WEIGHS_ENDS = ENDS_TILES > 0 || LEAST_TILES > 1; /* if cut::weighs_ends */
     static_assert(TOKENS == 64 || TOKENS == 128, "");

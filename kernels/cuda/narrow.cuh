@@ -247,7 +247,8 @@ cudaError_t launch_shape(const attn_cuda_call &call, const attn_cuda_tuning &tun
         bool is_built = is_simple && leaves && rows <= 8 && !call.batch_invariant;
         if (is_built) return launch<typename built::leaving>(call, tuning, workspace, 1, stream);
     }
-    is_simple = is_simple && !leaves; /* other simple kernels cannot */
+    if (call.sends_rows) return cudaErrorInvalidValue; /* no other kernel does */
+    is_simple = is_simple && !leaves;                  /* other simple kernels cannot */
     bool is_decode = is_simple && !call.batch_invariant;
     if (rows > 8) {
         if (is_decode) return launch<typename built::simple_16_rows>(call, tuning, workspace, 1, stream);

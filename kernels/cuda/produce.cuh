@@ -581,10 +581,7 @@ __device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cu
             }
             uint32_t stage = ring.memory + place.stage * ring.stage_bytes;
 #if __CUDA_ARCH__ >= 900
-            if constexpr (S::APART != 0) {
-                fill_stage_apart<S>(call, cut, source, j, stage, ring.full + place.stage * 8,
-                                    ring.empty + place.stage * 8, place.parity, policy, lane);
-            } else if (cut.block_shift < 6) {
+            if (cut.block_shift < 6) {
                 ptx::barrier_wait(ring.empty + place.stage * 8, place.parity);
                 fill_stage_by_lanes<S>(call, cut, source, j, stage, ring.full + place.stage * 8, policy, lane);
             } else if (lane == j) {
@@ -630,6 +627,43 @@ __device__ inline void fill_ring_from_unit(const attn_cuda_call &call, const lin
             __syncwarp();
             place.advance(ring);
         }
+    }
+}
+
+/* A part's `i`-th tile, if that is all that the worker has (line::find_part); nothing if there is none. */
+template <uint32_t TOKENS>
+__device__ inline tile_source<TOKENS> find_tile_of_part(const attn_cuda_call &call, const line::cut &cut,
+                                                        const line::part &part, uint32_t i) {
+    tile_source<TOKENS> source = {};
+    source.head = part.unit.head;
+    uint32_t tile = part.mine.begin + i;
+    if (tile < part.mine.end) find_source(source, call, cut, part.unit.of, part.unit.sees, tile - part.unit.begin);
+    return source;
+}
+
+/*
+ * Fills a ring of which values have barriers of their own with such a part. `source`: what the lanes have found of its
+ * first 32 tiles, a tile each; the next 32 are found when fill_ring() would. From sm_90 on.
+ */
+template <typename S>
+__device__ inline void fill_ring_apart(const attn_cuda_call &call, const line::cut &cut, const line::part &part,
+                                       const ring &ring, tile_source<S::TOKENS> source, uint32_t lane) {
+    uint32_t count = part.mine.end - part.mine.begin, looks_at = min(ring.stages, 31u);
+    uint64_t policy = ptx::evict_first_policy();
+    ring_place place = {0, 1};
+    tile_source<S::TOKENS> next = {};
+    store_new_rows<typename S::KV, S::TOKENS>(call, cut, source, lane);
+#pragma unroll 1
+    for (uint32_t i = 0; i < count; i++) {
+        if (i % 32 == looks_at) {
+            next = find_tile_of_part<S::TOKENS>(call, cut, part, i - looks_at + 32 + lane);
+            store_new_rows<typename S::KV, S::TOKENS>(call, cut, next, lane);
+        }
+        fill_stage_apart<S>(call, cut, source, i % 32, ring.memory + place.stage * ring.stage_bytes,
+                            ring.full + place.stage * 8, ring.empty + place.stage * 8, place.parity, policy, lane);
+        __syncwarp();
+        place.advance(ring);
+        if (i % 32 == 31) source = next;
     }
 }
 

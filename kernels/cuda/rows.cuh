@@ -152,6 +152,100 @@ __device__ inline void write_elements(IO *to, const row<COLUMNS> &written, uint3
 }
 
 /* ------------------------------------------------------------------------------------------- */
+/* Rows sent */
+
+/*
+ * A row that says by itself that it is there: what is sent are its floats inverted, bit by bit, to memory that holds
+ * zeros; 0 would be a NaN with all bits set, which no arithmetic makes. Who reads it makes its words 0 again. So
+ * neither has to wait for a count, or for a launch's end. (mail.cuh says the same of partial results.)
+ */
+__device__ inline uint32_t sent(float number) { return ~__float_as_uint(number); }
+
+__device__ inline void send(uint32_t *to, float number) { ptx::store_relaxed(to, sent(number)); }
+
+/* A lane's words of a row, as they lie in memory. */
+template <uint32_t COLUMNS> struct row_words {
+    using row = rows::row<COLUMNS>;
+    uint32_t parts[row::PARTS][row::WIDTH];
+};
+
+template <uint32_t COLUMNS>
+__device__ inline void store_words(uint32_t *to, const row_words<COLUMNS> &words, uint32_t lane) {
+    constexpr uint32_t WIDTH = row<COLUMNS>::WIDTH;
+#pragma unroll
+    for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
+        uint32_t *at = to + (p * 32 + lane) * WIDTH;
+        const uint32_t(&part)[WIDTH] = words.parts[p];
+        if constexpr (WIDTH == 4)
+            ptx::store_relaxed(at, make_uint4(part[0], part[1], part[2], part[3]));
+        else if constexpr (WIDTH == 2)
+            ptx::store_relaxed(at, make_uint2(part[0], part[1]));
+        else
+            ptx::store_relaxed(at, part[0]);
+    }
+}
+
+template <uint32_t COLUMNS>
+__device__ inline void load_words(row_words<COLUMNS> &words, const uint32_t *from, uint32_t lane) {
+    constexpr uint32_t WIDTH = row<COLUMNS>::WIDTH;
+#pragma unroll
+    for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
+        const uint32_t *at = from + (p * 32 + lane) * WIDTH;
+        uint32_t(&part)[WIDTH] = words.parts[p];
+        if constexpr (WIDTH == 4) {
+            uint4 loaded = ptx::load_relaxed_4(at);
+            part[0] = loaded.x, part[1] = loaded.y, part[2] = loaded.z, part[3] = loaded.w;
+        } else if constexpr (WIDTH == 2) {
+            uint2 loaded = ptx::load_relaxed_2(at);
+            part[0] = loaded.x, part[1] = loaded.y;
+        } else {
+            part[0] = ptx::load_relaxed_1(at);
+        }
+    }
+}
+
+/* Have all of the lane's words come? */
+template <uint32_t COLUMNS> __device__ inline bool have_come(const row_words<COLUMNS> &words) {
+    bool are_there = true;
+#pragma unroll
+    for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
+#pragma unroll
+        for (uint32_t e = 0; e < row<COLUMNS>::WIDTH; e++)
+            are_there = are_there && words.parts[p][e] != 0;
+    }
+    return are_there;
+}
+
+template <uint32_t COLUMNS> __device__ inline void send_row(uint32_t *to, const row<COLUMNS> &written, uint32_t lane) {
+    row_words<COLUMNS> words;
+#pragma unroll
+    for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
+#pragma unroll
+        for (uint32_t e = 0; e < row<COLUMNS>::WIDTH; e++)
+            words.parts[p][e] = sent(written.parts[p][e]);
+    }
+    store_words<COLUMNS>(to, words, lane);
+}
+
+template <uint32_t COLUMNS> __device__ inline void clear_words(uint32_t *to, uint32_t lane) {
+    row_words<COLUMNS> zeros = {};
+    store_words<COLUMNS>(to, zeros, lane);
+}
+
+/* The row of some words; `inverted`: all bits set if it was sent, 0 if it was stored. */
+template <uint32_t COLUMNS>
+__device__ inline row<COLUMNS> row_of_words(const row_words<COLUMNS> &words, uint32_t inverted) {
+    row<COLUMNS> received;
+#pragma unroll
+    for (uint32_t p = 0; p < row<COLUMNS>::PARTS; p++) {
+#pragma unroll
+        for (uint32_t e = 0; e < row<COLUMNS>::WIDTH; e++)
+            received.parts[p][e] = __uint_as_float(words.parts[p][e] ^ inverted);
+    }
+    return received;
+}
+
+/* ------------------------------------------------------------------------------------------- */
 /* States */
 
 /* A row that is not finished: not normalised, relative to 2^maximum. */
@@ -256,6 +350,11 @@ __device__ inline void write_row_to(const attn_cuda_call &call, const results::d
         state.maximum = most;
     }
     scale_row(state.out, normaliser(state.sum) * scale);
+    if (L::SENDS && call.sends_rows && to.is_partial) {
+        send_row((uint32_t *)call.partial_out + to.row * COLUMNS, state.out, lane);
+        if (lane == 0) send((uint32_t *)call.partial_lse + to.row, lse_of(state.maximum, state.sum));
+        return;
+    }
     if (L::LEAVES && to.is_partial) {
         store_row(call.partial_out + to.row * COLUMNS, state.out, lane);
     } else {

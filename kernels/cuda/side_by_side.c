@@ -121,27 +121,68 @@ static uint32_t count_beside(const attn_cuda_forks *forks, const attn_cuda_tunin
     return is_alone && rows <= ATTN_CUDA_MAX_BESIDE_ROWS ? first->workers : 0;
 }
 
+/* What own tokens' launch leaves, by output row: stored, or sent (attn_cuda_call.sends_rows). */
+typedef struct {
+    float *out, *lse; /* device */
+    bool are_sent;
+} left_rows;
+
+static int launch_own_first(const attn_cuda_forks *forks, const attn_cuda_tuning *first, const left_rows *left,
+                            const attn_cuda_workspace *workspace, void *stream) {
+    attn_cuda_call own = forks->own;
+    own.sharing = forks->sharing;
+    own.partial_out = left->out;
+    own.partial_lse = left->lse;
+    own.sends_rows = left->are_sent;
+    return attn_cuda_decode_launch(&own, first, workspace, &forks->own_expected, stream);
+}
+
+static int launch_prefixes_second(const attn_cuda_forks *forks, const attn_cuda_tuning *second, const left_rows *left,
+                                  const attn_cuda_workspace *workspace, void *stream) {
+    attn_cuda_call prefixes = forks->prefixes;
+    prefixes.sharing = prefixes.batch;
+    prefixes.shared_out = left->out;
+    prefixes.shared_lse = left->lse;
+    prefixes.sends_rows = left->are_sent;
+    return attn_cuda_decode_launch(&prefixes, second, workspace, &forks->prefixes_expected, stream);
+}
+
+/* Rows are sent if both launches can, and the workspace has room for them; else they are stored. */
+static left_rows choose_left_rows(const attn_cuda_forks *forks, attn_cuda_tuning first, attn_cuda_tuning second,
+                                  const attn_cuda_workspace *workspace) {
+    left_rows stored = {forks->apart_out, forks->apart_lse, false};
+    if (second.beside == 0 || forks->own.sequences != NULL) return stored;
+    size_t rows = (size_t)forks->sharing * forks->own.layer.heads_q; /* one of a sequence */
+    uint32_t columns = forks->own.layer.head_dim_v;
+    float *room = attn_cuda_room_for_sent(workspace, rows, columns);
+    if (room == NULL) return stored;
+    left_rows sent = {room, room + rows * columns, true};
+    first.only_asks = second.only_asks = 1;
+    bool can_send = launch_own_first(forks, &first, &sent, workspace, NULL) == 0 &&
+                    launch_prefixes_second(forks, &second, &sent, workspace, NULL) == 0;
+    return can_send ? sent : stored;
+}
+
 static int launch_side_by_side(const attn_cuda_forks *forks, const attn_cuda_tuning *tuning, uint32_t own_workers,
                                const attn_cuda_workspace *workspace, void *stream) {
-    attn_cuda_call prefixes = forks->prefixes, own = forks->own;
     attn_cuda_tuning first = *tuning, second = *tuning;
-    own.sharing = forks->sharing;
-    own.partial_out = forks->apart_out;
-    own.partial_lse = forks->apart_lse;
     first.workers = own_workers;
     first.blocks_per_sm = 1; /* or it has them on twice as many multiprocessors */
     first.leaves_pairs = 1;
     memset(first.clusters, 0, sizeof first.clusters);
-    int error = attn_cuda_decode_launch(&own, &first, workspace, &forks->own_expected, stream);
-    if (error != 0) return error;
-    prefixes.sharing = prefixes.batch;
-    prefixes.shared_out = forks->apart_out;
-    prefixes.shared_lse = forks->apart_lse;
     second.workers -= own_workers;
     second.overlap_launches = tuning->is_hopper;
     second.beside = count_beside(forks, &first);
     if (second.times != NULL) second.times += 4 * (size_t)own_workers;
-    return attn_cuda_decode_launch(&prefixes, &second, workspace, &forks->prefixes_expected, stream);
+
+    left_rows left = choose_left_rows(forks, first, second, workspace);
+    int error = launch_own_first(forks, &first, &left, workspace, stream);
+    if (error != 0) return error;
+    error = launch_prefixes_second(forks, &second, &left, workspace, stream);
+    if (error == 0 || !left.are_sent) return error;
+    attn_cuda_clear_sent(left.out, (size_t)(left.lse - left.out) / forks->own.layer.head_dim_v,
+                         forks->own.layer.head_dim_v, stream); /* nobody reads them */
+    return error;
 }
 
 /* All that the second launch needs of the first are results, for which it waits before it writes its own. */

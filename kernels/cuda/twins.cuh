@@ -503,14 +503,15 @@ constexpr uint32_t BLOCK_THREADS = THREADS + 32;
 template <typename S, bool CLUSTERED>
 __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     twins_kernel(const __grid_constant__ attn_cuda_call call, const __grid_constant__ arguments with) {
-#if __CUDA_ARCH__ >= 900 /* never launched elsewhere */
+#if __CUDA_ARCH__ >= 900                                                     /* never launched elsewhere */
+    uint32_t length = line::load_length_of_part(call, with.cut, blockIdx.x); /* what all else waits for */
     extern __shared__ __align__(1024) char shared[];
     block_memory<S> &memory = *(block_memory<S> *)(shared + with.stages * S::stage::BYTES);
     produce::ring ring = {ptx::shared_address(shared), ptx::shared_address(memory.full),
                           ptx::shared_address(memory.empty), with.stages, S::stage::BYTES};
     uint32_t warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    if (threadIdx.x == THREADS) {
-        launching::prefetch_page_table(call);
+    if (threadIdx.x == THREADS) launching::prefetch_page_table(call);
+    if (threadIdx.x == 0) { /* while the producer finds its first tiles */
         for (uint32_t stage = 0; stage < with.stages; stage++) {
             ptx::barrier_init(ring.full + stage * 8, produce::full_arrivals());
             ptx::barrier_init(ring.full + stage * 8 + S::stage::APART, produce::full_arrivals());
@@ -534,12 +535,13 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         with.times[blockIdx.x * 4 + 1] = ptx::global_time_ns();
     }
     ptx::launch_dependents();
-    line::part part = line::find_part<typename S::rules>(
-        call, with.cut, line::load_length_of_part(call, with.cut, blockIdx.x), blockIdx.x);
+    line::part part = line::find_part<typename S::rules>(call, with.cut, length, blockIdx.x);
+    produce::tile_source<S::TOKENS> first_tiles = {};
+    if (warp == ALL_WARPS) first_tiles = produce::find_tile_of_part<S::TOKENS>(call, with.cut, part, lane);
     __syncthreads();
     context<S> block = {call, with, memory, shared, part, {warp / WARPS, warp % WARPS, lane}};
     if (warp == ALL_WARPS) {
-        produce::fill_ring<typename S::stage, typename S::rules>(call, with.cut, part.mine, ring, lane);
+        produce::fill_ring_apart<typename S::stage>(call, with.cut, part, ring, first_tiles, lane);
         if (!CLUSTERED) count_part(block);
     } else {
         if (with.times != nullptr && threadIdx.x == 0) with.times[blockIdx.x * 4 + 2] = ptx::global_time_ns();

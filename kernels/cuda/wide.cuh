@@ -136,11 +136,6 @@ template <typename S> constexpr uint32_t block_threads() { return (S::GROUPS + 1
 constexpr uint32_t FIRST_REGISTERS = 168, MORE_REGISTERS = 208, LESS_REGISTERS = 88;
 static_assert(2 * MORE_REGISTERS + LESS_REGISTERS <= 3 * FIRST_REGISTERS, "");
 
-/* Of `stages` stages; in a tall block of values, with one more of keys. */
-template <typename S> __host__ __device__ inline uint32_t ring_bytes(uint32_t stages) {
-    return stages * S::stage::BYTES + (S::TALL ? S::key_stage::BYTES : 0);
-}
-
 template <typename S> __host__ __device__ inline uint32_t ring_barriers(uint32_t stages) {
     return S::TALL ? 2 * stages + 1 : stages;
 }
@@ -253,7 +248,8 @@ __global__ void __launch_bounds__(block_threads<S>(), 1)
             consume(block, own, ring, shared);
         if (with.times != nullptr && threadIdx.x % GROUP_THREADS == 0)
             atomicMax((unsigned long long *)&with.times[blockIdx.x * 4 + 3], ptx::global_time_ns());
-        if (S::CLUSTER > 1) { /* the others may still arrive at this one's barriers */
+        if (S::IN_PARTS) ptx::wait_for_previous_launch(); /* who comes after this launch comes after both */
+        if (S::CLUSTER > 1) {                             /* the others may still arrive at this one's barriers */
             ptx::cluster_arrive();
             ptx::cluster_wait();
         }
@@ -327,6 +323,11 @@ cudaError_t launch(const attn_cuda_call &call, const attn_cuda_tuning &tuning, c
                       0,
                       S::HAS_OWN_PARTIALS ? bytes_beside(workspace, tuning, call.layer.head_dim_v) : 0,
                       count_blocks<S>(call, expected)};
+    if constexpr (S::IN_PARTS) {
+        if (ring_bytes<S>(stages) < staged_rows<S>::BYTES) return cudaErrorInvalidValue;
+    }
+    bool receives_rows = S::IN_PARTS && with.beside != 0;
+    if (call.sends_rows && !receives_rows) return cudaErrorInvalidValue;
     with.cut.align_tiles = max(tuning.align_tiles, ALIGN_TOKENS / S::TOKENS);
     launching::grid size = {workers * S::CLUSTER, block_threads<S>(), S::CLUSTER, besides + stages * S::stage::BYTES};
     return launching::launch_kernel(wide_kernel<S>, size, tuning, call, with, stream);

@@ -99,6 +99,30 @@ __device__ inline void store_partial(const block_place<S> &block, const group_pl
     }
 }
 
+/* Are what rows have apart words that the launch before sends (rows.cuh)? */
+template <typename S> __device__ inline bool are_sent(const block_place<S> &block) {
+    return S::IN_PARTS && block.call.sends_rows;
+}
+
+/*
+ * By the four lanes that have a row, of a unit in parts that is one part: what was sent for it becomes what would have
+ * been stored. The launch that has sent it is over.
+ */
+template <typename S> __device__ inline void invert_sent(const attn_cuda_call &call, size_t row, uint32_t lane) {
+    uint32_t *words = (uint32_t *)call.shared_out + row * S::DIM_V, *lse = (uint32_t *)call.shared_lse + row;
+    for (uint32_t i = lane % 4; i < S::DIM_V; i += 4)
+        __stcg(words + i, ~__ldcg(words + i));
+    if (lane % 4 == 0) __stcg(lse, ~__ldcg(lse));
+}
+
+/* After it has been read: room for the next launch's words. */
+template <typename S> __device__ inline void clear_sent(const attn_cuda_call &call, size_t row, uint32_t lane) {
+    uint32_t *words = (uint32_t *)call.shared_out + row * S::DIM_V;
+    for (uint32_t i = lane % 4; i < S::DIM_V; i += 4)
+        words[i] = 0;
+    if (lane % 4 == 0) ((uint32_t *)call.shared_lse)[row] = 0;
+}
+
 /* Adds what a row has apart, as rows::add_shared does; `sum` and `maximum`: the row's. */
 template <typename S>
 __device__ inline void add_shared(const attn_cuda_call &call, size_t row, warp_state<S> &state, uint32_t half,
@@ -119,6 +143,18 @@ __device__ inline void add_shared(const attn_cuda_call &call, size_t row, warp_s
     maximum = most;
 }
 
+/* The same if it may have been sent. */
+template <typename S>
+__device__ inline void add_sent(const block_place<S> &block, size_t row, bool is_row, warp_state<S> &state,
+                                uint32_t half, float &maximum, float &sum, uint32_t lane) {
+    bool is_received = are_sent(block) && is_row;
+    if (is_received) invert_sent<S>(block.call, row, lane);
+    __syncwarp();
+    add_shared<S>(block.call, row, state, half, maximum, sum, lane);
+    __syncwarp();
+    if (is_received) clear_sent<S>(block.call, row, lane);
+}
+
 /* Writes a warp's rows, which are finished, as rows::write_row does. */
 template <typename S>
 __device__ inline void write_unit(const block_place<S> &block, const group_place &own, const found_run &found,
@@ -132,8 +168,12 @@ __device__ inline void write_unit(const block_place<S> &block, const group_place
         float sum = ptx::quad_sum(state.sum[half]), maximum = state.maximum[half], factor = 1.0f;
         results::destination to = rows::final_destination_of<typename S::rules>(
             block.call, {found.unit, block.with.cut, rows_before<S>() + min(row, found.rows - 1)});
-        if (rows::adds_shared<typename S::rules>(block.call, found.unit))
-            add_shared<S>(block.call, to.row, state, half, maximum, sum, own.lane);
+        if (rows::adds_shared<typename S::rules>(block.call, found.unit)) {
+            if constexpr (S::IN_PARTS)
+                add_sent<S>(block, to.row, is_row, state, half, maximum, sum, own.lane);
+            else
+                add_shared<S>(block.call, to.row, state, half, maximum, sum, own.lane);
+        }
         if (to.sink != nullptr) {
             float sink = *to.sink * LOG2_E, most = fmaxf(maximum, sink), keep = rows::decay(maximum, most);
             sum = fmaf(sum, keep, rows::decay(sink, most));
@@ -314,132 +354,194 @@ __device__ __noinline__ void merge_rows(const block_place<S> &block, const found
     }
 }
 
-/* A row that is to be merged, on its way: its first partials. */
-template <typename S> struct coming_row {
-    static constexpr uint32_t EARLY = 8;
-    rows::row<S::DIM_V> partials[EARLY];
-    float2 state; /* of partial `lane` */
+/*
+ * What a warp merges of a unit in parts, which are few: rows `first`, `first` + `step`, .. All partials of all of them
+ * are copied to where the ring was; each row's are merged where the first of them is; and what the row has apart is
+ * added when it is there, and the row written. The loops are short and mostly not unrolled, since this is code that is
+ * fetched while all wait for it.
+ */
+template <typename S> struct staged_rows {
+    static constexpr uint32_t MOST = 32; /* partials: of a warp, a lane each */
+    static constexpr uint32_t BYTES = S::GROUPS * WARPS * MOST * S::DIM_V * sizeof(float); /* of all warps */
+    float *outs;                                                                           /* [rows, parts, DIM_V] */
+    float2 state;                /* of partial `lane`; then of its row */
+    uint32_t first_of_row;       /* the first partial of that row */
+    uint32_t parts;              /* of a row */
+    uint32_t first, step, count; /* rows */
+
+    __device__ float *out(uint32_t row, uint32_t part) const { return outs + (row * parts + part) * S::DIM_V; }
+
+    __device__ float2 state_of(uint32_t row) const {
+        return make_float2(__shfl_sync(ALL_LANES, state.x, row * parts), __shfl_sync(ALL_LANES, state.y, row * parts));
+    }
 };
 
-template <typename S>
-__device__ inline void load_coming(coming_row<S> &row, const unit_partials<S::ROWS> &of, uint32_t index,
-                                   uint32_t lane) {
-#pragma unroll
-    for (uint32_t i = 0; i < row.EARLY; i++) {
-        rows::clear_row(row.partials[i]); /* as in rows::merge_stored_partials */
-        const float *from = of.outs + (size_t)(of.place(i) + index) * S::DIM_V;
-        if (i < of.count) row.partials[i] = rows::load_row_of_others<S::DIM_V>(from, lane);
-    }
-    row.state = make_float2(-INFINITY, 0.0f);
-    if (lane < of.count) row.state = __ldcg(of.states + of.place(lane) + index);
-}
-
-template <typename S>
-__device__ inline rows::row_state<S::DIM_V> merge_coming(const coming_row<S> &row, const unit_partials<S::ROWS> &of,
-                                                         uint32_t index, uint32_t lane) {
-    rows::row_state<S::DIM_V> merged = rows::empty_state<S::DIM_V>();
-    merged.maximum = row.state.x;
-    for (uint32_t step = 16; step > 0; step /= 2)
-        merged.maximum = fmaxf(merged.maximum, __shfl_xor_sync(ALL_LANES, merged.maximum, step));
-    float factor = rows::decay(row.state.x, merged.maximum);
-    merged.sum = row.state.y * factor;
-    for (uint32_t step = 16; step > 0; step /= 2)
-        merged.sum += __shfl_xor_sync(ALL_LANES, merged.sum, step);
-#pragma unroll
-    for (uint32_t i = 0; i < row.EARLY; i++)
-        rows::add_row(merged.out, 1.0f, row.partials[i], __shfl_sync(ALL_LANES, factor, i));
-#pragma unroll 1
-    for (uint32_t i = row.EARLY; i < of.count; i++) {
-        const float *from = of.outs + (size_t)(of.place(i) + index) * S::DIM_V;
-        rows::row<S::DIM_V> partial = rows::load_row_of_others<S::DIM_V>(from, lane);
-        rows::add_row(merged.out, 1.0f, partial, __shfl_sync(ALL_LANES, factor, i));
-    }
-    return merged;
-}
-
-/* Where merged rows wait for what they have apart: where the queries were, which nobody needs any more. */
-template <typename S> struct kept_rows {
-    block_memory<S> &memory;
-
-    static_assert(sizeof(memory.queries) >= S::ROWS * S::DIM_V * sizeof(float) && S::GROUPS > 1, "");
-
-    __device__ float *out(uint32_t index) const { return (float *)memory.queries + index * S::DIM_V; }
-    __device__ float2 &state(uint32_t index) const { return (float2 &)memory.visible[0][index]; }
-};
-
-/* Adds what rows have apart, and writes them: rows index, index + step, .. By the warp that has kept them. */
-template <typename S>
-__device__ inline void finish_kept(const block_place<S> &block, const found_run &found, uint32_t index, uint32_t step,
-                                   uint32_t lane) {
-    constexpr uint32_t COUNT = 4; /* at once */
-    kept_rows<S> kept = {block.memory};
-    __syncwarp();
-#pragma unroll 1
-    for (; index < found.rows; index += COUNT * step) {
-        results::destination to[COUNT];
-        rows::row<S::DIM_V> apart[COUNT];
-        float lses[COUNT];
-#pragma unroll
-        for (uint32_t r = 0; r < COUNT; r++) {
-            uint32_t row = min(index + r * step, found.rows - 1);
-            rows::place at = {found.unit, block.with.cut, rows_before<S>() + row};
-            to[r] = rows::final_destination_of<typename S::rules>(block.call, at);
-        }
-        ptx::wait_for_previous_launch(); /* where they come from */
-#pragma unroll
-        for (uint32_t r = 0; r < COUNT; r++) {
-            apart[r] = rows::load_row_of_others<S::DIM_V>(block.call.shared_out + to[r].row * S::DIM_V, lane);
-            lses[r] = __ldcg(&block.call.shared_lse[to[r].row]);
-        }
-#pragma unroll
-        for (uint32_t r = 0; r < COUNT; r++) {
-            uint32_t row = index + r * step;
-            if (row >= found.rows) break;
-            float2 state = kept.state(row);
-            rows::row_state<S::DIM_V> merged = {rows::load_row<S::DIM_V>(kept.out(row), lane), state.x, state.y};
-            rows::merge_state(merged, apart[r], lses[r] * LOG2_E, 1.0f);
-            rows::write_row_to<typename S::rules, typename S::IO>(block.call, to[r], merged, 1.0f, lane);
-        }
-    }
+/* Where the block's ring was, which nobody needs any more. */
+template <typename S> __device__ inline float *ring_of(const block_place<S> &block) {
+    return (float *)((char *)&block.memory - ring_bytes<S>(block.with.stages));
 }
 
 /*
- * The same as merge_rows, of a unit in parts, which are few: a row after the other, the next one on its way, in code
- * that is short, since it is fetched while all wait for it. Rows that have something apart are merged before that is
- * there.
+ * Starts to copy the partials of a warp's rows, and to load their states: one load of all lanes, since loads to the
+ * same register wait for each other.
  */
 template <typename S>
-__device__ __noinline__ void merge_rows_in_turn(const block_place<S> &block, const found_run &found, uint32_t first,
-                                                uint32_t step, uint32_t lane) {
-    static_assert(S::KV::BYTES == 2 && joint::MAX_MEMBERS <= 32, "no scales, and a lane a partial");
+__device__ inline void stage_partials(staged_rows<S> &rows, const unit_partials<S::ROWS> &of, uint32_t lane) {
+    constexpr uint32_t PIECES = S::DIM_V / 4;
+    uint32_t number = line::divide(lane, rows.parts), part = lane - number * rows.parts;
+    rows.first_of_row = number * rows.parts;
+    rows.state = make_float2(-INFINITY, 0.0f);
+    if (number < rows.count) rows.state = __ldcg(of.states + of.place(part) + rows.first + number * rows.step);
+    uint32_t to = ptx::shared_address(rows.outs) + lane * 16;
+#pragma unroll 1
+    for (uint32_t index = rows.first, left = rows.count; left > 0; left--, index += rows.step) {
+        const float *from = of.outs + (size_t)index * S::DIM_V + lane * 4;
+#pragma unroll 4
+        for (uint32_t i = 0; i < rows.parts; i++, to += S::DIM_V * sizeof(float)) {
+            if (PIECES == 32 || lane < PIECES) ptx::copy_16_bytes(to, from + (size_t)of.place(i) * S::DIM_V);
+        }
+    }
+    ptx::copies_commit();
+}
+
+/* Merges them, each row where its first partial is. */
+template <typename S> __device__ inline void merge_staged(staged_rows<S> &rows, uint32_t lane) {
+    ptx::copies_wait<0>();
+    __syncwarp();
+    float most = -INFINITY, sum = 0.0f;
+#pragma unroll 1
+    for (uint32_t part = 0; part < rows.parts; part++)
+        most = fmaxf(most, __shfl_sync(ALL_LANES, rows.state.x, rows.first_of_row + part));
+    float factor = rows::decay(rows.state.x, most), weighed = rows.state.y * factor;
+#pragma unroll 1
+    for (uint32_t part = 0; part < rows.parts; part++)
+        sum += __shfl_sync(ALL_LANES, weighed, rows.first_of_row + part);
+    rows.state = make_float2(most, sum);
+#pragma unroll 1
+    for (uint32_t number = 0; number < rows.count; number++) {
+        rows::row<S::DIM_V> out;
+        rows::clear_row(out);
+#pragma unroll 4
+        for (uint32_t part = 0; part < rows.parts; part++) {
+            float weight = __shfl_sync(ALL_LANES, factor, number * rows.parts + part);
+            rows::add_row(out, 1.0f, rows::load_row<S::DIM_V>(rows.out(number, part), lane), weight);
+        }
+        rows::store_row(rows.out(number, 0), out, lane);
+    }
+}
+
+/* What some of a warp's rows have apart, of what the launch before has found. */
+template <typename S> struct rows_apart {
+    static constexpr uint32_t COUNT = 4; /* at once */
+    const uint32_t *rows, *lses;
+    uint64_t row;      /* of row `lane`: where it is */
+    uint32_t inverted; /* rows::row_of_words; 0: that launch is over */
+    rows::row_words<S::DIM_V> words[COUNT];
+    uint32_t lse; /* of row `lane` */
+};
+
+/* Loads those of rows `base` + i that are set in `missing`, bit i. */
+template <typename S>
+__device__ inline void load_apart(rows_apart<S> &apart, uint32_t base, uint32_t missing, uint32_t lane) {
+#pragma unroll
+    for (uint32_t r = 0; r < apart.COUNT; r++) {
+        uint64_t at = __shfl_sync(ALL_LANES, apart.row, base + r);
+        if (missing >> r & 1) rows::load_words<S::DIM_V>(apart.words[r], apart.rows + at * S::DIM_V, lane);
+    }
+    bool is_own = lane - base < apart.COUNT && (missing >> (lane - base) & 1) != 0;
+    if (is_own) apart.lse = ptx::load_relaxed_1(apart.lses + apart.row);
+}
+
+/* Which of them have not come? */
+template <typename S>
+__device__ inline uint32_t find_missing(const rows_apart<S> &apart, uint32_t base, uint32_t missing, uint32_t lane) {
+    if (apart.inverted == 0) return 0;
+    uint32_t missing_lses = __ballot_sync(ALL_LANES, apart.lse == 0) >> base, still = 0;
+#pragma unroll
+    for (uint32_t r = 0; r < apart.COUNT; r++) {
+        if (!__all_sync(ALL_LANES, rows::have_come<S::DIM_V>(apart.words[r]))) still |= 1u << r;
+    }
+    return missing & (still | missing_lses);
+}
+
+/* Writes row `number`, which has apart what is in words[0]. */
+template <typename S>
+__device__ inline void write_staged(const attn_cuda_call &call, const staged_rows<S> &rows, const rows_apart<S> &apart,
+                                    const results::destination &first, uint32_t number, bool is_apart, uint32_t lane) {
+    results::destination to = first;
+    to.row = __shfl_sync(ALL_LANES, apart.row, number);
+    to.sink = (const float *)__shfl_sync(ALL_LANES, (uint64_t)first.sink, number);
+    float2 state = rows.state_of(number);
+    rows::row_state<S::DIM_V> row = {rows::load_row<S::DIM_V>(rows.out(number, 0), lane), state.x, state.y};
+    if (is_apart) {
+        float lse = __uint_as_float(__shfl_sync(ALL_LANES, apart.lse, number) ^ apart.inverted);
+        rows::merge_state(row, rows::row_of_words<S::DIM_V>(apart.words[0], apart.inverted), lse * LOG2_E, 1.0f);
+    }
+    rows::write_row_to<typename S::rules, typename S::IO>(call, to, row, 1.0f, lane);
+    if (apart.inverted == 0) return;
+    rows::clear_words<S::DIM_V>((uint32_t *)apart.rows + to.row * S::DIM_V, lane); /* for the next launch's */
+    if (lane == 0) ptx::store_relaxed((uint32_t *)apart.lses + to.row, 0u);
+}
+
+/*
+ * The same as merge_rows, of a unit in parts: rows first, first + step, .. By a warp, number `warp` of the block.
+ *
+ * What rows have apart is what the launch before finds, which may still be at work. If it sends it (rows::send_row) a
+ * warp waits for its own rows' words alone. It cannot wait in vain: this launch's blocks start when all of that one's
+ * run or have ended, and those wait for nobody here. All the same the blocks end only when that launch has, so that who
+ * comes after this launch comes after both.
+ */
+template <typename S>
+__device__ inline void merge_rows_of_parts(const block_place<S> &block, const found_run &found, uint32_t first,
+                                           uint32_t step, uint32_t warp, uint32_t lane) {
+    static_assert(S::KV::BYTES == 2 && joint::MAX_MEMBERS <= 16, "no scales");
+    using L = typename S::rules;
+    if (first >= found.rows) return;
     rows::workspace work = workspace_of<S>(block.with);
     size_t first_row = (size_t)2 * found.first_worker * S::ROWS;
     unit_partials<S::ROWS> of = {work.outs + first_row * S::DIM_V, work.states + first_row, found.workers};
-    bool is_apart = rows::adds_shared<typename S::rules>(block.call, found.unit), has_now = false;
-    kept_rows<S> kept = {block.memory};
-    coming_row<S> now, next;
-    if (!is_apart) ptx::wait_for_previous_launch();
-#pragma unroll 1
-    for (uint32_t index = first;; index += step) {
-        bool has_next = index < found.rows;
-        if (has_next) load_coming(next, of, index, lane);
-        if (has_now) {
-            uint32_t row = index - step;
-            rows::row_state<S::DIM_V> merged = merge_coming(now, of, row, lane);
-            if (is_apart) {
-                rows::store_row(kept.out(row), merged.out, lane);
-                if (lane == 0) kept.state(row) = make_float2(merged.maximum, merged.sum);
-            } else {
-                rows::place at = {found.unit, block.with.cut, rows_before<S>() + row};
-                rows::write_row_to<typename S::rules, typename S::IO>(
-                    block.call, rows::final_destination_of<typename S::rules>(block.call, at), merged, 1.0f, lane);
-            }
-        }
-        if (!has_next) break;
-        now = next;
-        has_now = true;
+    staged_rows<S> rows = {};
+    rows.outs = ring_of(block) + warp * (staged_rows<S>::MOST * S::DIM_V);
+    rows.parts = found.workers;
+    rows.first = first;
+    rows.step = step;
+    rows.count = (found.rows - first + step - 1) / step;
+    __syncwarp(); /* others' rows, maybe, have been there */
+    stage_partials(rows, of, lane);
+
+    bool is_apart = rows::adds_shared<L>(block.call, found.unit), is_sent = is_apart && are_sent<S>(block);
+    uint32_t index = first + min(lane, rows.count - 1) * step;
+    results::destination own =
+        rows::final_destination_of<L>(block.call, {found.unit, block.with.cut, rows_before<S>() + index});
+    rows_apart<S> apart;
+    apart.rows = (const uint32_t *)block.call.shared_out;
+    apart.lses = (const uint32_t *)block.call.shared_lse;
+    apart.row = own.row;
+    apart.inverted = is_sent ? ~0u : 0;
+    apart.lse = 0;
+    if (!is_sent) {
+        merge_staged(rows, lane);
+        ptx::wait_for_previous_launch(); /* where they come from, or which may still read what is written */
     }
-    if (is_apart) finish_kept(block, found, first, step, lane);
+#pragma unroll 1
+    for (uint32_t base = 0; base < rows.count; base += apart.COUNT) {
+        uint32_t here = min(rows.count - base, apart.COUNT), missing = is_apart ? (1u << here) - 1 : 0;
+        bool is_merged = !is_sent || base > 0;
+#pragma unroll 1
+        while (missing != 0) {
+            load_apart(apart, base, missing, lane);
+            if (!is_merged) merge_staged(rows, lane);
+            is_merged = true;
+            missing = find_missing(apart, base, missing, lane);
+        }
+#pragma unroll 1
+        for (uint32_t r = 0; r < here; r++) {
+            write_staged(block.call, rows, apart, own, base + r, is_apart, lane);
+#pragma unroll
+            for (uint32_t next = 1; next < apart.COUNT; next++)
+                apart.words[next - 1] = apart.words[next];
+        }
+    }
 }
 
 /* Merges rows index, index + step, .. of a unit, as few as others leave of it. By a warp. Not inlined, likewise. */
@@ -487,7 +589,7 @@ __device__ inline void merge_unit(const block_place<S> &block, const found_run &
     for (; members != 0; members &= members - 1) {
         uint32_t first = __ffs(members) - 1 + party.members * warp, step = party.members * WARP_COUNT;
         if constexpr (S::IN_PARTS)
-            merge_rows_in_turn(copy, found, first, step, lane);
+            merge_rows_of_parts(block, found, first, step, warp, lane);
         else if constexpr (S::TALL)
             merge_rows<S, two_rows>(copy, found, first, step, lane);
         else

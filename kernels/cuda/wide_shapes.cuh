@@ -50,6 +50,11 @@ struct shape {
     static_assert(KV::BYTES == 2 && DIM <= 2 * DIM_V, "");
 };
 
+/* Of `stages` stages; in a tall block of values, with one more of keys. */
+template <typename S> __host__ __device__ inline uint32_t ring_bytes(uint32_t stages) {
+    return stages * S::stage::BYTES + (S::TALL ? S::key_stage::BYTES : 0);
+}
+
 /* Of values, in a tall block, which has one stage more of keys. */
 constexpr uint32_t MAX_TALL_STAGES = (MAX_STAGES - 1) / 2;
 
