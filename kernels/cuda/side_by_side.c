@@ -13,20 +13,20 @@
  * them: what it does then is counted to either.
  */
 enum { BLOCK_ROWS = 128, TILE_TOKENS = 128, LEAST_PARTS = 2, MAX_PARTS = 16 }; /* of tall blocks */
-static const double PREFIX_MERGE_US = 12; /* of a unit's rows, divided among its parts */
+static const double PREFIX_MERGE_US = 4.3; /* of a unit's rows, divided among its parts */
 
 /* Own tokens: a multiprocessor does a tile after the other, and ends a unit. */
 enum { OWN_BLOCK_ROWS = 8, OWN_TILE_TOKENS = 64 };
-static const double OWN_ENDS_US = 9.2, OWN_UNIT_US = 0.39, OWN_BYTES_US = 70.5e3;
+static const double OWN_ENDS_US = 9.2, OWN_UNIT_US = 0.37, OWN_BYTES_US = 62e3;
 
 /* Both together are not faster than the memory. */
-static const double READ_ENDS_US = 11, READ_BYTES_US = 4.45e6;
+static const double READ_ENDS_US = 7.3, READ_BYTES_US = 4.33e6;
 
-static const double AFTER_ENDS_US = 6.2; /* of own tokens that come after */
+static const double AFTER_ENDS_US = 4.4; /* of own tokens that come after */
 static const double LEAST_GAIN_US = 2;   /* less is not worth what the model may be wrong by */
 
 /* Of parts that take as long otherwise, those are better that leave the most time to either side. */
-static const double BALANCE = 0.1;
+static const double BALANCE = 0.112;
 
 static uint32_t divide_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
@@ -61,7 +61,7 @@ uint32_t attn_cuda_own_tiles(uint32_t tokens) {
 /* What a launch of prefixes takes, where each unit is cut into so many parts. */
 static double prefix_us(const attn_cuda_layer *layer, uint32_t tiles, uint32_t parts) {
     bool has_two_terms = layer->kv_dtype == ATTN_FP16; /* of a weight */
-    double ends_us = has_two_terms ? 19 : 12.5, tile_us = has_two_terms ? 2.5 : layer->head_dim == 64 ? 1.28 : 1.62;
+    double ends_us = has_two_terms ? 20.3 : 14, tile_us = has_two_terms ? 2.5 : layer->head_dim == 64 ? 1.23 : 1.556;
     return ends_us + PREFIX_MERGE_US / parts + divide_up(tiles, parts) * tile_us;
 }
 

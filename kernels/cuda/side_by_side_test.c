@@ -56,15 +56,17 @@ static void more_own_tokens_have_more_multiprocessors(void **state) {
     assert_true(before > 0);
 }
 
-/* The fastest of what was measured, or at most 2% slower. */
+/* The fastest of what was measured, or at most 4% slower. */
 static void measured_cases_have_about_the_fastest_number(void **state) {
     (void)state;
     static const struct {
         uint32_t sequences, prefix, own, workers;
     } cases[] = {
         {64, 16384, 64, 20},   {64, 16384, 256, 36}, {64, 16384, 1024, 68}, {64, 16384, 2048, 84},
-        {64, 8192, 256, 52},   {64, 8192, 512, 68},  {64, 4096, 64, 36},    {64, 4096, 256, 68},
-        {64, 2048, 64, 52},    {64, 2048, 256, 68},  {64, 1024, 64, 52},    {64, 1024, 512, 100},
+        {64, 8192, 64, 36},    {64, 8192, 256, 52},  {64, 8192, 512, 68},   {64, 8192, 1024, 84},
+        {64, 4096, 64, 36},    {64, 4096, 256, 68},  {64, 4096, 512, 84},   {64, 4096, 1024, 100},
+        {64, 2048, 64, 52},    {64, 2048, 256, 84},  {64, 2048, 512, 100},  {64, 2048, 1024, 100},
+        {64, 1024, 64, 68},    {64, 1024, 256, 100}, {64, 1024, 512, 100},  {64, 1024, 1024, 100},
         {128, 16384, 512, 68}, {32, 16384, 512, 52}, {128, 16384, 128, 36}, {32, 16384, 1024, 68},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
