@@ -53,7 +53,7 @@ __device__ inline room view_room(uint32_t *words, uint32_t slots, uint32_t colum
 
 __device__ inline size_t row_of(uint32_t worker, uint32_t index) { return (size_t)worker * ROWS + index; }
 
-__device__ inline uint32_t sent(float number) { return ~__float_as_uint(number); }
+using rows::sent;
 
 __device__ inline float received(uint32_t word) { return __uint_as_float(~word); }
 

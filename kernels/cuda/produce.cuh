@@ -553,6 +553,7 @@ __device__ inline uint32_t fill_first_stages(const attn_cuda_call &call, const l
 template <typename S, typename L, bool FIRST_BY_LANES = false>
 __device__ inline void fill_ring(const attn_cuda_call &call, const line::cut &cut, const line::share &mine,
                                  const ring &ring, uint32_t lane) {
+    static_assert(S::APART == 0, "fill_ring_apart");
     uint32_t count = mine.end - mine.begin, done = 0;
     share_walk along = {{}, false, true};
     tile_source<S::TOKENS> source = {}, next = {};

@@ -157,7 +157,7 @@ __device__ inline void write_elements(IO *to, const row<COLUMNS> &written, uint3
 /*
  * A row that says by itself that it is there: what is sent are its floats inverted, bit by bit, to memory that holds
  * zeros; 0 would be a NaN with all bits set, which no arithmetic makes. Who reads it makes its words 0 again. So
- * neither has to wait for a count, or for a launch's end. (mail.cuh says the same of partial results.)
+ * neither has to wait for a count, or for a launch's end. mail.cuh sends partial results so.
  */
 __device__ inline uint32_t sent(float number) { return ~__float_as_uint(number); }
 

@@ -30,7 +30,9 @@ typedef struct {
     /* For attn_cuda_choose_own_workers() alone: the least queries of a prefix, and attn_cuda_own_tiles() of all. */
     uint32_t least_queries;
     uint64_t own_tiles;
-    /* Device memory for what the first launch leaves: [rows, heads_q, head_dim_v] and [rows, heads_q], by output row.
+    /*
+     * Device memory for what the first launch leaves: [rows, heads_q, head_dim_v] and [rows, heads_q], by output row.
+     * Not used where it sends them to the second, which is by way of the workspace.
      */
     float *apart_out, *apart_lse;
 } attn_cuda_forks;

@@ -362,6 +362,7 @@ __device__ __noinline__ void merge_rows(const block_place<S> &block, const found
  */
 template <typename S> struct staged_rows {
     static constexpr uint32_t MOST = 32; /* partials: of a warp, a lane each */
+    static_assert(S::ROWS / (S::GROUPS * WARPS) + joint::MAX_MEMBERS <= MOST, "ceil(rows / (parts * warps)) * parts");
     static constexpr uint32_t BYTES = S::GROUPS * WARPS * MOST * S::DIM_V * sizeof(float); /* of all warps */
     float *outs;                                                                           /* [rows, parts, DIM_V] */
     float2 state;                /* of partial `lane`; then of its row */
@@ -494,7 +495,7 @@ __device__ inline void write_staged(const attn_cuda_call &call, const staged_row
 template <typename S>
 __device__ inline void merge_rows_of_parts(const block_place<S> &block, const found_run &found, uint32_t first,
                                            uint32_t step, uint32_t warp, uint32_t lane) {
-    static_assert(S::KV::BYTES == 2 && joint::MAX_MEMBERS <= 16, "no scales");
+    static_assert(S::KV::BYTES == 2, "no scales");
     using L = typename S::rules;
     if (first >= found.rows) return;
     rows::workspace work = workspace_of<S>(block.with);
